@@ -1,0 +1,46 @@
+"""finetune: a TRL-compatible fine-tuning suite for Transformers models.
+
+Names are imported when first used, so `import finetune` costs milliseconds.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_EXPORTS: dict[str, str] = {
+    "ArgumentError": "errors",
+    "CheckpointError": "errors",
+    "DataFormatError": "errors",
+    "FinetuneError": "errors",
+    "ModelLoadError": "errors",
+    "NonFiniteLossError": "errors",
+    "TrainingArguments": "arguments",
+    "TrainerCallback": "control.callbacks",
+    "CallbackHandler": "control.callbacks",
+    "TrainerState": "control.state",
+    "TrainerControl": "control.state",
+    "ExportableState": "control.state",
+    "DefaultFlowCallback": "control.builtin",
+    "EarlyStoppingCallback": "control.builtin",
+    "PrinterCallback": "control.builtin",
+    "ProgressCallback": "control.builtin",
+    "EvalPrediction": "compat",
+    "Trainer": "trainer",
+    "SFTConfig": "sft.config",
+    "SFTTrainer": "sft.trainer",
+}
+
+__all__ = ["__version__", *sorted(_EXPORTS)]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'finetune' has no attribute '{name}'")
+    value = getattr(importlib.import_module(f"finetune.{_EXPORTS[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

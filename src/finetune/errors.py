@@ -1,0 +1,38 @@
+"""The exceptions a user can meet. Each message says what was given, what is allowed and what to change."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class FinetuneError(Exception):
+    """Base of every error raised on purpose by this package."""
+
+
+class ArgumentError(FinetuneError, ValueError):
+    """An argument, or a combination of arguments, that cannot be honoured."""
+
+
+class DataFormatError(FinetuneError, ValueError):
+    """A data set, a row or a chat template that cannot be trained on as it is."""
+
+
+class ModelLoadError(FinetuneError, OSError):
+    """A model, tokenizer or adapter that cannot be read."""
+
+
+class CheckpointError(FinetuneError, RuntimeError):
+    """A checkpoint that cannot be written, or cannot be resumed from."""
+
+
+class NonFiniteLossError(FinetuneError, FloatingPointError):
+    """A loss or gradient norm that is NaN or infinite while the policy says to stop."""
+
+
+def nearest(name: str, allowed: Iterable[str]) -> str:
+    """Returns `" Did you mean `x`?"` for the allowed name closest to `name`, or an empty string.
+
+    >>> nearest("learning_rte", ["learning_rate", "seed"])
+    ' Did you mean `learning_rate`?'
+    """
+    matches = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.6)
+    return f" Did you mean `{matches[0]}`?" if matches else ""
