@@ -1,0 +1,133 @@
+"""Sums kept on the device between two logs, so that a training step never waits for the host.
+
+`LossMeter` holds the running loss, `MetricBag` any other quantity that is a sum over a count (accuracy, entropy).
+"""
+
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from finetune.errors import NonFiniteLossError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+NonFinitePolicy = Literal["raise", "skip_step", "log"]
+
+
+class LossMeter:
+    """The loss of a run: a device sum since the last log, and a host total since the start.
+
+    A non-finite loss is never replaced by something that looks healthy (`transformers` substitutes the running mean).
+    It is counted on the device, and the policy decides: `raise` stops the run, `skip_step` drops the update,
+    `log` goes on and reports `nonfinite_losses` beside the NaN it produced.
+
+    Attributes:
+        running: 0-d tensor, the sum since the last log. `Trainer._tr_loss` is this tensor.
+        total: sum of everything already logged.
+        logged_at: global step of the last log.
+    """
+
+    def __init__(self, device: torch.device, policy: NonFinitePolicy, start_step: int) -> None:
+        self.policy = policy
+        self.running = torch.tensor(0.0, device=device)
+        self.total = 0.0
+        self.start_step = start_step
+        self.logged_at = start_step
+        self._nonfinite = torch.zeros((), dtype=torch.int64, device=device)
+        self._window_bad = torch.zeros((), dtype=torch.bool, device=device)
+        self._free_reads = device.type == "cpu"
+
+    def add(self, loss: Tensor, step: int, describe_batch: str = "") -> None:
+        """Adds one micro-batch's scaled loss. With policy `raise` and a CPU loss, a NaN stops the run here.
+
+        On an accelerator the check waits for `drain`, because reading the value would stall the device.
+        """
+        self.running += loss
+        bad = ~torch.isfinite(loss)
+        self._nonfinite += bad
+        if self.policy == "skip_step":
+            self._window_bad |= bad
+        if self.policy == "raise" and self._free_reads and bool(bad):
+            self._raise(step, float(loss), describe_batch)
+
+    def window_is_bad(self, grad_norm: Tensor | float | None) -> bool:
+        """Returns whether the update of the finished window must be dropped, and forgets the window.
+
+        Only `skip_step` ever answers yes; that policy reads one value per update from the device.
+        """
+        if self.policy != "skip_step":
+            return False
+        bad = bool(self._window_bad)
+        if grad_norm is not None and not bad:
+            bad = not bool(torch.isfinite(torch.as_tensor(grad_norm)))
+        self._window_bad.zero_()
+        return bad
+
+    def drain(self, accelerator: "Accelerator", step: int) -> tuple[float, int]:
+        """Returns the loss summed since the last log (mean over processes) and the non-finite count, and resets both.
+
+        Raises:
+            NonFiniteLossError: under `raise`, when any loss since the last log was not finite.
+        """
+        running, count = self.running, self._nonfinite
+        if accelerator.num_processes > 1:
+            both = accelerator.gather(torch.stack([running.double(), count.double()]).unsqueeze(0))
+            assert isinstance(both, Tensor)
+            loss, bad = float(both[:, 0].float().mean()), int(both[:, 1].sum())
+        else:
+            loss, bad = running.item(), int(count)
+        self.running.zero_()
+        self._nonfinite.zero_()
+        if bad and self.policy == "raise":
+            self._raise(step, loss, "")
+        self.total += loss
+        self.logged_at = step
+        return loss, bad
+
+    def state_dict(self) -> dict[str, float | int]:
+        """Returns what a resumed run needs to log the same numbers: reads the device, so call it when saving."""
+        return {"running": self.running.item(), "total": self.total, "logged_at": self.logged_at}
+
+    def load_state_dict(self, state: dict[str, float | int]) -> None:
+        self.running.fill_(float(state["running"]))
+        self.total = float(state["total"])
+        self.logged_at = int(state["logged_at"])
+
+    def _raise(self, step: int, loss: float, describe_batch: str) -> None:
+        raise NonFiniteLossError(
+            f"The training loss became {loss} at update {step + 1}{describe_batch}. Lower `learning_rate`, set "
+            "`max_grad_norm`, check that batch's labels, or go on with `nonfinite_policy='skip_step'` or `'log'`."
+        )
+
+
+class MetricBag:
+    """Named (sum, count) pairs on the device; one reduction and one host read per `drain`.
+
+    >>> bag = MetricBag()
+    >>> bag.add("accuracy", torch.tensor(3.0), torch.tensor(4.0)); bag.add("accuracy", torch.tensor(1.0), 4)
+    >>> bag.drain()
+    {'accuracy': 0.5}
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, name: str, total: Tensor, count: Tensor | int) -> None:
+        """Adds `total` over `count` items to the quantity `name`; both stay on the device."""
+        pair = torch.stack([total.detach().double(), torch.as_tensor(count, device=total.device).double()])
+        self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+
+    def drain(self, accelerator: "Accelerator | None" = None) -> dict[str, float]:
+        """Returns each quantity's mean over all processes since the last drain; empty quantities are left out."""
+        if not self._sums:
+            return {}
+        names = sorted(self._sums)
+        pairs = torch.stack([self._sums[name] for name in names])
+        self._sums.clear()
+        if accelerator is not None and accelerator.num_processes > 1:
+            reduced = accelerator.reduce(pairs, reduction="sum")
+            assert isinstance(reduced, Tensor)
+            pairs = reduced
+        return {name: total / count for name, (total, count) in zip(names, pairs.tolist(), strict=True) if count}

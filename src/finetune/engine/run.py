@@ -1,0 +1,140 @@
+"""One `train()` call: everything that lives exactly as long as the run."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from finetune.control.state import TrainerState
+from finetune.engine.meter import LossMeter
+from finetune.engine.plan import ResumePoint, StepPlan
+from finetune.hooks import LoopHooks
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from finetune.arguments import TrainingArguments
+
+
+@dataclass
+class TrainingRun:
+    """What the loop works on. Made by `Trainer._inner_training_loop`, dropped when it returns.
+
+    Attributes:
+        model: the prepared (wrapped, sharded, compiled) model.
+        loader: the prepared training loader.
+        optimizer, lr_scheduler: as `accelerator.prepare` and `create_scheduler` returned them.
+        skip_batches: `(loader, n) -> loader` that starts behind n batches.
+        restore_rng: loads the checkpoint's random state; called once, after the first window was fetched, because
+            creating the loader's iterator draws from the global generator.
+        token_counter: `(inputs) -> tokens`, None when tokens are not tracked.
+        epoch, batches_done: position, in epochs and in micro-batches of this epoch.
+        window_batches: micro-batches of the current window (`current_gradient_accumulation_steps`).
+        flos: floating point operations of this process since they were last stored.
+    """
+
+    args: "TrainingArguments"
+    accelerator: "Accelerator"
+    model: nn.Module
+    loader: Any
+    plan: StepPlan
+    resume: ResumePoint
+    optimizer: Any
+    lr_scheduler: Any
+    meter: LossMeter
+    skip_batches: Callable[[Any, int], Iterable[Any]]
+    restore_rng: Callable[[], None] | None = None
+    token_counter: Callable[[dict[str, Any]], Tensor | int | None] | None = None
+    trial: Any = None
+    ignore_keys_for_eval: list[str] | None = None
+    start_time: float = field(default_factory=time.time)
+    initial_step: int = 0
+    initial_tokens: int = 0
+    epoch: int = 0
+    batches_done: int = 0
+    window_batches: int = 1
+    grad_norm: Any = None
+    learning_rate: float | None = None
+    flos: float = 0.0
+    tokens: Any = 0
+
+    def __post_init__(self) -> None:
+        distributed_type = str(self.accelerator.distributed_type).rsplit(".", 1)[-1].upper()
+        self._engine_owns_gradients = distributed_type == "DEEPSPEED"
+        self._sync_always = self._engine_owns_gradients or bool(
+            self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
+        )
+        self._no_sync = partial(self.accelerator.no_sync, model=self.model)
+        self._single = self.accelerator.num_processes == 1
+        self._trainable = [p for p in self.model.parameters() if p.requires_grad]
+        self._metric_schedule = steps_on_metric(self.lr_scheduler)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tells the loader, its sampler and its batch sampler which epoch comes."""
+        targets = [self.loader, getattr(self.loader, "batch_sampler", None)]
+        targets.append(getattr(targets[1], "batch_sampler", None))
+        for target in targets:
+            set_epoch = getattr(target, "set_epoch", None)
+            if callable(set_epoch):
+                set_epoch(epoch)
+
+    def restore_rng_once(self) -> None:
+        restore, self.restore_rng = self.restore_rng, None
+        if restore is not None:
+            restore()
+
+    def set_sync(self, last: bool) -> None:
+        """Tells accelerate whether this backward pass ends a window: its optimizer wrapper steps only then."""
+        state = self.accelerator.gradient_state
+        if state.sync_gradients is not last:
+            state._set_sync_gradients(last)
+
+    def sync_context(self, last: bool) -> contextlib.AbstractContextManager[Any]:
+        """Returns the context of one micro-batch: gradients are exchanged at the last one of a window only."""
+        if last or self._single or self._sync_always:
+            return contextlib.nullcontext()
+        return self._no_sync()
+
+    def count_work(self, hooks: LoopHooks, inputs: dict[str, Any], state: TrainerState) -> None:
+        """Adds one micro-batch to the counters of operations and tokens; tokens stay on the device until a log."""
+        self.flos += float(hooks.floating_point_ops(inputs))
+        if self.token_counter is not None:
+            counted = self.token_counter(inputs)
+            if counted is not None:
+                self.tokens = self.tokens + counted
+
+    def drain_tokens(self) -> int:
+        """Returns the tokens counted since the last call, over all processes. Reads the device."""
+        count, self.tokens = self.tokens, 0
+        if self.accelerator.num_processes > 1:
+            local = torch.as_tensor(count, dtype=torch.int64, device=self.args.device)
+            reduced = self.accelerator.reduce(local, reduction="sum")
+            assert isinstance(reduced, Tensor)
+            return int(reduced)
+        return int(count)
+
+    def step_schedule(self) -> None:
+        """Advances the schedule, unless the optimizer skipped the step (fp16 overflow) or it waits for a metric."""
+        if not self.accelerator.optimizer_step_was_skipped and not self._metric_schedule:
+            self.lr_scheduler.step()
+
+    def clear_gradients(self) -> None:
+        """Frees the gradients. DeepSpeed keeps its own and is asked instead."""
+        if self._engine_owns_gradients:
+            self.model.zero_grad()
+            return
+        for parameter in self._trainable:
+            parameter.grad = None
+
+
+def steps_on_metric(scheduler: Any) -> bool:
+    """Returns whether `scheduler` is stepped with an evaluation metric instead of once per update."""
+    inner = getattr(scheduler, "scheduler", scheduler)
+    if isinstance(inner, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        return True
+    return type(inner).__name__ == "GreedyLR"

@@ -1,0 +1,143 @@
+"""What the constructor of a trainer decides: the model, the collator, and which arguments contradict each other."""
+
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from finetune.engine.step import LabelSmoother
+from finetune.errors import ArgumentError
+from finetune.models.adapters import unwrap
+from finetune.models.traits import ModelTraits
+
+if TYPE_CHECKING:
+    from finetune.arguments import TrainingArguments
+
+
+def resolve_model(model: Any, model_init: Callable[..., Any] | None) -> nn.Module:
+    """Returns the model to train, from exactly one of `model` and `model_init`."""
+    if (model is None) == (model_init is None):
+        given = "neither" if model is None else "both"
+        raise ArgumentError(f"Pass either `model` or `model_init`; {given} was given.")
+    if model is None:
+        assert model_init is not None
+        model = call_model_init(model_init, None)
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(
+            f"`model` must be a `torch.nn.Module`, got {type(model).__name__}. `SFTTrainer` and "
+            "`SequenceClassificationTrainer` also take a model id or folder."
+        )
+    return model
+
+
+def call_model_init(model_init: Callable[..., Any], trial: Any) -> nn.Module:
+    """Returns `model_init()` or `model_init(trial)`, depending on how many arguments it takes."""
+    takes = len(inspect.signature(model_init).parameters)
+    if takes > 1:
+        raise ArgumentError(f"`model_init` takes no argument or one (the trial), this one takes {takes}.")
+    model = model_init(trial) if takes else model_init()
+    if model is None:
+        raise ArgumentError("`model_init` returned None; it must return a model.")
+    return model
+
+
+def default_collator(processing_class: Any) -> Callable[[list[Any]], dict[str, Any]]:
+    """Returns transformers' padding collator for a tokenizer, its stacking collator otherwise."""
+    from transformers import DataCollatorWithPadding, default_data_collator
+
+    if hasattr(processing_class, "pad"):
+        return DataCollatorWithPadding(processing_class)
+    return default_data_collator
+
+
+def label_smoother(args: "TrainingArguments", model: nn.Module) -> LabelSmoother | None:
+    """Returns the smoother for `label_smoothing_factor`, None when it is 0.
+
+    Labels are shifted for decoder-only language models, as transformers does by class name.
+    """
+    if args.label_smoothing_factor == 0:
+        return None
+    base = unwrap(model)
+    if getattr(getattr(base, "config", None), "problem_type", None) == "multi_label_classification":
+        raise ArgumentError(
+            "`label_smoothing_factor` is for one class per row; this model's `problem_type` is "
+            "multi_label_classification. Set `label_smoothing_factor=0`."
+        )
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    names = {
+        name
+        for value in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+        for name in ([value] if isinstance(value, str) else value)
+    }
+    return LabelSmoother(args.label_smoothing_factor, shift_labels=type(base).__name__ in names)
+
+
+def check_combination(
+    args: "TrainingArguments",
+    *,
+    eval_dataset: Any,
+    compute_metrics: Callable[..., Any] | None,
+    model_init: Any,
+    optimizers: tuple[Any, Any],
+    optimizer_cls_and_kwargs: Any,
+    is_fsdp: bool,
+) -> None:
+    """Raises `ArgumentError` when constructor arguments contradict `args` or each other."""
+    if str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no" and eval_dataset is None:
+        raise ArgumentError(
+            f"`eval_strategy` is {getattr(args.eval_strategy, 'value', args.eval_strategy)!r} but there is no "
+            "`eval_dataset`. Pass one, or set `eval_strategy='no'`."
+        )
+    if (
+        args.batch_eval_metrics
+        and compute_metrics is not None
+        and "compute_result" not in inspect.signature(compute_metrics).parameters
+    ):
+        raise ArgumentError(
+            "With `batch_eval_metrics=True`, `compute_metrics` is called for every batch and must take a boolean "
+            "`compute_result`, which is True for the last one."
+        )
+    own_optimizer = optimizers[0] is not None or optimizers[1] is not None
+    if optimizer_cls_and_kwargs is not None and optimizers[0] is not None:
+        raise ArgumentError("Pass `optimizers` or `optimizer_cls_and_kwargs`, not both.")
+    if model_init is not None and own_optimizer:
+        raise ArgumentError(
+            "`optimizers` hold parameters of one model, but `model_init` makes a new one for each run. Override "
+            "`create_optimizer` and `create_scheduler`, or pass `optimizer_cls_and_kwargs`."
+        )
+    if is_fsdp and own_optimizer:
+        raise ArgumentError(
+            "FSDP replaces the parameters that `optimizers` hold. Override `create_optimizer`, or pass "
+            "`optimizer_cls_and_kwargs`."
+        )
+
+
+def token_counter(
+    args: "TrainingArguments", traits: ModelTraits, processing_class: Any
+) -> Callable[[dict[str, Any]], Any] | None:
+    """Returns the function that counts a batch's input tokens (`include_num_input_tokens_seen`), or None.
+
+    `all` counts padding too: a batch of shape (2, 5) has 10. `non_padding` sums `attention_mask`, or counts the ids
+    that are not the pad token. The count may be a device tensor.
+    """
+    mode = args.include_num_input_tokens_seen
+    if mode in ("no", False, None):
+        return None
+    name, pad_id = traits.main_input_name, getattr(processing_class, "pad_token_id", None)
+
+    def count(inputs: dict[str, Any]) -> Any:
+        if name not in inputs:
+            raise ArgumentError(
+                f"`include_num_input_tokens_seen` counts the batch entry `{name}`, but batches hold {sorted(inputs)}. "
+                "Set `include_num_input_tokens_seen='no'` or the model's `main_input_name`."
+            )
+        if mode == "non_padding":
+            if "attention_mask" in inputs:
+                return inputs["attention_mask"].sum()
+            if pad_id is not None and "cu_seq_lens_q" not in inputs:
+                return (inputs[name] != pad_id).sum()
+        return inputs[name].numel()
+
+    return count

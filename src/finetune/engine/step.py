@@ -1,0 +1,146 @@
+"""The loss contract: what a batch's loss is divided by, and by whom.
+
+A loss is a sum over items (tokens or rows) and a count of items. The gradient of one optimizer step is the gradient
+of `sum over the global batch / count over the global batch`, whatever the number of micro-batches and processes:
+
+    2 processes x 2 micro-batches with 10, 30, 20, 40 supervised tokens: `num_items_in_batch` = 100 everywhere.
+    Each micro-batch's loss is its own sum / 100, times 2 because gradients are averaged over the 2 processes.
+
+`scale_loss` is the only place that divides by accumulation or multiplies by processes.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finetune.errors import ArgumentError
+
+IGNORE_INDEX = -100
+
+
+def move(data: Any, device: torch.device, float_dtype: torch.dtype | None = None) -> Any:
+    """Returns `data` with every tensor on `device`; floating tensors also in `float_dtype` when given (DeepSpeed)."""
+    if isinstance(data, Tensor):
+        if float_dtype is not None and (data.is_floating_point() or data.is_complex()):
+            return data.to(device=device, dtype=float_dtype)
+        return data.to(device=device)
+    if isinstance(data, Mapping):
+        return type(data)({key: move(value, device, float_dtype) for key, value in data.items()})  # pyright: ignore
+    if isinstance(data, tuple | list):
+        return type(data)(move(value, device, float_dtype) for value in data)
+    return data
+
+
+def count_items(batches: list[Any], *, shifts_labels: bool) -> Tensor | None:
+    """Returns the number of supervised items of some batches, as a 0-d int64 tensor on their device.
+
+    A causal model predicts label i+1 at position i, so with `shifts_labels` the first label of a row is no target:
+    labels [[5, 6, -100], [-100, 7, 8]] count 3, not 4. A collator that provides `shift_labels` is taken at its word.
+    None when the batches hold no countable `labels`.
+    """
+    if not batches or "labels" not in batches[0]:
+        return None
+    counts: list[Tensor] = []
+    for batch in batches:
+        labels = batch.get("shift_labels")
+        if labels is None:
+            labels = batch["labels"]
+            if not isinstance(labels, Tensor):
+                return None
+            labels = labels[..., 1:] if shifts_labels else labels
+        counts.append(labels.ne(IGNORE_INDEX).sum())
+    return torch.stack(counts).sum() if len(counts) > 1 else counts[0]
+
+
+def forward_loss(
+    model: nn.Module,
+    inputs: dict[str, Any],
+    *,
+    num_items_in_batch: Any = None,
+    accepts_loss_kwargs: bool,
+    compute_loss_func: Callable[..., Any] | None = None,
+    label_smoother: Callable[..., Tensor] | None = None,
+) -> tuple[Tensor, Any]:
+    """Returns the loss of one micro-batch and the model's outputs.
+
+    The model divides by `num_items_in_batch` itself when it takes loss keyword arguments; so does
+    `compute_loss_func(outputs, labels, num_items_in_batch=...)`. Otherwise the loss is a mean over the micro-batch.
+
+    Raises:
+        ArgumentError: the model returned no loss.
+    """
+    inputs = dict(inputs)
+    labels = None
+    if compute_loss_func is not None or label_smoother is not None:
+        labels = inputs.pop("labels", None)
+    if accepts_loss_kwargs and num_items_in_batch is not None:
+        inputs["num_items_in_batch"] = num_items_in_batch
+    outputs = model(**inputs)
+    if compute_loss_func is not None:
+        if "num_items_in_batch" in _parameters(compute_loss_func):
+            return compute_loss_func(outputs, labels, num_items_in_batch=num_items_in_batch), outputs
+        return compute_loss_func(outputs, labels), outputs
+    if label_smoother is not None and labels is not None:
+        return label_smoother(outputs, labels, num_items_in_batch=num_items_in_batch), outputs
+    if isinstance(outputs, Mapping):
+        if outputs.get("loss") is None:
+            raise ArgumentError(
+                f"The model returned no loss, only {sorted(outputs)}, for a batch with the columns {sorted(inputs)}. "
+                "Give the rows a `labels` column, or pass `compute_loss_func`."
+            )
+        return outputs["loss"], outputs
+    return outputs[0], outputs
+
+
+def scale_loss(
+    loss: Tensor,
+    *,
+    already_scaled: bool,
+    accumulation: int,
+) -> Tensor:
+    """Returns the loss whose gradients, summed over a window of `accumulation` micro-batches, are the step's.
+
+    A loss that was divided by the window's token count (`already_scaled`) is left alone; a per-batch mean is divided
+    by the number of micro-batches.
+    """
+    return loss if already_scaled else loss / accumulation
+
+
+def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter] | set[str]:
+    """Returns the names `function` can be called with; a `**kwargs` function takes every one."""
+    parameters = inspect.signature(function).parameters
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        return {"num_items_in_batch", *parameters}
+    return parameters
+
+
+def accepts_num_items(compute_loss: Callable[..., Any]) -> bool:
+    """Returns whether a (possibly overridden) `compute_loss` takes `num_items_in_batch`: older subclasses do not."""
+    return "num_items_in_batch" in _parameters(compute_loss)
+
+
+class LabelSmoother:
+    """Returns `(1 - epsilon) * nll + epsilon * mean over the vocabulary of -log p`, as Szegedy et al. (2015).
+
+    Agrees with transformers' `LabelSmoother`: averaged over the supervised positions, or divided by
+    `num_items_in_batch` when given. `shift_labels` aligns position i with label i + 1 for causal models.
+    """
+
+    def __init__(self, epsilon: float, *, shift_labels: bool) -> None:
+        self.epsilon = epsilon
+        self.shift_labels = shift_labels
+
+    def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
+        if self.shift_labels:
+            logits, labels = logits[..., :-1, :], labels[..., 1:]
+        log_probs = -nn.functional.log_softmax(logits.float(), dim=-1)
+        kept = labels.ne(IGNORE_INDEX)
+        targets = labels.clamp(min=0).unsqueeze(-1)
+        nll = log_probs.gather(-1, targets).squeeze(-1).masked_fill(~kept, 0.0)
+        smooth = log_probs.mean(dim=-1).masked_fill(~kept, 0.0)
+        count = num_items_in_batch if num_items_in_batch is not None else kept.sum()
+        return ((1 - self.epsilon) * nll.sum() + self.epsilon * smooth.sum()) / count
