@@ -1,0 +1,148 @@
+"""Optimizers by name. A third party adds one in three lines:
+
+    @register_optimizer("adan")
+    def adan(request):
+        return Adan, {"lr": request.args.learning_rate, **request.options.for_signature(Adan)}
+
+and `TrainingArguments(optim="adan", optim_args="...")` then builds it over the usual parameter groups.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import nn
+from torch.optim import Optimizer
+
+from finetune.errors import ArgumentError, nearest
+from finetune.optim.groups import parameter_groups
+from finetune.optim.options import OptimOptions
+
+
+class OptimizerArguments(Protocol):
+    """The arguments an optimizer depends on; `TrainingArguments` has them."""
+
+    optim: Any
+    optim_args: Any
+    optim_target_modules: Any
+    learning_rate: float
+    weight_decay: float
+    adam_beta1: float
+    adam_beta2: float
+    adam_epsilon: float
+
+
+@dataclass(frozen=True)
+class OptimizerRequest:
+    """What a builder may look at. It returns `(class, keyword arguments)`."""
+
+    name: str
+    args: Any
+    model: nn.Module | None
+    options: OptimOptions
+
+    @property
+    def adam(self) -> dict[str, Any]:
+        """Returns `lr`, `betas` and `eps` as the Adam family names them."""
+        return {
+            "lr": self.args.learning_rate,
+            "betas": (self.args.adam_beta1, self.args.adam_beta2),
+            "eps": self.args.adam_epsilon,
+        }
+
+    def require_model(self) -> nn.Module:
+        """Returns the model; raises `ArgumentError` when the caller gave none."""
+        if self.model is None:
+            raise ArgumentError(f"`optim={self.name}` needs the model: pass `model` to build this optimizer.")
+        return self.model
+
+
+ClassAndArguments = tuple[Any, dict[str, Any]]
+Builder = Callable[[OptimizerRequest], ClassAndArguments]
+
+_BUILDERS: dict[str, Builder] = {}
+
+
+def register_optimizer(*names: str) -> Callable[[Builder], Builder]:
+    """Returns a decorator that makes a builder available as `optim=name`; a later registration replaces it."""
+
+    def register(builder: Builder) -> Builder:
+        _BUILDERS.update(dict.fromkeys(names, builder))
+        return builder
+
+    return register
+
+
+def optimizer_names() -> list[str]:
+    """Returns every name `optim` accepts now, third-party ones included."""
+    return sorted(_load_builders())
+
+
+def _load_builders() -> dict[str, Builder]:
+    # Imported late because builders.py itself registers through this module.
+    from finetune.optim import builders as _builders  # noqa: F401
+
+    return _BUILDERS
+
+
+def optimizer_cls_and_kwargs(args: OptimizerArguments, model: nn.Module | None = None) -> ClassAndArguments:
+    """Returns the optimizer class for `args.optim` and its keyword arguments, without parameters.
+
+    The meaning is that of `transformers.Trainer.get_optimizer_cls_and_kwargs`. Raises `ArgumentError` for an unknown
+    name, a package that is not installed, and keys of `optim_args` that would have no effect.
+    """
+    builders = _load_builders()
+    name = str(getattr(args.optim, "value", args.optim))
+    if name not in builders:
+        raise ArgumentError(
+            f"`optim={name}` is not an optimizer.{nearest(name, builders)} Allowed: {', '.join(sorted(builders))}."
+        )
+    options = OptimOptions(args.optim_args, name)
+    result = builders[name](OptimizerRequest(name=name, args=args, model=model, options=options))
+    options.finish()
+    return result
+
+
+def build_optimizer(
+    args: OptimizerArguments,
+    model: nn.Module,
+    *,
+    model_for_groups: nn.Module | None = None,
+    decay_names: Sequence[str] | None = None,
+    cls_and_kwargs: ClassAndArguments | None = None,
+) -> Optimizer:
+    """Returns the optimizer over the trainable parameters of `model`.
+
+    `decay_names` and `cls_and_kwargs` default to this package's own choice; the trainer passes what its overridable
+    methods returned. The parameters come from `model_for_groups` when the wrapped model holds the ones to step.
+    As in transformers, `cls_and_kwargs` may carry `params`, `model` or `optimizer_dict` in place of the usual groups,
+    and may name a factory that is called as `factory()(model, **kwargs)`. The given dictionary is not changed.
+    """
+    source = model if model_for_groups is None else model_for_groups
+    cls, given = optimizer_cls_and_kwargs(args, source) if cls_and_kwargs is None else cls_and_kwargs
+    kwargs = dict(given)
+    if not (isinstance(cls, type) and issubclass(cls, Optimizer)):
+        return cls()(source, **kwargs)
+    over = _replaced_groups(kwargs)
+    if over is None:
+        rates: Mapping[str, float] = OptimOptions(args.optim_args).learning_rates
+        over = parameter_groups(source, args.weight_decay, decay_names=decay_names, learning_rates=rates)
+    optimizer = cls(over, **kwargs)
+    _keep_embeddings_wide(cls, kwargs, source)
+    return optimizer
+
+
+def _replaced_groups(kwargs: dict[str, Any]) -> Any:
+    """Removes transformers' substitutes for the parameter groups from `kwargs`; returns the one that wins."""
+    over = None
+    for key in ("params", "model", "optimizer_dict"):
+        over = kwargs.pop(key, over)
+    return over
+
+
+def _keep_embeddings_wide(cls: type, kwargs: Mapping[str, Any], model: nn.Module) -> None:
+    """Keeps the moments of embeddings in 32 bits under an 8-bit bitsandbytes optimizer: 8 bits destabilise them."""
+    if cls.__module__.startswith("bitsandbytes") and kwargs.get("optim_bits") == 8:
+        from finetune.optim.builders import override_embedding_bits
+
+        override_embedding_bits(model)
