@@ -14,6 +14,7 @@ from finetune.control.state import TrainerState
 from finetune.engine.meter import LossMeter
 from finetune.engine.plan import ResumePoint, StepPlan
 from finetune.hooks import LoopHooks
+from finetune.optim.schedules import needs_metric
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -72,7 +73,7 @@ class TrainingRun:
         self._no_sync = partial(self.accelerator.no_sync, model=self.model)
         self._single = self.accelerator.num_processes == 1
         self._trainable = [p for p in self.model.parameters() if p.requires_grad]
-        self._metric_schedule = steps_on_metric(self.lr_scheduler)
+        self._metric_schedule = needs_metric(self.lr_scheduler)
 
     def set_epoch(self, epoch: int) -> None:
         """Tells the loader, its sampler and its batch sampler which epoch comes."""
@@ -131,10 +132,3 @@ class TrainingRun:
         for parameter in self._trainable:
             parameter.grad = None
 
-
-def steps_on_metric(scheduler: Any) -> bool:
-    """Returns whether `scheduler` is stepped with an evaluation metric instead of once per update."""
-    inner = getattr(scheduler, "scheduler", scheduler)
-    if isinstance(inner, torch.optim.lr_scheduler.ReduceLROnPlateau):
-        return True
-    return type(inner).__name__ == "GreedyLR"

@@ -1,13 +1,15 @@
 """What the constructor of a trainer decides: the model, the collator, and which arguments contradict each other."""
 
 import inspect
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from finetune.engine.step import LabelSmoother
-from finetune.errors import ArgumentError
+from finetune.errors import ArgumentError, nearest
 from finetune.models.adapters import unwrap
 from finetune.models.traits import ModelTraits
 
@@ -141,3 +143,60 @@ def token_counter(
         return inputs[name].numel()
 
     return count
+
+
+def accept_old_names(given: dict[str, Any], processing_class: Any, constructor: Callable[..., Any]) -> Any:
+    """Returns the processing class, from its old name `tokenizer` too.
+
+    Raises:
+        ArgumentError: any other unknown keyword, or both names at once.
+    """
+    given = dict(given)
+    tokenizer = given.pop("tokenizer", None)
+    if given:
+        allowed = [name for name in inspect.signature(constructor).parameters if name != "old_names"]
+        unknown = next(iter(given))
+        raise ArgumentError(f"Unknown argument `{unknown}`.{nearest(unknown, allowed)} Allowed: {', '.join(allowed)}.")
+    if tokenizer is None:
+        return processing_class
+    if processing_class is not None:
+        raise ArgumentError("`tokenizer` is the old name of `processing_class`; pass one of them.")
+    warnings.warn("`tokenizer` is now called `processing_class`.", FutureWarning, stacklevel=4)
+    return tokenizer
+
+
+def seed_everything(args: "TrainingArguments") -> None:
+    """Seeds Python, numpy and torch with `args.seed`; with `full_determinism` also forbids nondeterministic kernels."""
+    from transformers import enable_full_determinism, set_seed
+
+    (enable_full_determinism if args.full_determinism else set_seed)(args.seed)
+
+
+def is_model_parallel(model: nn.Module, args: "TrainingArguments") -> bool:
+    """Returns whether a device map spread the model over several devices, or put it elsewhere than `args.device`."""
+    device_map = getattr(model, "hf_device_map", None)
+    if not device_map:
+        return False
+    devices = {device for device in device_map.values() if device not in ("cpu", "disk")}
+    return len(devices) > 1 or (len(devices) == 1 and args.device != torch.device(*devices))
+
+
+def places_model(
+    args: "TrainingArguments", model: nn.Module, *, parallel: bool, is_deepspeed: bool, is_fsdp: bool
+) -> bool:
+    """Returns whether the trainer moves the model to `args.device`, instead of whoever shards or quantised it."""
+    if args.place_model_on_device is not None:
+        return bool(args.place_model_on_device)
+    sharded_at_load = getattr(model, "is_distributed_loading_by_transformers", False)
+    return not (
+        parallel or is_deepspeed or is_fsdp or args.fp16_full_eval or args.bf16_full_eval or sharded_at_load
+    )
+
+
+def move_model(model: nn.Module, device: torch.device) -> None:
+    """Moves a model to `device` in place; bitsandbytes models stay, and tied weights are tied again."""
+    if getattr(model, "quantization_method", None) == "bitsandbytes":
+        return
+    model.to(device)
+    if hasattr(model, "tie_weights") and device.type == "xla":
+        model.tie_weights()  # pyright: ignore[reportCallIssue]

@@ -9,16 +9,19 @@ of `sum over the global batch / count over the global batch`, whatever the numbe
 `scale_loss` is the only place that divides by accumulation or multiplies by processes.
 """
 
+import contextlib
 import inspect
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from finetune.data.rows import IGNORE_INDEX
 from finetune.errors import ArgumentError
 
-IGNORE_INDEX = -100
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 def move(data: Any, device: torch.device, float_dtype: torch.dtype | None = None) -> Any:
@@ -32,6 +35,12 @@ def move(data: Any, device: torch.device, float_dtype: torch.dtype | None = None
     if isinstance(data, tuple | list):
         return type(data)(move(value, device, float_dtype) for value in data)
     return data
+
+
+def input_dtype(accelerator: "Accelerator") -> torch.dtype | None:
+    """Returns the dtype DeepSpeed wants float inputs in (it does not autocast); None for every other run."""
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    return None if plugin is None else plugin.hf_ds_config.dtype()
 
 
 def count_items(batches: list[Any], *, shifts_labels: bool) -> Tensor | None:
@@ -144,3 +153,56 @@ class LabelSmoother:
         smooth = log_probs.mean(dim=-1).masked_fill(~kept, 0.0)
         count = num_items_in_batch if num_items_in_batch is not None else kept.sum()
         return ((1 - self.epsilon) * nll.sum() + self.epsilon * smooth.sum()) / count
+
+
+def enter_train_mode(model: nn.Module, optimizer: Any) -> None:
+    """Puts the model in training mode, and a schedule-free optimizer too (it keeps two sets of weights)."""
+    if not model.training:
+        model.train()
+        if callable(train := getattr(optimizer, "train", None)):
+            train()
+
+
+@contextlib.contextmanager
+def optimizer_in_eval_mode(optimizer: Any) -> Iterator[None]:
+    """Switches a schedule-free optimizer to its averaged weights; `enter_train_mode` switches back."""
+    if callable(evaluate := getattr(optimizer, "eval", None)):
+        evaluate()
+    yield
+
+
+def undo_process_average(loss: Tensor, num_processes: int) -> Tensor:
+    """Returns the loss times the number of processes: data parallelism averages gradients, the contract sums them."""
+    return loss * num_processes if num_processes > 1 else loss
+
+
+def clip_gradients(accelerator: "Accelerator", model: nn.Module, optimizer: Any, max_norm: float) -> Any:
+    """Scales the gradients to a global norm of at most `max_norm` and returns the norm before, on the device.
+
+    An optimizer that owns its gradients (layerwise GaLore keeps projections) clips them itself.
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)
+    if callable(clip := getattr(inner, "clip_grad_norm", None)):
+        return clip(max_norm)
+    return accelerator.clip_grad_norm_(model.parameters(), max_norm)
+
+
+def backward_kwargs(optim: str, accelerator: "Accelerator", learning_rate: Callable[[], float]) -> dict[str, Any]:
+    """Returns what `accelerator.backward` needs beside the loss.
+
+    LOMO updates inside backward and needs the learning rate; DeepSpeed must not divide by the accumulation again.
+    """
+    extra: dict[str, Any] = {}
+    if optim in ("lomo", "adalomo"):
+        extra["learning_rate"] = learning_rate()
+    if str(accelerator.distributed_type).upper().endswith("DEEPSPEED"):
+        extra["scale_wrt_gas"] = False
+    return extra
+
+
+def empty_cache(every: int | None, global_step: int) -> None:
+    """Returns cached device memory to the driver at every `torch_empty_cache_steps`-th step."""
+    if every is not None and global_step % every == 0:
+        from accelerate.utils.memory import clear_device_cache
+
+        clear_device_cache()

@@ -1,0 +1,37 @@
+"""What changes the model for the time of a run, entered on one stack: the order, and nothing else.
+
+Each feature restores what it found, so the model is the same object with the same behaviour after success, an
+exception or an interrupt.
+"""
+
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from finetune.features.garbage import garbage_control
+from finetune.features.neftune import neftune
+from finetune.kernels.liger import apply_liger
+from finetune.models.activation import activation_checkpointing, use_cache
+from finetune.models.tokens import align_special_tokens
+
+if TYPE_CHECKING:
+    from finetune.arguments import TrainingArguments
+
+
+def enter(
+    stack: ExitStack, model: nn.Module, args: "TrainingArguments", processing_class: Any, neftune_noise_alpha: float | None
+) -> None:
+    """Enters on `stack` what `args` ask for: Liger kernels before anything wraps the model, then the hooks."""
+    if args.use_liger_kernel:
+        handle = apply_liger(model, args.liger_kernel_config)
+        stack.callback(handle.remove)
+    stack.enter_context(use_cache(model, bool(args.use_cache)))
+    stack.enter_context(
+        activation_checkpointing(model, bool(args.activation_checkpointing), args.activation_checkpointing_kwargs)
+    )
+    if processing_class is not None:
+        align_special_tokens(model, processing_class)
+    if neftune_noise_alpha is not None:
+        stack.enter_context(neftune(model, neftune_noise_alpha))
+    stack.enter_context(garbage_control(args.torch_empty_cache_steps))

@@ -1,0 +1,147 @@
+"""The evaluation half of the facade: `evaluate`, `predict` and what they call."""
+
+import math
+import time
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from finetune.checkpoint import manager as checkpoints
+from finetune.compat import EvalLoopOutput, PredictionOutput
+from finetune.distributed import prepare as preparation
+from finetune.engine import evaluation, prediction, step
+from finetune.facade.base import TrainerBase
+from finetune.optim import schedules
+from finetune.reporting import speed
+
+
+class EvaluationMethods(TrainerBase):
+    """Evaluation and prediction. Use `Trainer`."""
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Returns `eval_loss`, the metrics of `compute_metrics`, and the speed of one pass over the evaluation data.
+
+        A dict of data sets is evaluated one by one, as `eval_<name>_loss` and so on. Called by the user, and by
+        `train` whenever `eval_strategy` asks for it.
+        """
+        override = eval_dataset is not None
+        dataset = eval_dataset if override else self.eval_dataset
+        if isinstance(dataset, dict):
+            metrics: dict[str, float] = {}
+            for name, part in dataset.items():
+                part = part if override else name
+                metrics |= self.evaluate(part, ignore_keys, metric_key_prefix=f"{metric_key_prefix}_{name}")
+            return metrics
+        self._memory_tracker.start("eval")
+        loader = self.get_eval_dataloader(dataset)
+        output = self._timed_loop(loader, "Evaluation", ignore_keys, metric_key_prefix)
+        self.log(output.metrics)
+        self._events.fire("on_evaluate", metrics=output.metrics)
+        self._memory_tracker.stop(output.metrics)
+        return output.metrics
+
+    def predict(
+        self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
+    ) -> PredictionOutput:
+        """Returns `PredictionOutput(predictions, label_ids, metrics)`; labels and metrics where the data has labels."""
+        self._memory_tracker.start("test")
+        output = self._timed_loop(self.get_test_dataloader(test_dataset), "Prediction", ignore_keys, metric_key_prefix)
+        self._events.fire("on_predict", metrics=output.metrics)
+        self._memory_tracker.stop(output.metrics)
+        return PredictionOutput(predictions=output.predictions, label_ids=output.label_ids, metrics=output.metrics)
+
+    def _timed_loop(self, loader: Any, description: str, ignore_keys: list[str] | None, prefix: str) -> EvalLoopOutput:
+        """Runs the overridable `evaluation_loop` and adds its speed to the metrics."""
+        start = time.time()
+        loss_only = True if description == "Evaluation" and self.compute_metrics is None else None
+        output = self.evaluation_loop(
+            loader,
+            description=description,
+            prediction_loss_only=loss_only,
+            ignore_keys=ignore_keys,
+            metric_key_prefix=prefix,
+        )
+        start += output.metrics.get(f"{prefix}_model_preparation_time", 0.0)
+        steps = math.ceil(output.num_samples / (self.args.eval_batch_size * self.args.world_size))
+        output.metrics.update(
+            speed.speed_metrics(prefix, start, num_samples=output.num_samples, num_steps=steps)
+        )
+        return output
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Returns predictions, labels, metrics and the number of rows of one pass. Called by `evaluate`, `predict`."""
+        model = self._prepare_for_evaluation()
+        self.callback_handler.eval_dataloader = dataloader
+        settings = evaluation.EvalSettings(
+            args=self.args,
+            accelerator=self.accelerator,
+            compute_metrics=self.compute_metrics,
+            preprocess_logits=self.preprocess_logits_for_metrics,
+            gather_function=self.gather_function,
+            prediction_loss_only=self.args.prediction_loss_only if prediction_loss_only is None else prediction_loss_only,
+            ignore_keys=ignore_keys,
+            metric_key_prefix=metric_key_prefix,
+            shifts_labels=self._traits.shifts_labels,
+            main_input_name=self._traits.main_input_name,
+            keep_all=description == "Prediction",
+        )
+        with step.optimizer_in_eval_mode(self.optimizer):
+            output = evaluation.evaluation_loop(self, model, dataloader, settings, self._events)
+        if self.model_preparation_time is not None:
+            output.metrics[f"{metric_key_prefix}_model_preparation_time"] = self.model_preparation_time
+        return output
+
+    def _prepare_for_evaluation(self) -> nn.Module:
+        """Returns the model to evaluate: the one in training, or one prepared now, timed."""
+        if self.accelerator._models:
+            return self.model_wrapped if self.is_in_train else preparation.for_evaluation(self.model_wrapped, self.args)
+        start = time.time()
+        model = preparation.prepare_for_evaluation(self.accelerator, self.model, self.args)
+        self.model_preparation_time = round(time.time() - start, 4)
+        self.model_wrapped = model
+        if self.is_fsdp_enabled:
+            self.model = model
+        return preparation.for_evaluation(model, self.args)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Any, Any]:
+        """Returns (loss, logits, labels) of one batch, each optional. Called for every evaluation batch."""
+        if ignore_keys is None:
+            ignore_keys = getattr(getattr(self.model, "config", None), "keys_to_ignore_at_inference", ["past_key_values"])
+        return prediction.predict_batch(
+            self,
+            model,
+            inputs,
+            loss_only=prediction_loss_only,
+            ignore_keys=ignore_keys,
+            label_names=self.label_names,
+            can_return_loss=self.can_return_loss,
+            shifts_labels=self._traits.shifts_labels,
+            num_processes=self.accelerator.num_processes if self.args.average_tokens_across_devices else 1,
+            pass_num_items=self._passes_num_items and (self.model_accepts_loss_kwargs or bool(self.compute_loss_func)),
+        )
+
+    def _evaluate(
+        self, trial: Any, ignore_keys_for_eval: list[str] | None, skip_scheduler: bool = False
+    ) -> dict[str, float]:
+        """Evaluates during training; a schedule that follows a metric makes its step with the result."""
+        metrics = self.evaluate(ignore_keys=ignore_keys_for_eval)
+        if not skip_scheduler and schedules.needs_metric(self.lr_scheduler):
+            self.lr_scheduler.step(checkpoints.read_metric(metrics, self.args.metric_for_best_model))
+        return metrics
+

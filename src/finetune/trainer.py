@@ -1,0 +1,375 @@
+"""`Trainer`: every override point of `transformers.Trainer`, each a few lines over one function of a leaf module.
+
+The facade has four files: this one (training and the loss), and `facade/base.py` (construction, data, optimizer),
+`facade/evaluation.py`, `facade/saving.py`. Nothing is decided in them. Reading order of a run: `train` ->
+`_inner_training_loop` -> `engine/loop.py`, which calls back `get_batch_samples`, `training_step`,
+`_clip_grad_norm` and `_maybe_log_save_evaluate`.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finetune.arguments import TrainingArguments
+from finetune.checkpoint import manager as checkpoints
+from finetune.compat import TrainOutput
+from finetune.data import loader as loaders
+from finetune.distributed import prepare as preparation
+from finetune.engine import features, setup, step
+from finetune.engine.accumulation import global_count, take
+from finetune.engine.loop import run_training
+from finetune.engine.meter import LossMeter
+from finetune.engine.plan import ResumePoint, StepPlan
+from finetune.engine.run import TrainingRun
+from finetune.errors import ArgumentError
+from finetune.facade.evaluation import EvaluationMethods
+from finetune.facade.saving import SavingMethods
+from finetune.models.traits import check_trainable
+from finetune.optim import schedules
+from finetune.reporting import flops, header, speed
+
+
+class Trainer(EvaluationMethods, SavingMethods):
+    """Trains and evaluates a PyTorch model; a drop-in for `transformers.Trainer` (5.23).
+
+    Same constructor, same attributes, same override points called at the same times. What differs on purpose is
+    listed in `tests/contract/README.md`.
+
+    Attributes users read or set: `model`, `model_wrapped`, `args`, `data_collator`, `train_dataset`, `eval_dataset`,
+    `processing_class`, `optimizer`, `lr_scheduler`, `compute_metrics`, `accelerator`, `callback_handler`, `state`,
+    `control`, `label_names`, `is_in_train`, `loss_is_scaled_for_ga`.
+    """
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """Returns `TrainOutput(global_step, training_loss, metrics)` after training.
+
+        Args:
+            resume_from_checkpoint: a folder; True for the newest valid checkpoint of `output_dir` (an error without
+                one); `"auto"` for the same, starting fresh without one.
+            trial: a hyperparameter search trial.
+            ignore_keys_for_eval: model outputs to leave out of predictions during evaluation.
+
+        Raises:
+            CheckpointError: the checkpoint cannot be resumed from.
+            NonFiniteLossError: the loss became NaN or infinite and `nonfinite_policy` is `raise`.
+        """
+        args = self.args
+        checkpoint = checkpoints.resolve_resume(resume_from_checkpoint, self._get_output_dir(trial))
+        self._memory_tracker.start("train")
+        with contextlib.ExitStack() as stack:
+            self.is_in_train = True
+            stack.callback(setattr, self, "is_in_train", False)
+            if self.model_init is not None:
+                self._reset_model(trial)
+            check_trainable(self.model)
+            if not self.place_model_on_device and (args.fp16_full_eval or args.bf16_full_eval):
+                self._move_model_to_device(self.model, args.device)
+            features.enter(stack, self.model, args, self.processing_class, self.neftune_noise_alpha)
+            if checkpoint is not None and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+                self._load_from_checkpoint(checkpoint)
+            loop: Callable[..., TrainOutput] = self._inner_training_loop
+            if args.auto_find_batch_size:
+                from accelerate.utils import find_executable_batch_size
+
+                loop = find_executable_batch_size(loop, starting_batch_size=self._train_batch_size)
+            else:
+                loop = partial(loop, self._train_batch_size)
+            with checkpoints.report_last_on_error(self._get_output_dir(trial)):
+                return loop(
+                    args=args,
+                    resume_from_checkpoint=checkpoint,
+                    trial=trial,
+                    ignore_keys_for_eval=ignore_keys_for_eval,
+                )
+
+    def _inner_training_loop(
+        self,
+        batch_size: int,
+        args: TrainingArguments,
+        resume_from_checkpoint: str | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """Runs one training with one batch size; `auto_find_batch_size` calls it again with half of it."""
+        self.accelerator.free_memory()
+        self._train_batch_size = batch_size
+        loader = self.get_train_dataloader()
+        plan = StepPlan.resolve(
+            num_batches=loaders.length(loader),
+            num_examples=loaders.length(loader) and self.num_examples(loader),
+            accumulation=args.gradient_accumulation_steps,
+            num_train_epochs=args.num_train_epochs,
+            max_steps=args.max_steps,
+            total_batch_size=self.get_total_train_batch_size(args),
+        )
+        resume = self._init_training_state(plan, resume_from_checkpoint, trial)
+        model = self._prepare_for_training(plan.max_steps, loader, resume_from_checkpoint)
+        run = self._run = TrainingRun(
+            args=args,
+            accelerator=self.accelerator,
+            model=model,
+            loader=loader,
+            plan=plan,
+            resume=resume,
+            optimizer=self.optimizer,
+            lr_scheduler=self.lr_scheduler,
+            meter=LossMeter(args.device, args.nonfinite_policy, self.state.global_step),
+            skip_batches=loaders.skip_batches,
+            restore_rng=partial(self._load_rng_state, resume_from_checkpoint) if resume_from_checkpoint else None,
+            token_counter=setup.token_counter(args, self._traits, self.processing_class),
+            trial=trial,
+            ignore_keys_for_eval=ignore_keys_for_eval,
+            initial_step=self.state.global_step,
+            initial_tokens=self.state.num_input_tokens_seen,
+        )
+        header.log_start(self, run)
+        run.clear_gradients()
+        self._events.fire("on_train_begin")
+        if args.eval_on_start:
+            self._evaluate(trial, ignore_keys_for_eval, skip_scheduler=True)
+        run_training(run, self, self._events)
+        return self._finalize_training(run)
+
+    def _init_training_state(self, plan: StepPlan, checkpoint: str | None, trial: Any) -> ResumePoint:
+        """Starts `self.state` fresh or from a checkpoint. Returns where in the data the run starts."""
+        self.state = self._new_state()
+        if checkpoint is not None:
+            self.state = checkpoints.load_state(checkpoint, self.args)
+            if self.args.restore_callback_states_from_checkpoint:
+                self._load_callback_state()
+        self.state.is_hyper_param_search = trial is not None
+        self.state.train_batch_size = self._train_batch_size
+        self.state.compute_steps(self.args, plan.max_steps)
+        self.state.init_training_references(self, plan.max_steps, plan.num_train_epochs, trial)
+        return plan.resume_at(self.state.global_step, skip_data=not self.args.ignore_data_skip)
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, checkpoint: str | None) -> nn.Module:
+        """Creates optimizer and schedule, wraps the model, and loads their state. Returns the model to train."""
+        if self._created_lr_scheduler:
+            self.lr_scheduler, self._created_lr_scheduler = None, False
+        prepared = preparation.prepare(
+            self.accelerator,
+            self.model,
+            self._optimizer_factory(max_steps),
+            args=self.args,
+            max_steps=max_steps,
+            create_scheduler=self.create_scheduler,
+        )
+        self.model_wrapped, self.optimizer = prepared.model, prepared.optimizer
+        if self.is_fsdp_enabled:
+            self.model = self.model_wrapped
+        self.deepspeed = self.model_wrapped if self.is_deepspeed_enabled else None
+        self.lr_scheduler = prepared.lr_scheduler or self.create_scheduler(num_training_steps=max_steps)
+        if checkpoint is not None:
+            if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+                self._load_from_checkpoint(checkpoint, self.model_wrapped)
+            self._load_optimizer_and_scheduler(checkpoint)
+            self._load_scaler(checkpoint)
+        handler = self.callback_handler
+        handler.model, handler.optimizer, handler.lr_scheduler = self.model, self.optimizer, self.lr_scheduler
+        handler.train_dataloader = train_dataloader
+        return self.model_wrapped
+
+    def _optimizer_factory(self, max_steps: int) -> Callable[..., Any]:
+        """Returns what creates the optimizer: an overridden `create_optimizer_and_scheduler`, else `create_optimizer`."""
+        if type(self).create_optimizer_and_scheduler is Trainer.create_optimizer_and_scheduler:
+            return self.create_optimizer
+
+        def create_both(model: nn.Module | None = None) -> Any:
+            self.create_optimizer_and_scheduler(num_training_steps=max_steps)
+            return self.optimizer
+
+        return create_both
+
+    def _finalize_training(self, run: TrainingRun) -> TrainOutput:
+        """Logs the run's totals, loads the best model if asked, and returns what `train` returns."""
+        run.meter.drain(self.accelerator, self.state.global_step)
+        steps = self.state.global_step - run.initial_step
+        loss = run.meter.total / max(steps, 0.001)
+        share = steps / max(self.state.max_steps, 1)
+        metrics = speed.speed_metrics(
+            "train", run.start_time, num_samples=run.plan.num_train_samples * share, num_steps=steps
+        )
+        self.store_flos()
+        metrics.update(total_flos=self.state.total_flos, train_loss=loss)
+        self._memory_tracker.stop(metrics)
+        self.log(metrics)
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            self._load_best_model()
+        checkpoints.rotate(self.args, self._get_output_dir(run.trial), self.state.best_model_checkpoint)
+        self._events.fire("on_train_end")
+        self._finish_current_push()
+        return TrainOutput(self.state.global_step, loss, metrics)
+
+    def _reset_model(self, trial: Any) -> None:
+        """Makes a new model with `model_init`, from the same seed, and forgets the optimizer of the old one."""
+        setup.seed_everything(self.args)
+        self.model = self.model_wrapped = self.call_model_init(trial)
+        self.optimizer = self.lr_scheduler = None
+        if self.place_model_on_device:
+            self._move_model_to_device(self.model, self.args.device)
+
+    def get_total_train_batch_size(self, args: TrainingArguments) -> int:
+        """Returns the rows of one optimizer step: micro-batch x accumulation x data-parallel processes."""
+        return self._train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """Returns the micro-batches of one optimizer step and the number of items to divide their losses by.
+
+        Called once per optimizer step. Fewer batches than asked for at the end of the data.
+        """
+        batches = take(epoch_iterator, num_batches)
+        return batches, self._get_num_items_in_batch(batches, device)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        if not (self.model_accepts_loss_kwargs or self.compute_loss_func is not None):
+            return None
+        return global_count(
+            batch_samples,
+            accelerator=self.accelerator,
+            device=device,
+            shifts_labels=self._traits.shifts_labels,
+            across_processes=self.args.average_tokens_across_devices,
+        )
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Runs forward and backward of one micro-batch and returns its detached, scaled loss.
+
+        Called by the loop for every micro-batch.
+        """
+        step.enter_train_mode(model, self.optimizer)
+        inputs = self._prepare_inputs(inputs)
+        with self.compute_loss_context_manager():
+            extra = {"num_items_in_batch": num_items_in_batch} if self._passes_num_items else {}
+            loss = self.compute_loss(model, inputs, **extra)
+        del inputs
+        step.empty_cache(self.args.torch_empty_cache_steps, self.state.global_step)
+        scaled = self.loss_is_scaled_for_ga
+        if scaled is None:
+            scaled = self.compute_loss_func is not None or (
+                self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            )
+        loss = step.scale_loss(loss, already_scaled=scaled, accumulation=self.current_gradient_accumulation_steps)
+        self.accelerator.backward(loss, **step.backward_kwargs(self.args.optim, self.accelerator, self._get_learning_rate))
+        return loss.detach()
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """Returns the loss of a micro-batch, or (loss, outputs). Called by `training_step` and `prediction_step`.
+
+        An override that returns a mean over the micro-batch sets `loss_is_scaled_for_ga = False`; one that divides by
+        `num_items_in_batch` sets it to True.
+        """
+        loss, outputs = step.forward_loss(
+            model,
+            inputs,
+            num_items_in_batch=num_items_in_batch,
+            accepts_loss_kwargs=self.model_accepts_loss_kwargs,
+            compute_loss_func=self.compute_loss_func,
+            label_smoother=self.label_smoother,
+        )
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = step.undo_process_average(loss, self.accelerator.num_processes)
+        return (loss, outputs) if return_outputs else loss
+
+    @property
+    def _passes_num_items(self) -> bool:
+        return step.accepts_num_items(type(self).compute_loss)
+
+    def compute_loss_context_manager(self) -> contextlib.AbstractContextManager[Any]:
+        """Returns the context in which every loss is computed. Empty: accelerate applies autocast itself."""
+        return contextlib.nullcontext()
+
+    def _prepare_input(self, data: Any) -> Any:
+        return step.move(data, self.args.device, step.input_dtype(self.accelerator))
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Returns a batch with its tensors on the device. Called for every training and evaluation batch."""
+        inputs = self._prepare_input(inputs)
+        if len(inputs) == 0:
+            raise ArgumentError(
+                f"An empty batch reached the model. Rows need columns it takes: {', '.join(self._signature_columns or [])}."
+            )
+        return inputs
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """Clips gradients to `max_grad_norm` and returns their norm before. Called before each optimizer step."""
+        return step.clip_gradients(self.accelerator, model, self.optimizer, self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        if grad_norm is None:
+            grad_norm = step.clip_gradients(self.accelerator, model, self.optimizer, math.inf)
+        return grad_norm.item() if self.is_deepspeed_enabled and isinstance(grad_norm, Tensor) else grad_norm
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Returns the operations of one forward and backward pass: 6 x tokens x parameters without embeddings."""
+        return flops.floating_point_ops(self.model, inputs)
+
+    def store_flos(self) -> None:
+        """Adds the operations counted since the last call, over all processes, to `state.total_flos`."""
+        if self._run is not None:
+            local, self._run.flos = self._run.flos, 0.0
+            self.state.total_flos += flops.sum_over_processes(local, self.accelerator)
+
+    def _maybe_log_save_evaluate(
+        self,
+        tr_loss: Tensor,
+        grad_norm: Any,
+        model: nn.Module,
+        trial: Any,
+        epoch: float,
+        ignore_keys_for_eval: list[str] | None,
+        start_time: float,
+        learning_rate: float | None = None,
+    ) -> None:
+        """Logs, evaluates and saves where `control` asks for it. Called after each optimizer step and epoch."""
+        run = self._run
+        assert run is not None
+        if self.control.should_log and self.state.global_step > run.meter.logged_at:
+            steps = self.state.global_step - run.meter.logged_at
+            loss, nonfinite = run.meter.drain(self.accelerator, self.state.global_step)
+            logs: dict[str, Any] = {"loss": loss / steps}
+            if grad_norm is not None:
+                logs["grad_norm"] = grad_norm.item() if isinstance(grad_norm, Tensor) else grad_norm
+            logs["learning_rate"] = self._get_learning_rate() if learning_rate is None else learning_rate
+            if nonfinite:
+                logs["nonfinite_losses"] = nonfinite
+            self.store_flos()
+            self.log(logs, start_time)
+        if self.control.should_evaluate:
+            is_best = self._determine_best_metric(self._evaluate(trial, ignore_keys_for_eval), trial)
+            if self.args.save_strategy == "best":
+                self.control.should_save = is_best
+        if self.control.should_save:
+            self._save_checkpoint(model, trial)
+            self._events.fire("on_save")
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds epoch and step to `logs`, keeps them in `state.log_history` and hands them to the callbacks."""
+        if self.state.epoch is not None:
+            logs["epoch"] = self.state.epoch
+        if self.args.include_num_input_tokens_seen != "no" and self._run is not None:
+            self.state.num_input_tokens_seen += self._run.drain_tokens()
+            logs["num_input_tokens_seen"] = self.state.num_input_tokens_seen
+            if start_time is not None:
+                tokens = self.state.num_input_tokens_seen - self._run.initial_tokens
+                logs.update(speed.speed_metrics("train", start_time, num_tokens=tokens))
+        self.state.log_history.append({**logs, "step": self.state.global_step})
+        self._events.fire("on_log", logs=logs)
