@@ -1,0 +1,46 @@
+"""Arguments: one flat class for users, groups for the modules that read them, and a parser for programs."""
+
+from finetune.arguments.base import ArgumentGroup, arg
+from finetune.arguments.data import DataLoaderArguments
+from finetune.arguments.distributed import AcceleratorConfig, DistributedArguments
+from finetune.arguments.evaluation import BestModelArguments, EvaluationArguments
+from finetune.arguments.optimization import (
+    REGISTERED_OPTIMIZERS,
+    BatchingArguments,
+    OptimizerArguments,
+    ScheduleArguments,
+)
+from finetune.arguments.performance import (
+    KernelArguments,
+    MemoryArguments,
+    PrecisionArguments,
+    ReproducibilityArguments,
+)
+from finetune.arguments.reporting import LoggingArguments, TrackingArguments
+from finetune.arguments.saving import HubArguments, OutputArguments, ProgramArguments, SavingArguments
+from finetune.arguments.training import TrainingArguments
+
+__all__ = [
+    "REGISTERED_OPTIMIZERS",
+    "AcceleratorConfig",
+    "ArgumentGroup",
+    "BatchingArguments",
+    "BestModelArguments",
+    "DataLoaderArguments",
+    "DistributedArguments",
+    "EvaluationArguments",
+    "HubArguments",
+    "KernelArguments",
+    "LoggingArguments",
+    "MemoryArguments",
+    "OptimizerArguments",
+    "OutputArguments",
+    "PrecisionArguments",
+    "ProgramArguments",
+    "ReproducibilityArguments",
+    "SavingArguments",
+    "ScheduleArguments",
+    "TrackingArguments",
+    "TrainingArguments",
+    "arg",
+]

@@ -1,0 +1,137 @@
+"""How an argument field is declared, and how a call such as `TrainingArguments(evaluation_strategy="steps")` is read."""
+
+import dataclasses
+import inspect
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from finetune.errors import ArgumentError, nearest
+
+# Takes the value given under the old name and the keyword arguments of the call, which it may extend. Returns what
+# the warning says the user should write instead.
+Translation = Callable[[Any, dict[str, Any]], str]
+
+
+def arg(default: Any = dataclasses.MISSING, help: str = "", *, factory: Any = None, **metadata: Any) -> Any:
+    """Returns a dataclass field with a help text; further metadata goes to argparse (`choices`, `nargs`, `aliases`).
+
+    `old` names the spellings that former releases used for the very same value. They become command-line aliases, and
+    keyword arguments accepted with a warning.
+    """
+    old = metadata.pop("old", ())
+    if old:
+        spellings = [f"--{name}" for name in old]
+        spellings += [f"--{name.replace('_', '-')}" for name in old if "_" in name]
+        metadata["aliases"] = spellings
+    show = metadata.pop("repr", True)
+    if factory is not None:
+        return dataclasses.field(default_factory=factory, repr=show, metadata={"help": help, **metadata})
+    return dataclasses.field(default=default, repr=show, metadata={"help": help, **metadata})
+
+
+class ArgumentGroup:
+    """Base of the groups that make up `TrainingArguments`; a group checks its own fields."""
+
+    def _validate(self) -> None:
+        """Raises ArgumentError if the fields of this group cannot be honoured together."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises ArgumentError with `message` unless `condition` holds."""
+    if not condition:
+        raise ArgumentError(message)
+
+
+def require_choice(name: str, value: Any, allowed: Iterable[Any]) -> None:
+    """Raises ArgumentError unless `value` is one of `allowed`, naming the nearest."""
+    choices = list(allowed)
+    if value not in choices:
+        raise ArgumentError(f"`{name}={value!r}` is not one of {choices}.{nearest(str(value), map(str, choices))}")
+
+
+def require_positive(name: str, value: Any, *, zero: bool = False) -> None:
+    """Raises ArgumentError unless `value` is None or a number above zero (or zero, if allowed)."""
+    if value is None:
+        return
+    bound = "at least 0" if zero else "above 0"
+    if not isinstance(value, (int, float)) or value < 0 or (value == 0 and not zero):
+        raise ArgumentError(f"`{name}={value!r}` must be {bound}.")
+
+
+class ArgumentsMeta(type):
+    """Reads a constructor call: translates old names with one warning each and refuses unknown names.
+
+    It is a metaclass because a dataclass writes its own `__init__`: only the call itself sees every keyword, also for
+    subclasses that users declare with a plain `@dataclass`. The signature stays that of `__init__`.
+    """
+
+    @property
+    def __signature__(cls) -> inspect.Signature:
+        signature = inspect.signature(cls.__init__)
+        parameters = list(signature.parameters.values())[1:]
+        return signature.replace(parameters=parameters, return_annotation=signature.empty)
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        parameters = inspect.signature(cls).parameters
+        open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+        given = dict(kwargs)
+        old_names = old_names_of(cls)
+        for name, value in kwargs.items():
+            if name in parameters:
+                continue
+            if name in old_names:
+                del given[name]
+                advice = old_names[name](value, given)
+                warnings.warn(f"`{name}` is an old argument of {cls.__name__}: {advice}", FutureWarning, stacklevel=2)
+            elif not open_ended:
+                raise unknown_argument(cls.__name__, name, [*parameters, *old_names])
+        instance = cls.__new__(cls, *args, **given)
+        values = {**dict(zip(parameters, args, strict=False)), **given}
+        instance.__dict__["_sources"] = {name: "code" for name, value in values.items() if _chosen(cls, name, value)}
+        instance.__init__(*args, **given)
+        return instance
+
+
+def _chosen(cls: type, name: str, value: Any) -> bool:
+    """Returns whether a value given in a call is not the default; `dataclasses.replace` and parsers pass every field."""
+    field = getattr(cls, "__dataclass_fields__", {}).get(name)
+    if field is None:
+        return False
+    factory = field.default_factory
+    default = field.default if factory is dataclasses.MISSING else factory()
+    return default is dataclasses.MISSING or bool(default != value)
+
+
+def unknown_argument(owner: str, name: str, allowed: Iterable[str]) -> ArgumentError:
+    """Returns the error for a name that is neither current nor old."""
+    return ArgumentError(
+        f"{owner} has no argument `{name}`.{nearest(name, allowed)} `help({owner})` or `--help` lists all of them."
+    )
+
+
+def old_names_of(cls: type) -> dict[str, Translation]:
+    """Returns every old name that `cls` understands: its `_OLD_NAMES` tables along the MRO and the `old=` of its fields."""
+    table: dict[str, Translation] = {}
+    for base in reversed(cls.__mro__):
+        table.update(vars(base).get("_OLD_NAMES", {}))
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        for spelling in field.metadata.get("aliases", ()):
+            if "-" not in spelling[2:]:
+                table[spelling[2:]] = renamed(field.name)
+    return table
+
+
+def renamed(new: str) -> Translation:
+    """Returns the translation of a plain renaming; a value given under the new name as well must agree."""
+
+    def translate(value: Any, given: dict[str, Any]) -> str:
+        if new in given and given[new] != value:
+            raise ArgumentError(
+                f"`{new}={given[new]!r}` and its old spelling, set to {value!r}, disagree. Keep only `{new}`."
+            )
+        if value is not None:
+            given[new] = value
+        return f"use `{new}={value!r}`."
+
+    return translate

@@ -1,0 +1,207 @@
+"""The process that reads the arguments: its device, its rank, what it logs and saves."""
+
+import contextlib
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from finetune.arguments.distributed import parse_bool
+from finetune.compat import LOG_LEVELS, ParallelMode, library_verbosity
+from finetune.errors import ArgumentError
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate.state import PartialState
+
+    from finetune.arguments.training import TrainingArguments
+
+logger = logging.getLogger(__name__)
+
+
+class ProcessView:
+    """Properties that depend on the running process rather than on the arguments alone.
+
+    The process group and the device are set up when one of them is first read, and torch is imported then.
+    """
+
+    @property
+    def distributed_state(self: "TrainingArguments") -> "PartialState":  # type: ignore[misc]
+        """accelerate's `PartialState` of this process; an existing one is reused if it fits these arguments."""
+        if "_distributed_state" not in self.__dict__:
+            self.__dict__["_distributed_state"] = _open_state(self)
+        return self.__dict__["_distributed_state"]
+
+    @property
+    def device(self: "TrainingArguments") -> "torch.device":  # type: ignore[misc]
+        """The device of this process. One process uses one device."""
+        if "_device" not in self.__dict__:
+            self.__dict__["_device"] = _pick_device(self.distributed_state)
+        return self.__dict__["_device"]
+
+    @property
+    def _setup_devices(self: "TrainingArguments") -> "torch.device":  # type: ignore[misc]
+        return self.device
+
+    @property
+    def n_gpu(self: "TrainingArguments") -> int:  # type: ignore[misc]
+        """Accelerators that this process uses: 1, or 0 on the CPU. `nn.DataParallel` is not supported."""
+        return 0 if self.device.type == "cpu" else 1
+
+    @property
+    def parallel_mode(self) -> ParallelMode:
+        """`DISTRIBUTED` if there is a process group, else `NOT_PARALLEL`."""
+        alone = self.distributed_state.distributed_type.value == "NO"
+        return ParallelMode.NOT_PARALLEL if alone else ParallelMode.DISTRIBUTED
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes."""
+        return self.distributed_state.num_processes
+
+    @property
+    def process_index(self) -> int:
+        """Rank of this process among all."""
+        return self.distributed_state.process_index
+
+    @property
+    def local_process_index(self) -> int:
+        """Rank of this process on its machine."""
+        return self.distributed_state.local_process_index
+
+    @property
+    def should_log(self: "TrainingArguments") -> bool:  # type: ignore[misc]
+        """Whether this process logs."""
+        return (self.local_process_index if self.log_on_each_node else self.process_index) == 0
+
+    @property
+    def should_save(self: "TrainingArguments") -> bool:  # type: ignore[misc]
+        """Whether this process writes models and checkpoints."""
+        return (self.local_process_index if self.save_on_each_node else self.process_index) == 0
+
+    @property
+    def train_batch_size(self: "TrainingArguments") -> int:  # type: ignore[misc]
+        """Training samples per process and forward pass."""
+        return self.per_device_train_batch_size
+
+    @property
+    def eval_batch_size(self: "TrainingArguments") -> int:  # type: ignore[misc]
+        """Evaluation samples per process and forward pass."""
+        return self.per_device_eval_batch_size
+
+    @property
+    def ddp_timeout_delta(self: "TrainingArguments") -> timedelta:  # type: ignore[misc]
+        """`ddp_timeout` as a time span."""
+        return timedelta(seconds=self.ddp_timeout)
+
+    @property
+    def place_model_on_device(self) -> bool | None:
+        """Override to decide whether the trainer moves the model to the device; None leaves it to the trainer."""
+        return None
+
+    @property
+    def _no_sync_in_gradient_accumulation(self: "TrainingArguments") -> bool:  # type: ignore[misc]
+        return not self.deepspeed
+
+    def get_process_log_level(self: "TrainingArguments") -> int:  # type: ignore[misc]
+        """Returns the level of `logging` for this process: `log_level` if it logs, else `log_level_replica`."""
+        level = LOG_LEVELS[self.log_level if self.should_log else self.log_level_replica]
+        return library_verbosity() if level == -1 else level
+
+    @contextlib.contextmanager
+    def main_process_first(self, local: bool = True, desc: str = "work") -> Iterator[None]:
+        """Runs the block in the main process (of each machine if `local`) while the others wait, then in the others."""
+        if self.world_size == 1:
+            yield
+            return
+        import torch.distributed
+
+        index = self.local_process_index if local else self.process_index
+        if index != 0:
+            logger.debug("Process %d waits for the main process: %s", self.process_index, desc)
+            torch.distributed.barrier()
+        try:
+            yield
+        finally:
+            if index == 0:
+                logger.debug("The main process is done: %s", desc)
+                torch.distributed.barrier()
+
+
+def _open_state(args: "TrainingArguments") -> "PartialState":
+    """Returns the `PartialState` for `args`; replaces one made for another kind of device.
+
+    Raises:
+        ArgumentError: `use_configured_state` without a state, or processes that would train alone.
+    """
+    from accelerate.state import AcceleratorState, PartialState
+
+    config: Any = args.accelerator_config
+    cpu = args.use_cpu or parse_bool("ACCELERATE_USE_CPU", os.environ.get("ACCELERATE_USE_CPU", "false"))
+    existing = PartialState() if PartialState._shared_state else None
+    if config.use_configured_state:
+        if existing is None:
+            raise ArgumentError(
+                "`accelerator_config={'use_configured_state': True}` needs an `Accelerator` or `PartialState` that exists"
+                " before the arguments are used. Create one first, or drop the key."
+            )
+        return existing
+    if existing is not None and bool(existing._cpu) == cpu:
+        return existing
+    if existing is not None:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    settings: dict[str, Any] = {"cpu": True} if cpu else {"timeout": args.ddp_timeout_delta}
+    if args.deepspeed and not cpu:
+        with _environment("ACCELERATE_USE_DEEPSPEED", "true"):
+            state = PartialState(**settings)
+    else:
+        state = PartialState(backend=args.ddp_backend, **settings)
+    launched = int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
+    if launched != state.num_processes:
+        raise ArgumentError(
+            f"The launcher started {launched} processes, but no process group could be formed, so each would train alone"
+            " and write to the same folder. Without accelerators set `use_cpu=True`."
+        )
+    return state
+
+
+@contextlib.contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    """Sets an environment variable for the block."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+_several_devices_told = False
+
+
+def _pick_device(state: "PartialState") -> "torch.device":
+    """Returns the device of this process with its index, and says once if further devices stay unused."""
+    import torch
+
+    global _several_devices_told
+    device = torch.device(state.device)
+    if state.num_processes > 1 or device.type in ("cpu", "mps", "meta"):
+        return device
+    if device.index is None:
+        device = torch.device(device.type, 0)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        count = torch.cuda.device_count()
+        if count > 1 and not _several_devices_told:
+            _several_devices_told = True
+            warnings.warn(
+                f"{count} GPUs are visible but one process uses one device: {device}. Start the program with"
+                f" `accelerate launch --num_processes {count}` to use them all, or set CUDA_VISIBLE_DEVICES.",
+                stacklevel=3,
+            )
+    return device

@@ -1,0 +1,80 @@
+"""The output folder, checkpoints, resuming, and the Hub."""
+
+from dataclasses import dataclass
+
+from finetune.arguments.base import ArgumentGroup, arg, require, require_positive
+from finetune.arguments.evaluation import require_whole
+from finetune.compat import HubStrategy, SaveStrategy
+
+
+@dataclass(repr=False)
+class OutputArguments(ArgumentGroup):
+    """The output folder and the flags that only programs read."""
+
+    output_dir: str | None = arg(None, "Folder for checkpoints and results; unset means `trainer_output`.")
+
+    def _validate(self) -> None:
+        require(bool(self.output_dir), "`output_dir` is empty; name a folder.")
+
+
+@dataclass(kw_only=True, repr=False)
+class ProgramArguments(ArgumentGroup):
+    """Flags for programs; the trainer itself does not read them."""
+
+    do_train: bool = arg(False, "Train; for programs.")
+    do_eval: bool = arg(False, "Evaluate; for programs. True as soon as `eval_strategy` is not `no`.")
+    do_predict: bool = arg(False, "Predict on the test set; for programs.")
+    resume_from_checkpoint: str | None = arg(None, "Checkpoint folder to resume from; for programs.")
+
+
+@dataclass(kw_only=True, repr=False)
+class SavingArguments(ArgumentGroup):
+    """Checkpoints and resuming. The last five fields are ours and do not exist in transformers."""
+
+    save_strategy: SaveStrategy | str = arg("steps", "When to save: `no`, `steps`, `epoch` or `best`.")
+    save_steps: float = arg(500, "Steps between checkpoints; below 1 a share of all steps.")
+    save_total_limit: int | None = arg(
+        None, "Checkpoints to keep; older ones are deleted, the best and the last never are."
+    )
+    save_only_model: bool = arg(False, "Save weights only; such a checkpoint cannot be resumed.")
+    save_on_each_node: bool = arg(False, "Save on every node instead of on the first only.")
+    enable_jit_checkpoint: bool = arg(False, "On SIGTERM, save a checkpoint at the next step and stop.")
+    ignore_data_skip: bool = arg(False, "When resuming, start the data from its beginning.")
+    restore_callback_states_from_checkpoint: bool = arg(
+        False, "When resuming, restore the state of callbacks that export one."
+    )
+    keep_last: int | None = arg(None, "Ours: keep the newest so many checkpoints, apart from `keep_best`.")
+    keep_best: int | None = arg(None, "Ours: keep the best so many checkpoints by `metric_for_best_model`.")
+    async_save: bool = arg(False, "Ours: write checkpoints in the background, from a copy of the state.")
+    save_on_exception: bool = arg(False, "Ours: save a checkpoint when training stops with an error or Ctrl-C.")
+    overwrite_output_dir: bool = arg(
+        False, "Ours, kept from older transformers: programs may write into a folder that holds a finished run."
+    )
+
+    def _validate(self) -> None:
+        if self.save_strategy == SaveStrategy.STEPS:
+            require_positive("save_steps", self.save_steps)
+            require_whole("save_steps", self.save_steps)
+        for name in ("keep_last", "keep_best"):
+            require_positive(name, getattr(self, name))
+        require(
+            self.save_total_limit is None or not (self.keep_last or self.keep_best),
+            "`save_total_limit` cannot be combined with `keep_last` or `keep_best`; use one of the two policies.",
+        )
+
+
+@dataclass(kw_only=True, repr=False)
+class HubArguments(ArgumentGroup):
+    """Pushing to the Hub."""
+
+    push_to_hub: bool = arg(False, "Push to the Hub whenever the model is saved.")
+    hub_model_id: str | None = arg(None, "Repository, as `name` or `owner/name`; unset means the output folder's name.")
+    hub_strategy: HubStrategy | str = arg(
+        "every_save", "What is pushed: `end`, `every_save`, `checkpoint` or `all_checkpoints`."
+    )
+    hub_token: str | None = arg(
+        None, "Access token; unset means the one of `hf auth login`.", repr=False, old=["push_to_hub_token"]
+    )
+    hub_private_repo: bool | None = arg(None, "Create the repository as private; unset means the owner's default.")
+    hub_always_push: bool = arg(False, "Push even while the previous push is running.")
+    hub_revision: str | None = arg(None, "Branch or tag to push to.")

@@ -1,0 +1,78 @@
+"""Turning arguments into text and back into objects: dicts, JSON, pickles, old attribute names."""
+
+import copy
+import json
+import warnings
+from dataclasses import fields
+from enum import Enum
+from typing import Any
+
+from finetune.arguments.base import old_names_of
+from finetune.arguments.distributed import AcceleratorConfig
+from finetune.arguments.old_names import READABLE_OLD_NAMES
+
+# Belong to the running process; a copy in another process must set up its own.
+_PROCESS_STATE = ("_device", "_distributed_state")
+
+
+class Serialization:
+    """How `TrainingArguments` prints, pickles and answers to old attribute names."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the fields as values that JSON knows; tokens become `<HUB_TOKEN>`."""
+        return {field.name: _plain(field.name, getattr(self, field.name)) for field in fields(self) if field.init}  # type: ignore[arg-type]
+
+    def to_json_string(self) -> str:
+        """Returns `to_dict()` as indented JSON."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def to_sanitized_dict(self) -> dict[str, Any]:
+        """Returns `to_dict()` and the batch sizes with every other type turned into text, as trackers need it."""
+        values = self.to_dict()
+        values["train_batch_size"] = self.train_batch_size  # type: ignore[attr-defined]
+        values["eval_batch_size"] = self.eval_batch_size  # type: ignore[attr-defined]
+        return {key: value if type(value) in (bool, int, float, str) else str(value) for key, value in values.items()}
+
+    def __repr__(self) -> str:
+        lines = [f"{name}={value!r},\n" for name, value in sorted(self.to_dict().items())]
+        return f"{type(self).__name__}(\n{''.join(lines)})"
+
+    __str__ = __repr__
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in _PROCESS_STATE}
+
+    def __getattr__(self, name: str) -> Any:
+        if name in READABLE_OLD_NAMES:
+            return READABLE_OLD_NAMES[name](self)
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in READABLE_OLD_NAMES:
+            given: dict[str, Any] = {}
+            advice = old_names_of(type(self))[name](value, given)
+            warnings.warn(f"`{name}` is an old argument: {advice}", FutureWarning, stacklevel=2)
+            for new, translated in given.items():
+                object.__setattr__(self, new, translated)
+            return
+        object.__setattr__(self, name, value)
+
+
+def _plain(name: str, value: Any) -> Any:
+    """Returns a field as plain data: enumerations by value, dtypes by name, configuration objects as dicts."""
+    if name.endswith("_token"):
+        return f"<{name.upper()}>"
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, AcceleratorConfig):
+        return value.to_dict()
+    if isinstance(value, (list, tuple)):
+        return [_plain("", item) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain("", item) for key, item in value.items()}
+    if type(value).__module__ == "torch" and type(value).__name__ == "dtype":
+        return str(value).removeprefix("torch.")
+    for method in ("to_dict", "to_json"):
+        if hasattr(value, method) and not isinstance(value, type):
+            return getattr(value, method)()
+    return copy.copy(value)
