@@ -1,0 +1,196 @@
+"""PEFT adapters: wrap a model with them, recognise a wrapped model, and look through the wrapper."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from finetune.errors import ArgumentError, ModelLoadError
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+
+def is_peft_model(model: object) -> bool:
+    """Returns whether `model` is a PEFT wrapper, without importing peft: if nobody imported it, nothing is wrapped."""
+    peft: Any = sys.modules.get("peft")
+    classes = tuple(
+        found for name in ("PeftModel", "PeftMixedModel") if isinstance(found := getattr(peft, name, None), type)
+    )
+    return bool(classes) and isinstance(model, classes)
+
+
+def unwrap_adapters(model: nn.Module) -> nn.Module:
+    """Returns the model inside a PEFT wrapper (its layers may hold adapters), or `model` itself."""
+    if not is_peft_model(model):
+        return model
+    peft_model: Any = model
+    if hasattr(peft_model, "get_base_model"):
+        return peft_model.get_base_model()
+    return peft_model.base_model.model  # PeftMixedModel offers no accessor
+
+
+def unwrap(model: nn.Module, *, keep_adapters: bool = False) -> nn.Module:
+    """Returns the user's model inside DDP, FSDP, DeepSpeed and `torch.compile` wrappers, and inside PEFT's too.
+
+    With `keep_adapters` the PEFT wrapper stays, which is what is saved. Wrappers are told by what they are, not by
+    attribute names alone, so a model of the user that has an attribute `module` is left alone.
+    """
+    while True:
+        inner = _inner_module(model)
+        if inner is None:
+            break
+        model = inner
+    return model if keep_adapters else unwrap_adapters(model)
+
+
+def _inner_module(model: nn.Module) -> nn.Module | None:
+    # A lookup in `_modules`, because PEFT's `__getattr__` would reach through to a compiled model inside it.
+    compiled = model._modules.get("_orig_mod")
+    if compiled is not None:
+        return compiled
+    parallel: tuple[type, ...] = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None:
+        parallel += (fsdp.FullyShardedDataParallel,)
+    deepspeed: Any = sys.modules.get("deepspeed")
+    if deepspeed is not None and hasattr(deepspeed, "DeepSpeedEngine"):
+        parallel += (deepspeed.DeepSpeedEngine,)
+    return model._modules["module"] if isinstance(model, parallel) else None
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Returns whether bitsandbytes holds the weights in 4 or 8 bits."""
+    return bool(getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False))
+
+
+def add_adapters(
+    model: nn.Module,
+    peft_config: PeftConfig,
+    *,
+    added_token_ids: Sequence[int] = (),
+    zero_stage: int = 0,
+    activation_checkpointing: bool = False,
+    adapter_dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """Returns `model` wrapped by PEFT, with the frozen base and the trainable adapters as TRL's SFTTrainer leaves them.
+
+    - `added_token_ids`: tokens new to the vocabulary; their rows of the embedding and the head become trainable.
+    - `zero_stage` 3 keeps unquantized adapters in the dtype of the base, because ZeRO-3 gathers one dtype at a time
+      (https://github.com/deepspeedai/DeepSpeed/issues/8072).
+    - `activation_checkpointing`: the embedding's output is made to require gradients, otherwise a checkpointed frozen
+      block cuts the graph (https://github.com/huggingface/transformers/issues/42489).
+    - `adapter_dtype`: dtype of the trainable weights on a quantized base. None means bfloat16 where the device
+      computes in it (QLoRA, arXiv:2305.14314 section 3) and float32 on CPU. DoRA magnitudes stay as PEFT made them:
+      their updates vanish in bfloat16.
+
+    `peft_config` is copied, never changed. Raises `ArgumentError` for a wrapped model or a wrong type, and
+    `ModelLoadError` when peft is missing.
+    """
+    peft = _import_peft()
+    if not isinstance(peft_config, peft.PeftConfig):
+        raise ArgumentError(
+            f"`peft_config` is a {type(peft_config).__name__}; pass a `peft.PeftConfig`, for example "
+            "`peft.LoraConfig(task_type='CAUSAL_LM', target_modules='all-linear')`."
+        )
+    if is_peft_model(model):
+        raise ArgumentError(
+            "`model` already carries PEFT adapters and `peft_config` asks for more. Merge the old ones first "
+            "(`model.merge_and_unload()`), or drop `peft_config` to go on training them."
+        )
+    quantized = is_quantized(model)
+    config = _with_trainable_tokens(copy.deepcopy(peft_config), added_token_ids, model)
+    cast_adapters = not (zero_stage == 3 and not quantized)
+    wrapped: Any = peft.get_peft_model(model, config, autocast_adapter_dtype=cast_adapters)
+    if activation_checkpointing:
+        wrapped.enable_input_require_grads()
+    if quantized:
+        _cast_trainable(wrapped, adapter_dtype or _low_bit_adapter_dtype(model))
+    return wrapped
+
+
+def prepare_quantized(
+    model: nn.Module, *, activation_checkpointing: bool, checkpointing_kwargs: Any = None
+) -> nn.Module:
+    """Returns a bitsandbytes model made ready for adapters: base frozen, norms and head in float32.
+
+    Used for quantized models only; other models are returned as they are. See `peft.prepare_model_for_kbit_training`.
+    """
+    if not is_quantized(model):
+        return model
+    peft = _import_peft()
+    return peft.prepare_model_for_kbit_training(
+        model,
+        use_gradient_checkpointing=activation_checkpointing,
+        gradient_checkpointing_kwargs=dict(checkpointing_kwargs or {"use_reentrant": False}),
+    )
+
+
+def reentrant_checkpointing_kwargs(model: nn.Module, kwargs: dict[str, Any] | None, zero_stage: int) -> dict[str, Any]:
+    """Returns the activation-checkpointing arguments that are right for `model`: ZeRO-3 with adapters needs reentrant.
+
+    See https://github.com/huggingface/trl/issues/2514. Raises `ArgumentError` when `use_reentrant=False` was asked.
+    """
+    resolved = dict(kwargs or {})
+    if not (is_peft_model(model) and zero_stage == 3):
+        return resolved
+    if resolved.get("use_reentrant") is False:
+        raise ArgumentError(
+            "adapters under DeepSpeed ZeRO-3 need reentrant checkpointing, but `gradient_checkpointing_kwargs` says "
+            "`use_reentrant=False`. Remove it or set it to true."
+        )
+    return {**resolved, "use_reentrant": True}
+
+
+def _import_peft() -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise ModelLoadError(
+            "adapters were asked for (`peft_config`) but the package peft is not installed. Install it with "
+            "`pip install finetune[peft]`, or drop `peft_config` to train all weights."
+        ) from error
+    return peft
+
+
+def _with_trainable_tokens(config: Any, added_token_ids: Sequence[int], model: nn.Module) -> Any:
+    """Returns `config` with new vocabulary rows trainable; as it was if none are or the method has no such field."""
+    if not added_token_ids or not hasattr(config, "trainable_token_indices"):
+        return config
+    new_ids = list(added_token_ids)
+    current = config.trainable_token_indices
+    if isinstance(current, list):
+        config.trainable_token_indices = sorted({*current, *new_ids})
+    else:
+        current = dict(current or {})
+        name = _embedding_name(model)
+        current[name] = sorted({*current.get(name, []), *new_ids})
+        config.trainable_token_indices = current
+    tied = bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False))
+    if not tied and "lm_head" not in (config.modules_to_save or []):
+        config.modules_to_save = [*(config.modules_to_save or []), "lm_head"]
+    return config
+
+
+def _embedding_name(model: Any) -> str:
+    embedding = model.get_input_embeddings()
+    for name, module in model.named_modules():
+        if module is embedding:
+            return name.rsplit(".", 1)[-1]
+    return "embed_tokens"
+
+
+def _low_bit_adapter_dtype(model: nn.Module) -> torch.dtype:
+    parameter = next(model.parameters())
+    return torch.float32 if parameter.device.type == "cpu" else torch.bfloat16
+
+
+def _cast_trainable(model: nn.Module, dtype: torch.dtype) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and "lora_magnitude_vector" not in name:
+            parameter.data = parameter.data.to(dtype)

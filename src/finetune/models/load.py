@@ -1,0 +1,225 @@
+"""A path or Hub id to a model or tokenizer, with one clear error when that is not possible."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from finetune.errors import ArgumentError, ModelLoadError, nearest
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+_DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+_CONFIG_FILES = ("config.json", "adapter_config.json")
+# A head that the checkpoint lacks is ordinary (classification); most of the weights missing is a wrong folder.
+_MISSING_WEIGHTS_LIMIT = 0.5
+
+
+def load_model(
+    model: str | os.PathLike[str] | nn.Module,
+    *,
+    auto_class: str | type = "AutoModelForCausalLM",
+    model_init_kwargs: Mapping[str, Any] | None = None,
+    dtype: str | torch.dtype | None = None,
+    quantization_config: Any = None,
+    trust_remote_code: bool = False,
+) -> Any:
+    """Returns the model that `model` names, or `model` itself if it is one already.
+
+    Weights are float32 unless `dtype` or `model_init_kwargs["dtype"]` says otherwise, as in TRL: mixed precision
+    computes in bfloat16 and keeps float32 masters. `auto_class` is a class with `from_pretrained`, or its name in
+    transformers. Nothing is placed on a device here except by a `device_map`.
+
+    Raises:
+        ModelLoadError: the folder or id cannot be read, or its weights belong to another model.
+        ArgumentError: `dtype` is unknown, or an option is given twice.
+    """
+    kwargs = dict(model_init_kwargs or {})
+    if isinstance(model, nn.Module):
+        for option, given in (("model_init_kwargs", kwargs), ("quantization_config", quantization_config)):
+            if given:
+                warnings.warn(
+                    f"`{option}` says how to load a model, but `model` is loaded already ({type(model).__name__}): "
+                    f"it has no effect. Pass `model` as a path or Hub id, or drop `{option}`.",
+                    stacklevel=2,
+                )
+        return model
+    name = os.fspath(model)
+    if quantization_config is not None:
+        _set_once(kwargs, "quantization_config", quantization_config)
+    if dtype is not None:
+        _set_once(kwargs, "dtype", dtype)
+    kwargs["dtype"] = parse_dtype(kwargs.get("dtype", kwargs.pop("torch_dtype", None)))
+    kwargs.setdefault("trust_remote_code", trust_remote_code)
+    check_model_path(name)
+    loader = _auto_class(auto_class)
+    try:
+        loaded = loader.from_pretrained(name, output_loading_info=True, **kwargs)
+    except Exception as error:
+        raise _load_error("model", name, error) from error
+    found, info = loaded if isinstance(loaded, tuple) else (loaded, {})
+    _check_weights(found, info, name)
+    return found
+
+
+def load_config(model: str | os.PathLike[str], *, trust_remote_code: bool = False, **kwargs: Any) -> PretrainedConfig:
+    """Returns the configuration of a model without its weights: the cheap first check of a path or id.
+
+    Raises `ModelLoadError` as `load_model` does.
+    """
+    from transformers import AutoConfig
+
+    name = os.fspath(model)
+    check_model_path(name)
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **kwargs)
+    except Exception as error:
+        raise _load_error("model", name, error) from error
+
+
+def load_tokenizer(
+    model_or_path: str | os.PathLike[str] | nn.Module,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    **kwargs: Any,
+) -> PreTrainedTokenizerBase:
+    """Returns the tokenizer stored beside a model, given the path, the Hub id, or the loaded model.
+
+    A loaded model remembers where it came from (`config._name_or_path`); one built from a config does not, and then
+    the tokenizer has to be passed. Raises `ModelLoadError`.
+    """
+    from transformers import AutoTokenizer
+
+    name = _origin(model_or_path)
+    check_model_path(name)
+    options = {"revision": revision} if revision is not None else {}
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **options, **kwargs)
+    except Exception as error:
+        raise _load_error("tokenizer", name, error) from error
+
+
+def check_model_path(name: str) -> None:
+    """Raises `ModelLoadError` when `name` is meant as a folder and cannot be a model's. Hub ids pass unread."""
+    path = Path(name).expanduser()
+    if not name.strip():
+        raise ModelLoadError("`model` is empty. Give a folder written by `save_pretrained`, or a Hub id `owner/name`.")
+    if path.is_file():
+        raise ModelLoadError(f"`model` is the file {name!r}. Give the folder that holds it ({str(path.parent)!r}).")
+    if path.is_dir():
+        _check_folder(path)
+    elif name.startswith((os.sep, ".", "~")) or name.count("/") > 1:
+        siblings = [str(each) for each in path.parent.glob("*")] if path.parent.is_dir() else []
+        raise ModelLoadError(
+            f"`model` names the folder {name!r}, which does not exist.{nearest(str(path), siblings)} Give a folder "
+            "written by `save_pretrained`, or a Hub id `owner/name`."
+        )
+
+
+def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | str:
+    """Returns a torch dtype or "auto" (as stored in the checkpoint); None is float32.
+
+    >>> parse_dtype("bfloat16"), parse_dtype(None), parse_dtype("auto")
+    (torch.bfloat16, torch.float32, 'auto')
+    """
+    if dtype is None:
+        return torch.float32
+    if isinstance(dtype, torch.dtype) or dtype == "auto":
+        return dtype
+    short = str(dtype).removeprefix("torch.")
+    short = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32"}.get(short, short)
+    if short not in _DTYPES:
+        raise ArgumentError(
+            f"`dtype` is {dtype!r}; allowed are {', '.join(map(repr, _DTYPES))}.{nearest(short, _DTYPES)} "
+            "It is set by `--dtype` or `model_init_kwargs`."
+        )
+    return getattr(torch, short)
+
+
+def _check_folder(path: Path) -> None:
+    if not os.access(path, os.R_OK | os.X_OK):
+        raise ModelLoadError(f"`model` is the folder {str(path)!r}, which cannot be read: permission denied.")
+    names = sorted(each.name for each in path.iterdir())
+    if any(name in names for name in _CONFIG_FILES):
+        return
+    if any(name.endswith(".gguf") for name in names):
+        return
+    nested = [name for name in names if (path / name / "config.json").is_file()]
+    hint = f" {str(path / nested[-1])!r} has one; is that the folder you mean?" if nested else ""
+    shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") if names else "nothing"
+    raise ModelLoadError(
+        f"`model` is the folder {str(path)!r}, which holds {shown} and no config.json, so it is no saved model.{hint} "
+        "Expected is a folder written by `save_pretrained` or `trainer.save_model`."
+    )
+
+
+def _auto_class(auto_class: str | type) -> Any:
+    if not isinstance(auto_class, str):
+        return auto_class
+    import transformers
+
+    found = getattr(transformers, auto_class, None)
+    if found is None or not hasattr(found, "from_pretrained"):
+        allowed = [name for name in dir(transformers) if name.startswith("AutoModel")]
+        raise ArgumentError(
+            f"`auto_class` is {auto_class!r}, which transformers does not have.{nearest(auto_class, allowed)}"
+        )
+    return found
+
+
+def _set_once(kwargs: dict[str, Any], name: str, value: Any) -> None:
+    if name in kwargs and kwargs[name] is not value and kwargs[name] != value:
+        raise ArgumentError(
+            f"`{name}` is given twice, as an argument and in `model_init_kwargs`, with different values. Keep one."
+        )
+    kwargs[name] = value
+
+
+def _origin(model_or_path: Any) -> str:
+    if not isinstance(model_or_path, nn.Module):
+        return os.fspath(model_or_path)
+    name = getattr(getattr(model_or_path, "config", None), "_name_or_path", "") or ""
+    if not name:
+        raise ModelLoadError(
+            f"`model` ({type(model_or_path).__name__}) was built in this process, so there is no folder to read its "
+            "tokenizer from. Pass it as `processing_class`."
+        )
+    return name
+
+
+def _load_error(what: str, name: str, error: Exception) -> ModelLoadError:
+    """Returns one error for the dozen ways in which transformers, safetensors and the Hub client can fail."""
+    cause = " ".join(str(error).split())
+    cause = cause if len(cause) <= 300 else cause[:297] + "..."
+    if Path(name).expanduser().is_dir():
+        files = ", ".join(sorted(each.name for each in Path(name).expanduser().iterdir()))
+        remedy = f"The folder holds: {files}. Save it again with `save_pretrained`, or copy it again if it was cut off."
+    else:
+        remedy = (
+            "It is no folder here, so it was taken for a Hub id `owner/name`. Check its spelling, the network, and "
+            "`HF_TOKEN` for gated models; offline (`HF_HUB_OFFLINE=1`) it must be in the cache already."
+        )
+    return ModelLoadError(f"the {what} {name!r} cannot be loaded: {type(error).__name__}: {cause} {remedy}")
+
+
+def _check_weights(model: nn.Module, info: Mapping[str, Any], name: str) -> None:
+    missing = {str(key) for key in info.get("missing_keys", ())}
+    if not missing:
+        return
+    sizes = {key: parameter.numel() for key, parameter in model.named_parameters()}
+    total = sum(sizes.values())
+    share = sum(size for key, size in sizes.items() if key in missing) / total if total else 0.0
+    if share > _MISSING_WEIGHTS_LIMIT:
+        raise ModelLoadError(
+            f"{share:.0%} of the weights of {type(model).__name__} are not in {name!r} and would start at random "
+            f"(first: {sorted(missing)[0]}). The weights there belong to another architecture than its config.json "
+            "says: check `model`."
+        )

@@ -1,0 +1,81 @@
+"""Activation checkpointing and `use_cache` leave the model as they found it."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from finetune.errors import ArgumentError
+from finetune.models.activation import activation_checkpointing, is_checkpointing, use_cache
+
+
+@pytest.fixture
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2
+    )
+    return LlamaForCausalLM(config).train()
+
+
+def state(model: nn.Module) -> list:
+    return [
+        (sorted(module.__dict__), len(module._forward_hooks), getattr(module, "gradient_checkpointing", None))
+        for module in model.modules()
+    ]
+
+
+def gradients(model: nn.Module) -> list[torch.Tensor]:
+    model.zero_grad()
+    ids = torch.arange(12).view(2, 6)
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("wrap", [False, True])
+def test_same_gradients_inside_and_no_trace_outside(model, wrap: bool) -> None:
+    model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])) if wrap else model
+    before, expected = state(model), gradients(model)
+    with activation_checkpointing(model):
+        assert is_checkpointing(model)
+        inside = gradients(model)
+    assert state(model) == before and not is_checkpointing(model)
+    assert len(inside) == len(expected) and all(map(torch.equal, inside, expected))
+
+
+def test_an_exception_restores(model) -> None:
+    before = state(model)
+    with pytest.raises(KeyError), activation_checkpointing(model, kwargs={"use_reentrant": False}):
+        raise KeyError
+    assert state(model) == before
+
+
+def test_placement_arguments_reach_the_model(model) -> None:
+    with activation_checkpointing(model, kwargs={"every_n_layers": 2}):
+        flags = [layer.gradient_checkpointing for layer in model.model.layers]
+    assert flags == [True, False, True, False]
+
+
+def test_the_users_own_setting_survives(model) -> None:
+    model.gradient_checkpointing_enable()
+    before = state(model)
+    with activation_checkpointing(model, enabled=False):
+        assert is_checkpointing(model)
+    with activation_checkpointing(model, kwargs={"every_n_layers": 2}):
+        pass
+    assert state(model) == before and is_checkpointing(model)
+
+
+def test_unsupported_models_are_told() -> None:
+    with pytest.raises(ArgumentError, match="activation_checkpointing"), activation_checkpointing(nn.Linear(2, 2)):
+        pass
+
+
+def test_use_cache_returns(model) -> None:
+    model.config.use_cache = True
+    with use_cache(model, False):
+        assert model.config.use_cache is False
+    assert model.config.use_cache is True
+    with use_cache(nn.Linear(1, 1), False):
+        pass
