@@ -1,0 +1,67 @@
+"""Device sums between two logs, and honesty about non-finite losses."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from finetune.engine.meter import LossMeter, MetricBag
+from finetune.errors import NonFiniteLossError
+
+ALONE: Any = SimpleNamespace(num_processes=1)
+CPU = torch.device("cpu")
+
+
+def test_drain_returns_the_sum_and_starts_again() -> None:
+    meter = LossMeter(CPU, "raise", start_step=3)
+    running = meter.running
+    meter.add(torch.tensor(1.5), 3)
+    meter.add(torch.tensor(0.5), 3)
+    assert meter.drain(ALONE, 4) == (2.0, 0)
+    assert meter.drain(ALONE, 4) == (0.0, 0)
+    assert (meter.total, meter.logged_at) == (2.0, 4)
+    assert meter.running is running, "callers hold on to the tensor"
+
+
+def test_raise_stops_at_the_first_nan_and_says_where() -> None:
+    meter = LossMeter(CPU, "raise", 0)
+    with pytest.raises(NonFiniteLossError, match="update 8"):
+        meter.add(torch.tensor(float("nan")), 7)
+
+
+def test_log_keeps_the_nan_and_counts_it() -> None:
+    meter = LossMeter(CPU, "log", 0)
+    meter.add(torch.tensor(1.0), 0)
+    meter.add(torch.tensor(float("inf")), 0)
+    loss, bad = meter.drain(ALONE, 1)
+    assert loss == float("inf")
+    assert bad == 1
+    meter.add(torch.tensor(1.0), 1)
+    assert meter.drain(ALONE, 2) == (1.0, 0), "the NaN must not stay in the running sum"
+
+
+def test_skip_step_drops_only_the_bad_window() -> None:
+    meter = LossMeter(CPU, "skip_step", 0)
+    meter.add(torch.tensor(float("nan")), 0)
+    assert meter.window_is_bad(torch.tensor(1.0))
+    meter.add(torch.tensor(1.0), 1)
+    assert not meter.window_is_bad(torch.tensor(1.0))
+    assert meter.window_is_bad(torch.tensor(float("inf"))), "an infinite gradient norm counts too"
+
+
+def test_state_survives() -> None:
+    meter = LossMeter(CPU, "raise", 0)
+    meter.add(torch.tensor(0.1), 0)
+    other = LossMeter(CPU, "raise", 0)
+    other.load_state_dict(meter.state_dict())
+    assert torch.equal(other.running, meter.running)
+
+
+def test_metric_bag_weighs_by_count() -> None:
+    bag = MetricBag()
+    bag.add("accuracy", torch.tensor(3.0), 4)
+    bag.add("accuracy", torch.tensor(1.0), torch.tensor(12))
+    bag.add("empty", torch.tensor(0.0), 0)
+    assert bag.drain() == {"accuracy": 0.25}
+    assert bag.drain() == {}

@@ -1,0 +1,119 @@
+"""Counting, scaling and computing the loss of a micro-batch."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from finetune.engine import step
+from finetune.errors import ArgumentError
+
+
+class WithLoss(nn.Module):
+    """Returns sum(x * w) as loss, divided by `num_items_in_batch` when given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x: torch.Tensor, labels: Any = None, num_items_in_batch: Any = None) -> dict[str, torch.Tensor]:
+        total = (x * self.weight).sum()
+        return {"loss": total / num_items_in_batch if num_items_in_batch is not None else total, "logits": x}
+
+
+LABELS = torch.tensor([[5, 6, -100], [-100, 7, 8]])
+
+
+def test_a_causal_model_does_not_predict_the_first_token() -> None:
+    assert step.count_items([{"labels": LABELS}], shifts_labels=True) == 3
+    assert step.count_items([{"labels": LABELS}], shifts_labels=False) == 4
+
+
+def test_counts_add_up_over_the_window() -> None:
+    assert step.count_items([{"labels": LABELS}] * 3, shifts_labels=True) == 9
+
+
+def test_shift_labels_are_taken_at_their_word() -> None:
+    assert step.count_items([{"labels": LABELS, "shift_labels": LABELS[:, 1:]}], shifts_labels=True) == 3
+
+
+@pytest.mark.parametrize("batches", [[], [{"x": LABELS}], [{"labels": [1, 2]}]])
+def test_nothing_to_count(batches: Any) -> None:
+    assert step.count_items(batches, shifts_labels=True) is None
+
+
+def test_the_model_divides_by_the_items_it_is_told() -> None:
+    loss, _ = step.forward_loss(
+        WithLoss(), {"x": torch.ones(4)}, num_items_in_batch=torch.tensor(8), accepts_loss_kwargs=True
+    )
+    assert loss == 1.0
+
+
+def test_a_model_without_loss_kwargs_is_not_told() -> None:
+    loss, _ = step.forward_loss(WithLoss(), {"x": torch.ones(4)}, num_items_in_batch=8, accepts_loss_kwargs=False)
+    assert loss == 8.0
+
+
+def test_compute_loss_func_with_and_without_the_count() -> None:
+    inputs = {"x": torch.ones(4), "labels": torch.tensor(3.0)}
+    new, _ = step.forward_loss(
+        WithLoss(),
+        inputs,
+        num_items_in_batch=2,
+        accepts_loss_kwargs=True,
+        compute_loss_func=lambda outputs, labels, num_items_in_batch=None: labels / num_items_in_batch,
+    )
+    old, _ = step.forward_loss(
+        WithLoss(),
+        inputs,
+        num_items_in_batch=2,
+        accepts_loss_kwargs=True,
+        compute_loss_func=lambda outputs, labels: labels,
+    )
+    assert (new, old) == (1.5, 3.0)
+    assert "labels" in inputs
+
+
+def test_a_model_without_a_loss_is_an_error_that_names_the_columns() -> None:
+    class Headless(nn.Module):
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"logits": x}
+
+    with pytest.raises(ArgumentError, match=r"logits.*columns \['x'\].*labels"):
+        step.forward_loss(Headless(), {"x": torch.ones(1)}, accepts_loss_kwargs=False)
+
+
+def test_scaling_is_done_once() -> None:
+    loss = torch.tensor(8.0)
+    assert step.scale_loss(loss, already_scaled=True, accumulation=4) == 8.0
+    assert step.scale_loss(loss, already_scaled=False, accumulation=4) == 2.0
+
+
+def test_move_keeps_structure_and_casts_floats_only() -> None:
+    data = {"ids": torch.tensor([1]), "nested": [torch.tensor([1.5]), "text"], "pair": (torch.tensor([1.0]), 3)}
+    moved = step.move(data, torch.device("cpu"), torch.bfloat16)
+    assert moved["ids"].dtype == torch.int64
+    assert moved["nested"][0].dtype == torch.bfloat16
+    assert moved["nested"][1] == "text"
+    assert isinstance(moved["pair"], tuple)
+
+
+def test_accepts_num_items() -> None:
+    def new(model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> None: ...
+    def old(model: Any, inputs: Any, return_outputs: bool = False) -> None: ...
+    def loose(model: Any, inputs: Any, **kwargs: Any) -> None: ...
+
+    assert [step.accepts_num_items(f) for f in (new, old, loose)] == [True, False, True]
+
+
+@pytest.mark.parametrize("shift", [True, False])
+def test_label_smoothing_equals_torch(shift: bool) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(2, 5, 7, dtype=torch.float32)
+    labels = torch.randint(0, 7, (2, 5))
+    labels[0, 1] = labels[1, 4] = -100
+    got = step.LabelSmoother(0.1, shift_labels=shift)({"logits": logits}, labels)
+    scores, targets = (logits[:, :-1], labels[:, 1:]) if shift else (logits, labels)
+    expected = nn.functional.cross_entropy(scores.reshape(-1, 7), targets.reshape(-1), label_smoothing=0.1)
+    assert torch.allclose(got, expected, atol=1e-6)
