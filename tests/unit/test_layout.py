@@ -1,0 +1,167 @@
+"""The shape of the source tree: lengths, who may import what, and what an import costs."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "src" / "finetune"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+PROGRAMS = sorted([*ROOT.glob("trainers/*.py"), *ROOT.glob("examples/*.py")])
+MODULE_LINES, FACADE_LINES, FUNCTION_LINES = 400, 500, 80
+
+# Which modules may import a package; a trailing slash means everything below that folder.
+ALLOWED = {
+    "trl": ["compat.py"],
+    "transformers.trainer": ["compat.py"],
+    "transformers.training_args": ["compat.py"],
+    "transformers.Trainer": ["compat.py"],
+    "transformers.TrainingArguments": ["compat.py"],
+    "galore_torch": [],
+    "peft": ["models/adapters.py", "checkpoint/weights.py"],
+    "liger_kernel": ["kernels/liger.py"],
+    "bitsandbytes": ["optim/builders.py", "models/load.py"],
+    "deepspeed": ["distributed/", "checkpoint/backends.py", "arguments/distributed.py"],
+}
+# Too slow to import before they are used.
+LAZY = {
+    "accelerate", "bitsandbytes", "datasets", "deepspeed", "huggingface_hub", "liger_kernel", "matplotlib", "peft",
+    "scipy", "sklearn", "tokenizers", "transformers", "trl",
+}  # fmt: skip
+
+
+def imported_names(tree: ast.AST) -> Iterator[str]:
+    """Yields `a.b` for `import a.b`, and both `a` and `a.b` for `from a import b`; nothing under `TYPE_CHECKING`."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        yield from imported_names(node)
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def too_long(source: str, cap: int) -> list[str]:
+    found = [f"{lines} lines, at most {cap}"] if (lines := source.count("\n")) > cap else []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            if length > FUNCTION_LINES:
+                found.append(f"{node.name}: {length} lines, at most {FUNCTION_LINES}")
+    return found
+
+
+def misplaced_imports(source: str, path: str) -> list[str]:
+    found = []
+    for name in imported_names(ast.parse(source)):
+        for package, homes in ALLOWED.items():
+            # "transformers.trainer" also stands for trainer_utils, trainer_callback and the like.
+            dotted = "." in package
+            hit = name.startswith(package) if dotted else name == package or name.startswith(package + ".")
+            at_home = any(path.startswith(home) if home.endswith("/") else path == home for home in homes)
+            if hit and not at_home:
+                found.append(f"{name}, allowed in {homes}")
+    return found
+
+
+def heavy_top_imports(source: str) -> list[str]:
+    top = [node for node in ast.parse(source).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = imported_names(ast.Module(body=list(top), type_ignores=[]))
+    return sorted({name for name in names if name.split(".")[0] in LAZY})
+
+
+def private_imports(source: str, exported: set[str]) -> list[str]:
+    """Returns what a program takes from finetune that is not one of its public names."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names if alias.name.startswith("finetune.")]
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "finetune":
+            names = [alias.name for alias in node.names]
+            found += [f"{node.module}.{name}" for name in names if node.module != "finetune" or name not in exported]
+    return found
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("path", [*SOURCES, *PROGRAMS], ids=relative)
+def test_modules_and_functions_can_be_read_in_one_go(path: Path) -> None:
+    cap = FACADE_LINES if path == PACKAGE / "trainer.py" else MODULE_LINES
+    assert too_long(path.read_text(), cap) == []
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_third_party_packages_stay_in_their_place(path: Path) -> None:
+    source = path.read_text()
+    assert misplaced_imports(source, path.relative_to(PACKAGE).as_posix()) == []
+    assert heavy_top_imports(source) == []
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=relative)
+def test_programs_use_public_names_only(path: Path) -> None:
+    import finetune
+
+    assert private_imports(path.read_text(), set(finetune.__all__)) == []
+
+
+def test_the_rules_above_can_fail() -> None:
+    assert too_long("\n" * 401, 400) == ["401 lines, at most 400"]
+    assert too_long("def f():\n" + "    x = 1\n" * 80, 400) == ["f: 81 lines, at most 80"]
+    assert misplaced_imports("def f():\n    from transformers.trainer_utils import set_seed", "engine/loop.py")
+    assert misplaced_imports("from transformers import training_args", "engine/loop.py")
+    assert misplaced_imports("import peft", "sft/trainer.py") and not misplaced_imports(
+        "import peft", "models/adapters.py"
+    )
+    assert not misplaced_imports("import deepspeed", "distributed/prepare.py")
+    assert heavy_top_imports("import torch\nfrom transformers import X") == ["transformers", "transformers.X"]
+    assert heavy_top_imports("if TYPE_CHECKING:\n    import transformers\ndef f():\n    import datasets") == []
+    assert private_imports("from finetune import Trainer, hidden", {"Trainer"}) == ["finetune.hidden"]
+    assert private_imports("from finetune.engine import loop", set()) == ["finetune.engine.loop"]
+
+
+def run_python(code: str) -> str:
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_importing_finetune_is_quick_and_leaves_the_heavy_packages_alone() -> None:
+    code = """
+import sys, time
+start = time.perf_counter()
+import finetune
+seconds = time.perf_counter() - start
+print(seconds, sorted({"torch", "transformers", "accelerate", "datasets", "numpy"} & set(sys.modules)))
+"""
+    # The best of three: the machine may be busy.
+    outputs = [run_python(code).split(" ", 1) for _ in range(3)]
+    assert min(float(seconds) for seconds, _ in outputs) < 0.3
+    assert {heavy.strip() for _, heavy in outputs} == {"[]"}
+
+
+def test_help_does_not_import_torch() -> None:
+    code = """
+import sys
+from finetune.cli.main import main
+code = main(["--help"])
+assert code == 0, code
+print("loaded", sorted({"torch", "transformers", "accelerate", "datasets"} & set(sys.modules)))
+"""
+    output = run_python(code)
+    assert "finetune sft" in output
+    assert output.strip().endswith("loaded []")
+
+
+def test_every_public_name_can_be_imported() -> None:
+    import finetune
+
+    for name in finetune.__all__:
+        assert getattr(finetune, name) is not None
