@@ -295,8 +295,8 @@ def coerce_training_arguments(args: Any, cls: type[ArgumentsT]) -> ArgumentsT:
     )
     if not (ours or is_foreign_arguments(args)):
         raise ArgumentError(
-            f"`args` is a {type(args).__name__}; it must be a finetune.{cls.__name__}, a transformers.TrainingArguments,"
-            " a trl.SFTConfig, a dict or None."
+            f"`args` is a {type(args).__name__}; it must be a finetune.{cls.__name__}, a"
+            " transformers.TrainingArguments, a trl.SFTConfig, a dict or None."
         )
     known = {field.name for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
     given = {field.name: _detached(getattr(args, field.name)) for field in dataclasses.fields(args) if field.init}

@@ -1,4 +1,4 @@
-"""How an argument field is declared, and how a call such as `TrainingArguments(evaluation_strategy="steps")` is read."""
+"""How an argument field is declared, and how a constructor call with current and old names is read."""
 
 import dataclasses
 import inspect
@@ -86,7 +86,7 @@ class ArgumentsMeta(type):
                 warnings.warn(f"`{name}` is an old argument of {cls.__name__}: {advice}", FutureWarning, stacklevel=2)
             elif not open_ended:
                 raise unknown_argument(cls.__name__, name, [*parameters, *old_names])
-        instance = cls.__new__(cls, *args, **given)
+        instance: Any = cls.__new__(cls, *args, **given)  # pyright: ignore[reportCallIssue, reportArgumentType]
         values = {**dict(zip(parameters, args, strict=False)), **given}
         instance.__dict__["_sources"] = {name: "code" for name, value in values.items() if _chosen(cls, name, value)}
         instance.__init__(*args, **given)
@@ -94,7 +94,7 @@ class ArgumentsMeta(type):
 
 
 def _chosen(cls: type, name: str, value: Any) -> bool:
-    """Returns whether a value given in a call is not the default; `dataclasses.replace` and parsers pass every field."""
+    """Returns whether a given value is not the default; `dataclasses.replace` and parsers pass every field."""
     field = getattr(cls, "__dataclass_fields__", {}).get(name)
     if field is None:
         return False
@@ -111,7 +111,7 @@ def unknown_argument(owner: str, name: str, allowed: Iterable[str]) -> ArgumentE
 
 
 def old_names_of(cls: type) -> dict[str, Translation]:
-    """Returns every old name that `cls` understands: its `_OLD_NAMES` tables along the MRO and the `old=` of its fields."""
+    """Returns every old name `cls` understands: the `_OLD_NAMES` along its MRO and the `old=` of its fields."""
     table: dict[str, Translation] = {}
     for base in reversed(cls.__mro__):
         table.update(vars(base).get("_OLD_NAMES", {}))

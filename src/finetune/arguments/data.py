@@ -1,5 +1,7 @@
 """Data loading."""
 
+# ruff: noqa: RUF009
+
 from dataclasses import dataclass
 
 from finetune.arguments.base import ArgumentGroup, arg, require, require_choice, require_positive

@@ -1,5 +1,7 @@
 """Where the run executes: device, processes, sharding."""
 
+# ruff: noqa: RUF009
+
 import copy
 import json
 import os

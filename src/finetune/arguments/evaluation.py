@@ -1,5 +1,7 @@
 """When to evaluate, what is kept of it, and which checkpoint counts as the best."""
 
+# ruff: noqa: RUF009
+
 from dataclasses import dataclass
 
 from finetune.arguments.base import ArgumentGroup, arg, require, require_choice, require_positive

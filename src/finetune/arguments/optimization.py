@@ -1,5 +1,7 @@
 """How long to train, with which batches, learning rate and optimizer."""
 
+# ruff: noqa: RUF009
+
 import math
 from dataclasses import dataclass
 from functools import cache
@@ -15,7 +17,7 @@ REGISTERED_OPTIMIZERS: set[str] = set()
 
 @cache
 def default_optimizer() -> str:
-    """Returns `adamw_torch_fused` from torch 2.8 on, else `adamw_torch`, as transformers does; torch is not imported."""
+    """Returns `adamw_torch_fused` from torch 2.8 on, else `adamw_torch`; does not import torch."""
     from importlib.metadata import version
 
     major, minor = (int(part) for part in version("torch").split(".")[:2])
@@ -68,8 +70,10 @@ class ScheduleArguments(ArgumentGroup):
     def get_warmup_steps(self, num_training_steps: int) -> int:
         """Returns the warm-up in steps; a share is rounded up.
 
-        >>> ScheduleArguments(warmup_steps=0.05).get_warmup_steps(50), ScheduleArguments(warmup_steps=7).get_warmup_steps(50)
-        (3, 7)
+        >>> ScheduleArguments(warmup_steps=0.05).get_warmup_steps(50)
+        3
+        >>> ScheduleArguments(warmup_steps=7).get_warmup_steps(50)
+        7
         """
         return int(self.warmup_steps) if self.warmup_steps >= 1 else math.ceil(num_training_steps * self.warmup_steps)
 
@@ -84,7 +88,8 @@ class OptimizerArguments(ArgumentGroup):
 
     optim: OptimizerNames | str = arg(default_optimizer(), "Optimizer; the names of transformers and registered ones.")
     optim_args: str | None = arg(None, "Further settings of the optimizer, as `key=value,key=value`.")
-    optim_target_modules: None | str | list[str] = arg(
+    # The order of this union decides how HfArgumentParser reads the flag: the second member, here a string.
+    optim_target_modules: None | str | list[str] = arg(  # noqa: RUF036
         None, "Modules that GaLore and APOLLO project: names, a regular expression, or `all-linear`."
     )
     weight_decay: float = arg(0.0, "Decoupled weight decay; biases and normalisation weights are exempt.")

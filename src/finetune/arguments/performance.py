@@ -1,5 +1,7 @@
 """Number formats, memory for time, compilation, kernels, and reproducibility."""
 
+# ruff: noqa: RUF009
+
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -37,8 +39,8 @@ class PrecisionArguments(ArgumentGroup):
         asked = "fp16" if self.fp16 else "bf16" if self.bf16 else "no"
         if "no" not in (launched, asked) and launched != asked:
             raise ArgumentError(
-                f"`{asked}=True` disagrees with ACCELERATE_MIXED_PRECISION={launched}, which `accelerate launch` took from"
-                f" `--mixed_precision` or its config file. Set both to the same, or drop `{asked}`."
+                f"`{asked}=True` disagrees with ACCELERATE_MIXED_PRECISION={launched}, which `accelerate launch` took"
+                f" from `--mixed_precision` or its config file. Set both to the same, or drop `{asked}`."
             )
 
 
@@ -112,9 +114,10 @@ def set_tf32(enabled: bool) -> None:
     if not (available and torch.cuda.get_device_properties(torch.cuda.current_device()).major >= 8):
         require(not enabled, "`tf32=True` needs an NVIDIA GPU of the Ampere generation or newer. Leave `tf32` unset.")
         return
-    if hasattr(torch.backends, "fp32_precision"):
+    backends: Any = torch.backends
+    if hasattr(backends, "fp32_precision"):
         # torch 2.9 and newer refuse to mix this switch with the two older ones.
-        torch.backends.fp32_precision = "tf32" if enabled else "ieee"
+        backends.fp32_precision = "tf32" if enabled else "ieee"
     else:
         torch.backends.cuda.matmul.allow_tf32 = enabled
         torch.backends.cudnn.allow_tf32 = enabled

@@ -1,6 +1,7 @@
 """The process that reads the arguments: its device, its rank, what it logs and saves."""
 
 import contextlib
+import functools
 import logging
 import os
 import warnings
@@ -8,7 +9,11 @@ from collections.abc import Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from finetune.arguments.distributed import parse_bool
+from finetune.arguments.distributed import DistributedArguments, parse_bool
+from finetune.arguments.evaluation import EvaluationArguments
+from finetune.arguments.optimization import BatchingArguments
+from finetune.arguments.reporting import LoggingArguments
+from finetune.arguments.saving import SavingArguments
 from finetune.compat import LOG_LEVELS, ParallelMode, library_verbosity
 from finetune.errors import ArgumentError
 
@@ -16,37 +21,35 @@ if TYPE_CHECKING:
     import torch
     from accelerate.state import PartialState
 
-    from finetune.arguments.training import TrainingArguments
-
 logger = logging.getLogger(__name__)
 
 
-class ProcessView:
+class ProcessView(BatchingArguments, LoggingArguments, EvaluationArguments, SavingArguments, DistributedArguments):
     """Properties that depend on the running process rather than on the arguments alone.
 
     The process group and the device are set up when one of them is first read, and torch is imported then.
     """
 
     @property
-    def distributed_state(self: "TrainingArguments") -> "PartialState":  # type: ignore[misc]
+    def distributed_state(self) -> "PartialState":
         """accelerate's `PartialState` of this process; an existing one is reused if it fits these arguments."""
         if "_distributed_state" not in self.__dict__:
             self.__dict__["_distributed_state"] = _open_state(self)
         return self.__dict__["_distributed_state"]
 
     @property
-    def device(self: "TrainingArguments") -> "torch.device":  # type: ignore[misc]
+    def device(self) -> "torch.device":
         """The device of this process. One process uses one device."""
         if "_device" not in self.__dict__:
             self.__dict__["_device"] = _pick_device(self.distributed_state)
         return self.__dict__["_device"]
 
     @property
-    def _setup_devices(self: "TrainingArguments") -> "torch.device":  # type: ignore[misc]
+    def _setup_devices(self) -> "torch.device":
         return self.device
 
     @property
-    def n_gpu(self: "TrainingArguments") -> int:  # type: ignore[misc]
+    def n_gpu(self) -> int:
         """Accelerators that this process uses: 1, or 0 on the CPU. `nn.DataParallel` is not supported."""
         return 0 if self.device.type == "cpu" else 1
 
@@ -72,27 +75,27 @@ class ProcessView:
         return self.distributed_state.local_process_index
 
     @property
-    def should_log(self: "TrainingArguments") -> bool:  # type: ignore[misc]
+    def should_log(self) -> bool:
         """Whether this process logs."""
         return (self.local_process_index if self.log_on_each_node else self.process_index) == 0
 
     @property
-    def should_save(self: "TrainingArguments") -> bool:  # type: ignore[misc]
+    def should_save(self) -> bool:
         """Whether this process writes models and checkpoints."""
         return (self.local_process_index if self.save_on_each_node else self.process_index) == 0
 
     @property
-    def train_batch_size(self: "TrainingArguments") -> int:  # type: ignore[misc]
+    def train_batch_size(self) -> int:
         """Training samples per process and forward pass."""
         return self.per_device_train_batch_size
 
     @property
-    def eval_batch_size(self: "TrainingArguments") -> int:  # type: ignore[misc]
+    def eval_batch_size(self) -> int:
         """Evaluation samples per process and forward pass."""
         return self.per_device_eval_batch_size
 
     @property
-    def ddp_timeout_delta(self: "TrainingArguments") -> timedelta:  # type: ignore[misc]
+    def ddp_timeout_delta(self) -> timedelta:
         """`ddp_timeout` as a time span."""
         return timedelta(seconds=self.ddp_timeout)
 
@@ -102,10 +105,10 @@ class ProcessView:
         return None
 
     @property
-    def _no_sync_in_gradient_accumulation(self: "TrainingArguments") -> bool:  # type: ignore[misc]
+    def _no_sync_in_gradient_accumulation(self) -> bool:
         return not self.deepspeed
 
-    def get_process_log_level(self: "TrainingArguments") -> int:  # type: ignore[misc]
+    def get_process_log_level(self) -> int:
         """Returns the level of `logging` for this process: `log_level` if it logs, else `log_level_replica`."""
         level = LOG_LEVELS[self.log_level if self.should_log else self.log_level_replica]
         return library_verbosity() if level == -1 else level
@@ -130,7 +133,7 @@ class ProcessView:
                 torch.distributed.barrier()
 
 
-def _open_state(args: "TrainingArguments") -> "PartialState":
+def _open_state(args: ProcessView) -> "PartialState":
     """Returns the `PartialState` for `args`; replaces one made for another kind of device.
 
     Raises:
@@ -144,8 +147,8 @@ def _open_state(args: "TrainingArguments") -> "PartialState":
     if config.use_configured_state:
         if existing is None:
             raise ArgumentError(
-                "`accelerator_config={'use_configured_state': True}` needs an `Accelerator` or `PartialState` that exists"
-                " before the arguments are used. Create one first, or drop the key."
+                "`accelerator_config={'use_configured_state': True}` needs an `Accelerator` or `PartialState` that"
+                " exists before the arguments are used. Create one first, or drop the key."
             )
         return existing
     if existing is not None and bool(existing._cpu) == cpu:
@@ -161,8 +164,8 @@ def _open_state(args: "TrainingArguments") -> "PartialState":
     launched = int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
     if launched != state.num_processes:
         raise ArgumentError(
-            f"The launcher started {launched} processes, but no process group could be formed, so each would train alone"
-            " and write to the same folder. Without accelerators set `use_cpu=True`."
+            f"The launcher started {launched} processes, but no process group could be formed, so each would train"
+            " alone and write to the same folder. Without accelerators set `use_cpu=True`."
         )
     return state
 
@@ -181,27 +184,27 @@ def _environment(name: str, value: str) -> Iterator[None]:
             os.environ[name] = before
 
 
-_several_devices_told = False
+@functools.cache
+def _warn_unused_devices(device: str, count: int) -> None:
+    """Says once per process that one process uses one device."""
+    warnings.warn(
+        f"{count} GPUs are visible but one process uses one device: {device}. Start the program with"
+        f" `accelerate launch --num_processes {count}` to use them all, or set CUDA_VISIBLE_DEVICES.",
+        stacklevel=4,
+    )
 
 
 def _pick_device(state: "PartialState") -> "torch.device":
     """Returns the device of this process with its index, and says once if further devices stay unused."""
     import torch
 
-    global _several_devices_told
-    device = torch.device(state.device)
+    device = torch.device(state.device or "cpu")
     if state.num_processes > 1 or device.type in ("cpu", "mps", "meta"):
         return device
     if device.index is None:
         device = torch.device(device.type, 0)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        count = torch.cuda.device_count()
-        if count > 1 and not _several_devices_told:
-            _several_devices_told = True
-            warnings.warn(
-                f"{count} GPUs are visible but one process uses one device: {device}. Start the program with"
-                f" `accelerate launch --num_processes {count}` to use them all, or set CUDA_VISIBLE_DEVICES.",
-                stacklevel=3,
-            )
+        if torch.cuda.device_count() > 1:
+            _warn_unused_devices(str(device), torch.cuda.device_count())
     return device

@@ -1,5 +1,7 @@
 """Logs, trackers and diagnostics."""
 
+# ruff: noqa: RUF009
+
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,9 +24,7 @@ class LoggingArguments(ArgumentGroup):
     include_num_input_tokens_seen: Literal["all", "non_padding", "no", True, False] = arg(
         "no", "Count the tokens seen: `all`, `non_padding` or `no`."
     )
-    log_level: str = arg(
-        "passive", "Log level of the main process; `passive` leaves it alone.", choices=list(LOG_LEVELS)
-    )
+    log_level: str = arg("passive", "Log level of the main process; `passive` keeps it.", choices=list(LOG_LEVELS))
     log_level_replica: str = arg("warning", "Log level of the other processes.", choices=list(LOG_LEVELS))
     disable_tqdm: bool | None = arg(None, "Hide progress bars; unset hides them if the log level is above warning.")
     debug: str | list[DebugOption] = arg("", "Debug aids, separated by spaces: `underflow_overflow`.")
@@ -51,12 +51,16 @@ class LoggingArguments(ArgumentGroup):
 class TrackingArguments(ArgumentGroup):
     """Experiment trackers. `logging_dir` is kept from older transformers."""
 
-    report_to: None | str | list[str] = arg("none", "Trackers to report to: names, `all` installed ones, or `none`.")
+    # The order of this union decides how HfArgumentParser reads the flag: the second member, here a string.
+    report_to: None | str | list[str] = arg(  # noqa: RUF036
+        "none", "Trackers to report to: names, `all` installed ones, or `none`."
+    )
     run_name: str | None = arg(None, "Name of the run in the trackers.")
     project: str = arg("huggingface", "Name of the project in Trackio.")
     trackio_space_id: str | None = arg(None, "Space for a live Trackio dashboard; unset keeps it local.")
     trackio_bucket_id: str | None = arg(None, "Bucket behind the Trackio Space; unset lets Trackio choose.")
-    trackio_static_space_id: str | None | Literal[False] = arg(
+    # HfArgumentParser reads the first member of this union as the flag's type if the second is None.
+    trackio_static_space_id: str | None | Literal[False] = arg(  # noqa: RUF036
         None, "Space for a read-only dashboard kept after training; False for none."
     )
     logging_dir: str | None = arg(

@@ -1,5 +1,7 @@
 """The output folder, checkpoints, resuming, and the Hub."""
 
+# ruff: noqa: RUF009
+
 from dataclasses import dataclass
 
 from finetune.arguments.base import ArgumentGroup, arg, require, require_positive

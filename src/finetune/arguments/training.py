@@ -1,4 +1,4 @@
-"""`TrainingArguments`: all groups in one flat class, with the names, defaults and derived values of transformers 5.23."""
+"""`TrainingArguments`: all groups in one flat class, with the names and defaults of transformers 5.23."""
 
 import copy
 import logging
@@ -51,6 +51,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(repr=False)
 class TrainingArguments(
+    Setters,
+    Serialization,
+    ProcessView,
     OutputArguments,
     BatchingArguments,
     ScheduleArguments,
@@ -68,9 +71,6 @@ class TrainingArguments(
     DataLoaderArguments,
     DistributedArguments,
     ProgramArguments,
-    ProcessView,
-    Setters,
-    Serialization,
     metaclass=ArgumentsMeta,
 ):
     """Everything that decides a training run.
@@ -268,7 +268,7 @@ class TrainingArguments(
         scale = 1 if save >= 1 else 1_000_000
         require(
             round(save * scale) % round(evaluate * scale) == 0,
-            f"`save_steps={save}` is not a multiple of `eval_steps={evaluate}`, so the best model may not be saved. {remedy}",
+            f"`save_steps={save}` is not a multiple of `eval_steps={evaluate}`, so the best may not be saved. {remedy}",
         )
 
     def _validate_device(self) -> None:
@@ -281,7 +281,7 @@ class TrainingArguments(
         if self.fp16:
             require(
                 not cpu and accelerator_present(),
-                "`fp16=True` needs an accelerator and there is none. Use `bf16=True`, which the CPU supports, or neither.",
+                "`fp16=True` needs an accelerator and there is none. Use `bf16=True`, which CPUs support, or neither.",
             )
         if self.tf32 is not None:
             set_tf32(self.tf32)
