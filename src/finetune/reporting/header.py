@@ -1,0 +1,178 @@
+"""What a run is about to do, said once at its start, and what it did, said once at its end. First process only."""
+
+import logging
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from finetune.reporting.flops import model_flops_utilization
+from finetune.reporting.memory import format_bytes, peak_device_bytes, peak_rss_bytes, take_ledger
+
+# Optimizer state per parameter, in tensors of the parameter's size, for classes whose state appears at the first step.
+_STATE_TENSORS = {"Adam": 2, "AdamW": 2, "NAdam": 2, "RAdam": 2, "Adamax": 2, "Lion": 1, "RMSprop": 1, "Adadelta": 2}
+
+
+def start_lines(
+    *, model: Any, args: Any, optimizer: Any, plan: Any, state: Any, world_size: int | None = None
+) -> list[str]:
+    """Returns the header of a run, one `name  value` per line.
+
+    `plan` is a `StepPlan` (`max_steps`, `num_train_epochs`, `num_examples`, `total_batch_size`, `accumulation`).
+    """
+    world = args.world_size if world_size is None else world_size
+    rows = [
+        ("model", _model_name(model)),
+        ("parameters", _parameter_text(model)),
+        ("device", _device_text(args, world)),
+        ("dtypes", _dtype_text(model, args)),
+        ("batch", _batch_text(plan, world)),
+        ("length", _length_text(plan, state, args)),
+        ("optimizer", _optimizer_text(model, optimizer, args)),
+        ("output", str(args.output_dir)),
+    ]
+    width = max(len(name) for name, _ in rows)
+    return [f"  {name:<{width}}  {text}" for name, text in rows]
+
+
+def end_lines(*, metrics: dict[str, Any], state: Any, args: Any, optimizer: Any = None, model: Any = None) -> list[str]:
+    """Returns the summary of a finished run: time, rates, loss, memory, and the best checkpoint."""
+    runtime = float(metrics.get("train_runtime", 0.0))
+    rates = [
+        f"{metrics[f'train_{unit}_per_second']:,.4g} {unit}/s"
+        for unit in ("samples", "steps", "tokens")
+        if f"train_{unit}_per_second" in metrics
+    ]
+    rows = [("steps", f"{state.global_step:,} in {_duration(runtime)}" + "".join(f", {rate}" for rate in rates))]
+    if "train_loss" in metrics:
+        rows.append(("train loss", f"{metrics['train_loss']:.4g} (mean of this run)"))
+    evaluated = [entry for entry in state.log_history if "eval_loss" in entry]
+    if evaluated:
+        first, last = evaluated[0]["eval_loss"], evaluated[-1]["eval_loss"]
+        rows.append(("eval loss", f"{first:.4g} -> {last:.4g}" if len(evaluated) > 1 else f"{last:.4g}"))
+    rows.append(("memory", _memory_text(model, optimizer)))
+    share = model_flops_utilization(state.total_flos, runtime, args.device, args.world_size) if runtime else None
+    if share is not None:
+        rows.append(("utilisation", f"{share:.1%} of the 16-bit peak (model FLOPs)"))
+    if state.best_model_checkpoint:
+        rows.append(("best", f"{state.best_metric:.4g} in {state.best_model_checkpoint}"))
+    width = max(len(name) for name, _ in rows)
+    return [f"  {name:<{width}}  {text}" for name, text in rows]
+
+
+def log_start(trainer: Any, run: Any) -> None:
+    """Writes the header of `run` to standard error. Quiet inside a hyperparameter search."""
+    if run.trial is None and _speaks(trainer.args, trainer.is_world_process_zero()):
+        lines = start_lines(
+            model=trainer.model, args=trainer.args, optimizer=run.optimizer, plan=run.plan, state=trainer.state
+        )
+        _write("Training", lines)
+
+
+def log_end(trainer: Any, run: Any, metrics: dict[str, Any]) -> None:
+    """Writes the summary of `run` to standard error."""
+    if run.trial is None and _speaks(trainer.args, trainer.is_world_process_zero()):
+        lines = end_lines(
+            metrics=metrics, state=trainer.state, args=trainer.args, optimizer=run.optimizer, model=trainer.model
+        )
+        _write("Trained", lines)
+
+
+def _speaks(args: Any, is_first: bool) -> bool:
+    return is_first and args.get_process_log_level() <= logging.WARNING
+
+
+def _write(title: str, lines: Iterable[str]) -> None:
+    print("\n".join([title, *lines]), file=sys.stderr, flush=True)
+
+
+def _model_name(model: Any) -> str:
+    config = getattr(model, "config", None)
+    source = getattr(config, "_name_or_path", "") or ""
+    return f"{type(model).__name__} from {source}" if source else type(model).__name__
+
+
+def _parameter_text(model: Any) -> str:
+    total = sum(_numel(parameter) for parameter in model.parameters())
+    trained = sum(_numel(parameter) for parameter in model.parameters() if parameter.requires_grad)
+    share = "all" if trained == total else f"{trained / max(total, 1):.2%}"
+    return f"{_count(total)}, trained: {_count(trained)} ({share})"
+
+
+def _numel(parameter: Any) -> int:
+    # ZeRO-3 leaves an empty tensor behind and keeps the true size beside it.
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def _device_text(args: Any, world: int) -> str:
+    device = torch.device(args.device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    return f"{device} ({name})" + (f", {world} processes" if world > 1 else "")
+
+
+def _dtype_text(model: Any, args: Any) -> str:
+    counts = take_ledger(model).dtypes
+    stored = ", ".join(f"{name} {_count(count)}" for name, count in sorted(counts.items(), key=lambda item: -item[1]))
+    compute = "bfloat16" if args.bf16 else "float16" if args.fp16 else None
+    return f"stored {stored or 'nothing'}; " + (f"computed in {compute} (autocast)" if compute else "no autocast")
+
+
+def _batch_text(plan: Any, world: int) -> str:
+    total, accumulation = plan.total_batch_size, plan.accumulation
+    per_device = total // max(world * accumulation, 1)
+    return f"{total} rows = {per_device} per device x {accumulation} accumulated x {world} processes"
+
+
+def _length_text(plan: Any, state: Any, args: Any) -> str:
+    epochs = args.num_train_epochs if args.max_steps <= 0 else plan.max_steps / max(plan.updates_per_epoch, 1)
+    text = f"{plan.max_steps:,} steps, {epochs:.4g} epochs, {plan.num_examples:,} rows"
+    return text + (f", continuing at step {state.global_step:,}" if state.global_step else "")
+
+
+def _optimizer_text(model: Any, optimizer: Any, args: Any) -> str:
+    inner = getattr(optimizer, "optimizer", optimizer)
+    name = type(inner).__name__
+    rate = f"learning rate {args.learning_rate:g}, {args.lr_scheduler_type!s}"
+    held = take_ledger(model, inner).optimizer
+    if held:
+        return f"{name}, {rate}, state {format_bytes(held)}"
+    per_parameter = _STATE_TENSORS.get(name)
+    if per_parameter is None:
+        return f"{name}, {rate}"
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    return f"{name}, {rate}, state about {format_bytes(per_parameter * trained)} after the first step"
+
+
+def _memory_text(model: Any, optimizer: Any) -> str:
+    device = peak_device_bytes()
+    peak = f"device peak {format_bytes(device)}, " if device is not None else ""
+    text = f"{peak}process peak {format_bytes(peak_rss_bytes())}"
+    if model is not None:
+        ledger = take_ledger(model, getattr(optimizer, "optimizer", optimizer))
+        text += f"; parameters {format_bytes(ledger.parameters)}, optimizer {format_bytes(ledger.optimizer)}"
+    return text
+
+
+def _count(number: int) -> str:
+    """Returns a count for people.
+
+    >>> _count(999), _count(134_515_008), _count(7_000_000_000)
+    ('999', '134.5M', '7.0B')
+    """
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.1f}{unit}"
+    return str(number)
+
+
+def _duration(seconds: float) -> str:
+    """Returns a time for people.
+
+    >>> _duration(3.21), _duration(75), _duration(7322)
+    ('3.2 s', '1 min 15 s', '2 h 2 min')
+    """
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

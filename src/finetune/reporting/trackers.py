@@ -1,0 +1,108 @@
+"""Experiment trackers: `report_to` names resolved to the integration callbacks of transformers."""
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from finetune.errors import ArgumentError, nearest
+
+
+@dataclass(frozen=True)
+class _Tracker:
+    """`modules`: any of these groups of modules must be importable. `package`: what to pass to pip."""
+
+    package: str
+    modules: tuple[tuple[str, ...], ...]
+    in_all: bool = True
+
+
+_TRACKERS: dict[str, _Tracker] = {
+    "azure_ml": _Tracker("azureml-core", (("azureml", "azureml.core", "azureml.core.run"),)),
+    "clearml": _Tracker("clearml", (("clearml",),)),
+    "codecarbon": _Tracker("codecarbon", (("codecarbon",),)),
+    "comet_ml": _Tracker("comet-ml", (("comet_ml",),)),
+    "dagshub": _Tracker("dagshub mlflow", (("dagshub", "mlflow"),)),
+    "dvclive": _Tracker("dvclive", (("dvclive",),)),
+    "flyte": _Tracker("flytekit", (("flytekit",),), in_all=False),
+    "kubeflow": _Tracker("", ()),
+    "mlflow": _Tracker("mlflow", (("mlflow",),)),
+    "neptune": _Tracker("neptune", (("neptune",),)),
+    "swanlab": _Tracker("swanlab", (("swanlab",),)),
+    "tensorboard": _Tracker("tensorboard", (("tensorboard",), ("tensorboardX",))),
+    "trackio": _Tracker("trackio", (("trackio",),)),
+    "wandb": _Tracker("wandb", (("wandb",),)),
+}
+
+
+def resolve(report_to: str | Sequence[str] | None) -> list[str]:
+    """Returns the names `report_to` asks for: `none` gives none, `all` the installed ones. Imports nothing heavy.
+
+    Raises:
+        ArgumentError: a name is unknown, or its package is not installed.
+    """
+    asked = [report_to] if isinstance(report_to, str) else list(report_to or [])
+    if "none" in asked:
+        if len(asked) > 1:
+            raise ArgumentError(f"`report_to` is {asked}; `none` cannot be combined with other trackers.")
+        return []
+    names: list[str] = []
+    for name in asked:
+        if name == "all":
+            names += _installed()
+        elif name not in _TRACKERS:
+            raise ArgumentError(
+                f"`report_to` names {name!r}; choose from {', '.join(_TRACKERS)}, `all` or `none`."
+                f"{nearest(str(name), _TRACKERS)}"
+            )
+        elif not _is_installed(name):
+            raise ArgumentError(f"`report_to` asks for `{name}`, {_remedy(name)}, or set `report_to` to `none`.")
+        else:
+            names.append(name)
+    return list(dict.fromkeys(names))
+
+
+def callbacks(report_to: str | Sequence[str] | None, logging_dir: str | None = None) -> list[Any]:
+    """Returns transformers' callbacks (classes or instances) for the trackers in `report_to`.
+
+    `logging_dir` is the folder for TensorBoard, instead of `TENSORBOARD_LOGGING_DIR` or `output_dir`/runs/....
+
+    Raises:
+        ArgumentError: as `resolve`.
+    """
+    names = resolve(report_to)
+    if not names:
+        return []
+    from transformers.integrations import get_reporting_integration_callbacks
+
+    found: list[Any] = get_reporting_integration_callbacks(names)
+    if logging_dir is not None and "tensorboard" in names:
+        writer = found[names.index("tensorboard")]()
+        writer.logging_dir = os.path.expanduser(logging_dir)
+        found[names.index("tensorboard")] = writer
+    return found
+
+
+def _is_installed(name: str) -> bool:
+    if name == "kubeflow":
+        return "KUBEFLOW_TRAINER_SERVER_URL" in os.environ
+    # A parent package has to be found before its child may be looked up.
+    return any(all(_can_import(module) for module in group) for group in _TRACKERS[name].modules)
+
+
+def _can_import(module: str) -> bool:
+    parent = module.rpartition(".")[0]
+    return (not parent or _can_import(parent)) and importlib.util.find_spec(module) is not None
+
+
+def _installed() -> list[str]:
+    names = [name for name, tracker in _TRACKERS.items() if tracker.in_all and _is_installed(name)]
+    # mlflow reports to Azure ML itself; both would log everything twice.
+    return [name for name in names if not (name == "azure_ml" and "mlflow" in names)]
+
+
+def _remedy(name: str) -> str:
+    if name == "kubeflow":
+        return "which runs only inside a Kubeflow TrainJob (`KUBEFLOW_TRAINER_SERVER_URL` is not set). Run it there"
+    return f"which is not installed. Run `pip install {_TRACKERS[name].package}`"
