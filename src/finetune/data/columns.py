@@ -1,0 +1,118 @@
+"""Which columns of a data set the model's `forward` takes, and dropping the others."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from finetune.errors import DataFormatError
+
+logger = logging.getLogger(__name__)
+
+Collator = Callable[[list[Any]], Any]
+
+
+def signature_columns(model: nn.Module, label_names: Iterable[str] = ()) -> list[str]:
+    """Returns the argument names of `model.forward`, then `label`, `label_ids` and `label_names`.
+
+    A PEFT model is looked through: its own `forward` takes `**kwargs` and would tell nothing. `label` and
+    `label_ids` are kept because the default collator renames them to `labels`.
+    Agrees with `transformers.Trainer._set_signature_columns_if_needed`, in a fixed order.
+    """
+    inner: Any = model
+    base = getattr(model, "get_base_model", None)
+    if callable(base):
+        inner = base()
+    elif (mixed := getattr(model, "base_model", None)) is not None and hasattr(model, "peft_config"):
+        inner = mixed.model  # PeftMixedModel has no `get_base_model`
+    names = list(inspect.signature(inner.forward).parameters)
+    return list(dict.fromkeys([*names, "label", "label_ids", *label_names]))
+
+
+def remove_unused_columns(
+    dataset: Any, columns: Iterable[str], *, description: str | None = None, model_name: str = "the model"
+) -> Any:
+    """Returns a `datasets.Dataset` or `IterableDataset` with only `columns` left; O(1), no row is read.
+
+    A stream that does not know its column names is returned as it is; wrap its collator instead
+    (`collator_with_columns`). Raises `DataFormatError` when no column would be left, naming the ones found.
+    """
+    found = dataset.column_names
+    if found is None:
+        return dataset
+    wanted = list(columns)
+    ignored = [name for name in found if name not in wanted]
+    if len(ignored) == len(found):
+        raise DataFormatError(_nothing_left(found, wanted, description, model_name))
+    if ignored:
+        _say_ignored(ignored, description, model_name)
+        dataset = dataset.remove_columns(ignored)
+    return dataset
+
+
+def collator_with_columns(
+    collator: Collator, columns: Iterable[str], *, description: str | None = None, model_name: str = "the model"
+) -> Collator:
+    """Returns a collator that drops, from each mapping it is given, the keys not in `columns`.
+
+    For data sets without column names (torch data sets, streams of dictionaries). Features that are no mappings
+    pass through untouched. Picklable, so worker processes can receive it.
+    """
+    return ColumnFilter(collator, columns, description=description, model_name=model_name)
+
+
+class ColumnFilter:
+    """A collator around another one, see `collator_with_columns`."""
+
+    def __init__(
+        self, collator: Collator, columns: Iterable[str], *, description: str | None = None, model_name: str
+    ) -> None:
+        self.data_collator = collator
+        self.signature_columns = list(columns)
+        self.description = description
+        self.model_name = model_name
+        self._kept = frozenset(self.signature_columns)
+        self._said = False
+
+    def __call__(self, features: list[Any]) -> Any:
+        return self.data_collator([self._filter(feature) for feature in features])
+
+    def _filter(self, feature: Any) -> Any:
+        if not isinstance(feature, Mapping):
+            return feature
+        kept = {name: value for name, value in feature.items() if name in self._kept}
+        if len(kept) == len(feature):
+            return kept
+        if not kept:
+            raise DataFormatError(
+                _nothing_left(list(feature), self.signature_columns, self.description, self.model_name)
+            )
+        if not self._said:
+            _say_ignored([str(name) for name in feature if name not in kept], self.description, self.model_name)
+            self._said = True
+        return kept
+
+
+def _where(description: str | None) -> str:
+    return f" of the {description.lower()} set" if description else ""
+
+
+def _say_ignored(ignored: list[str], description: str | None, model_name: str) -> None:
+    logger.info(
+        "Columns%s that `%s.forward` does not take are dropped: %s.",
+        _where(description),
+        model_name,
+        ", ".join(ignored),
+    )
+
+
+def _nothing_left(found: Iterable[str], wanted: Iterable[str], description: str | None, model_name: str) -> str:
+    return (
+        f"No column{_where(description)} is an argument of `{model_name}.forward`. "
+        f"Found: {', '.join(map(str, found)) or 'none'}. The model takes: {', '.join(wanted)}. "
+        "Tokenise or rename the columns, or keep all of them for your own collator with `remove_unused_columns=False`."
+    )

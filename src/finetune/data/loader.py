@@ -1,0 +1,202 @@
+"""Data loaders as `transformers.Trainer` builds them. Where a loader stands is the business of `position`.
+
+A map-style data set goes through `accelerator.prepare`, so sharding, device placement and the use of the global
+random generator (one draw per iteration) are those of transformers. A stream goes through `StreamLoader`, whose
+position can be saved.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from .position import (
+    batch_digest,
+    has_length,
+    is_stream,
+    load_loader_state,
+    loader_state,
+    rows_per_batch,
+    skip_batches,
+)
+from .rebalance import BatchRebalanceSampler
+from .samplers import LengthGroupedSampler, SeededRandomSampler, SequentialSampler, row_lengths
+from .streaming import StreamLoader
+
+__all__ = [
+    "StreamLoader",
+    "batch_digest",
+    "build_dataloader",
+    "eval_sampler",
+    "has_length",
+    "is_stream",
+    "load_loader_state",
+    "loader_state",
+    "num_examples",
+    "real_rows",
+    "rows_per_batch",
+    "seed_worker",
+    "skip_batches",
+    "steps_per_epoch",
+    "train_sampler",
+]
+
+logger = logging.getLogger(__name__)
+
+
+def seed_worker(worker_id: int, num_workers: int, rank: int) -> None:
+    """Seeds Python, numpy and torch in a worker, differently on each rank; transformers' `seed_worker`."""
+    seed = (num_workers * rank + torch.initial_seed() % 2**32) % 2**32
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def train_sampler(dataset: Any, args: Any, input_name: str | None = None) -> Sampler[Any] | None:
+    """Returns the sampler that `args.train_sampling_strategy` asks for; None for a data set without length.
+
+    `input_name` is the column whose lengths are grouped when there is no `args.length_column_name`. Every order is a
+    function of (`data_seed`, else `seed`) and the epoch.
+    """
+    strategy = str(getattr(args.train_sampling_strategy, "value", args.train_sampling_strategy))
+    if dataset is None or not has_length(dataset):
+        if dataset is not None and strategy in ("group_by_length", "batch_rebalance"):
+            logger.warning(
+                "`train_sampling_strategy='%s'` cannot act: the training data set is a stream without length and is "
+                "read in its own order.",
+                strategy,
+            )
+        return None
+    seed = args.seed if args.data_seed is None else args.data_seed
+    if strategy == "sequential":
+        return SequentialSampler(dataset)
+    if strategy == "group_by_length":
+        lengths = row_lengths(dataset, args.length_column_name, input_name or "input_ids")
+        return LengthGroupedSampler(lengths, args.train_batch_size * args.gradient_accumulation_steps, seed)
+    if strategy == "batch_rebalance":
+        world_size = max(1, args.world_size)
+        return BatchRebalanceSampler(
+            row_lengths(dataset, args.length_column_name, input_name or "input_ids"),
+            effective_batch_size=args.train_batch_size * args.gradient_accumulation_steps * world_size,
+            dp_size=world_size,
+            grad_accum=args.gradient_accumulation_steps,
+            seed=seed,
+            rank=args.process_index if world_size > 1 else 0,
+            drop_last=args.dataloader_drop_last,
+        )
+    return SeededRandomSampler(dataset, seed)
+
+
+def eval_sampler(dataset: Any, args: Any, input_name: str | None = None) -> Sampler[Any] | None:
+    """Returns the sampler for evaluation: the rows' own order, or grouped by length when training is."""
+    if dataset is None or not has_length(dataset):
+        return None
+    if str(getattr(args.train_sampling_strategy, "value", args.train_sampling_strategy)) == "group_by_length":
+        seed = args.seed if args.data_seed is None else args.data_seed
+        lengths = row_lengths(dataset, args.length_column_name, input_name or "input_ids")
+        return LengthGroupedSampler(lengths, args.eval_batch_size, seed)
+    return SequentialSampler(dataset)
+
+
+def build_dataloader(
+    dataset: Any,
+    *,
+    args: Any,
+    accelerator: Any,
+    collate_fn: Callable[[list[Any]], Any],
+    batch_size: int,
+    sampler: Sampler[Any] | None = None,
+    is_training: bool = False,
+) -> DataLoader[Any]:
+    """Returns the loader of this process, batches on its device; the loader that transformers would build.
+
+    `batch_size` is that of one process; `sampler` is ignored for a stream. Streams are read by every process
+    (transformers: by the first one, which fails on batches of unequal width) unless
+    `accelerator_config.dispatch_batches` or `split_batches` asks for accelerate's ways, which cannot be resumed.
+    """
+    params: dict[str, Any] = {
+        "num_workers": args.dataloader_num_workers,
+        "pin_memory": args.dataloader_pin_memory,
+        "persistent_workers": args.dataloader_persistent_workers,
+        "multiprocessing_context": args.dataloader_multiprocessing_context,
+        "prefetch_factor": args.dataloader_prefetch_factor,
+        "in_order": args.dataloader_in_order,
+        "collate_fn": collate_fn,
+    }
+    if is_stream(dataset):
+        return _stream_loader(dataset, args, accelerator, batch_size, params)
+    if is_training:
+        params["worker_init_fn"] = partial(
+            seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index
+        )
+    if isinstance(sampler, BatchRebalanceSampler):
+        params["batch_sampler"] = sampler
+    else:
+        params |= {"batch_size": batch_size, "sampler": sampler, "drop_last": args.dataloader_drop_last}
+    loader = accelerator.prepare(DataLoader(dataset, **params))
+    if isinstance(sampler, BatchRebalanceSampler) and loader.batch_sampler is not sampler:
+        # The sampler knows its rank already; accelerate's wrapper must not take every W-th batch of it once more.
+        loader.batch_sampler.num_processes, loader.batch_sampler.process_index = 1, 0
+    return loader
+
+
+def _stream_loader(
+    dataset: Any, args: Any, accelerator: Any, batch_size: int, params: dict[str, Any]
+) -> DataLoader[Any]:
+    accelerates_way = (
+        accelerator.dispatch_batches
+        or accelerator.split_batches
+        or getattr(accelerator, "torch_device_mesh", None) is not None
+    )
+    if accelerates_way:
+        return accelerator.prepare(DataLoader(dataset, batch_size=batch_size, **params))
+    # A node's share made by `split_dataset_by_node` is this process's own; dividing it again would lose rows.
+    mine = getattr(dataset, "_distributed", None) is not None
+    loader = StreamLoader(
+        dataset,
+        batch_size=batch_size,
+        rank=0 if mine else accelerator.process_index,
+        world_size=1 if mine else accelerator.num_processes,
+        drop_last=args.dataloader_drop_last,
+        device=accelerator.device if accelerator.device_placement else None,
+        non_blocking=accelerator.non_blocking,
+        gradient_state=accelerator.gradient_state,
+        **params,
+    )
+    accelerator._dataloaders.append(loader)
+    return loader
+
+
+def num_examples(loader: Any, batch_size: int = 1) -> int:
+    """Returns the rows of the loader's data set; without one, its batches times `batch_size`."""
+    try:
+        dataset = loader.dataset
+        inner = getattr(dataset, "dataset", None) if type(dataset).__name__ == "IterableDatasetShard" else None
+        return len(dataset if inner is None else inner)
+    except (NameError, AttributeError, TypeError):
+        return len(loader) * batch_size
+
+
+def real_rows(loader: Any, num_rows: int, process_index: int) -> int:
+    """Returns how many of the `num_rows` rows of the batch just received are no repetitions.
+
+    Processes must stay in step, so the last batch is filled up with rows seen before; those stand at its end, on
+    the last processes. With 5 rows, 2 processes and batches of 2, the second process's second batch has 0 (its two
+    rows come from the start) and the first one's has 1.
+    """
+    if not getattr(loader, "end_of_dataloader", False) or getattr(loader, "remainder", -1) <= 0:
+        return num_rows
+    return min(max(loader.remainder - process_index * num_rows, 0), num_rows)
+
+
+def steps_per_epoch(loader: Any, gradient_accumulation_steps: int) -> int | None:
+    """Returns the optimizer steps per epoch, at least 1, a short last window included; None without length."""
+    return max(1, math.ceil(len(loader) / gradient_accumulation_steps)) if has_length(loader) else None

@@ -1,0 +1,262 @@
+"""Where a loader stands: start in the middle of an epoch, save and verify the place.
+
+Positions are counted in micro-batches of one process. Which rows of the epoch's order they stand for does not depend
+on the number of processes, as long as the rows per optimizer step stay the same.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
+
+from finetune.errors import CheckpointError
+
+from .digest import digest
+from .rebalance import BatchRebalanceSampler
+from .samplers import OrderedSampler, permutation, rank_batches
+from .streaming import StreamLoader
+
+_LOADER_PARAMS = (
+    "num_workers",
+    "collate_fn",
+    "pin_memory",
+    "timeout",
+    "worker_init_fn",
+    "multiprocessing_context",
+    "generator",
+    "prefetch_factor",
+    "persistent_workers",
+    "in_order",
+)
+
+
+def has_length(thing: Any) -> bool:
+    """Returns whether `len(thing)` works, as `transformers.trainer_utils.has_length` does."""
+    try:
+        return len(thing) is not None
+    except (TypeError, AttributeError, NotImplementedError):
+        return False
+
+
+def is_stream(dataset: Any) -> bool:
+    """Returns whether rows can only be read in sequence (`torch` or `datasets` `IterableDataset`)."""
+    return isinstance(dataset, IterableDataset)
+
+
+class SkippedBatches(BatchSampler):
+    """The batches of another batch sampler without the first `num_batches`, found by arithmetic where possible.
+
+    `SeededRandomSampler` and its kin, alone or sharded by accelerate, know their order, so nothing is iterated over.
+    For another sampler the skipped indices are drawn and dropped; no row is read.
+    """
+
+    def __init__(self, batch_sampler: Any, num_batches: int) -> None:
+        self.inner = batch_sampler
+        self.num_batches = num_batches
+        self.batch_size = getattr(batch_sampler, "batch_size", None)  # pyright: ignore[reportAttributeAccessIssue]
+        self.drop_last = getattr(batch_sampler, "drop_last", False)
+        self.num_processes = getattr(batch_sampler, "num_processes", 1)
+        self.split_batches = getattr(batch_sampler, "split_batches", False)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Passes the epoch on, however deep the sampler that wants it lies."""
+        for sampler in _nested(self.inner):
+            if hasattr(sampler, "set_epoch"):
+                sampler.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return max(0, len(self.inner) - self.num_batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        shard, batches, sampler = _layers(self.inner)
+        if isinstance(batches, BatchRebalanceSampler):
+            return iter(batches.skip(self.num_batches))
+        order = _order(sampler)
+        if order is None or type(batches) is not BatchSampler:
+            return islice(iter(self.inner), self.num_batches, None)
+        sharding = {} if shard is None else {key: getattr(shard, key) for key in _SHARDING}
+        return rank_batches(order, batches.batch_size, drop_last=batches.drop_last, start=self.num_batches, **sharding)
+
+
+_SHARDING = ("num_processes", "process_index", "split_batches", "even_batches")
+
+
+def _nested(batch_sampler: Any) -> Iterator[Any]:
+    """Yields a batch sampler and everything it wraps, outermost first."""
+    while batch_sampler is not None:
+        yield batch_sampler
+        inner = getattr(batch_sampler, "inner", None) or getattr(batch_sampler, "batch_sampler", None)
+        batch_sampler = inner if inner is not None else getattr(batch_sampler, "sampler", None)
+
+
+def _layers(batch_sampler: Any) -> tuple[Any, Any, Any]:
+    """Returns accelerate's shard (or None), the batch sampler under it, and the row sampler (or None)."""
+    inner = getattr(batch_sampler, "batch_sampler", None)
+    shard, batches = (batch_sampler, inner) if inner is not None else (None, batch_sampler)
+    return shard, batches, getattr(batches, "sampler", None)
+
+
+def _order(sampler: Any) -> np.ndarray | None:
+    """Returns the whole order of an epoch, or None for a sampler that cannot tell without being drawn from."""
+    if isinstance(sampler, OrderedSampler):
+        return sampler.order()[sampler.start :]
+    if type(sampler) is torch.utils.data.SequentialSampler:
+        return np.arange(len(sampler))
+    # accelerate's SeedableRandomSampler, made from the RandomSampler of an overriding subclass
+    seedable = hasattr(sampler, "initial_seed") and not getattr(sampler, "replacement", True)
+    if seedable and sampler.num_samples == len(sampler.data_source):
+        return permutation(sampler.num_samples, sampler.initial_seed + sampler.epoch)
+    return None
+
+
+def skip_batches(loader: Any, num_batches: int) -> Any:
+    """Returns a loader for the rest of the current epoch, without its first `num_batches`; reads no row.
+
+    The given loader is not changed and serves the following epochs. A loader of a kind not known here goes through
+    `accelerate.skip_first_batches`. Raises `CheckpointError` for a stream: its place is `load_loader_state`.
+    """
+    if num_batches == 0:
+        return loader
+    if is_stream(getattr(loader, "dataset", None)):
+        raise CheckpointError(
+            f"A stream cannot skip {num_batches} batches without reading them. Resume it from its saved state, or "
+            "use `ignore_data_skip=True` to start the epoch anew."
+        )
+    from accelerate import skip_first_batches
+    from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
+
+    plain = getattr(loader, "base_dataloader", loader)
+    if getattr(loader, "batch_sampler", None) is None or isinstance(plain.sampler, BatchSampler):
+        return skip_first_batches(loader, num_batches)
+    kwargs = {name: getattr(plain, name) for name in _LOADER_PARAMS}
+    accelerates: dict[str, Any] = {
+        name: getattr(loader, name, None) for name in ("_drop_last", "_non_blocking", "iteration")
+    }
+    if type(loader) is DataLoaderShard:
+        skipped = SkippedBatches(loader.batch_sampler, num_batches)
+        accelerates |= {key: getattr(loader, key) for key in ("device", "rng_types", "synchronized_generator")}
+        return DataLoaderShard(loader.dataset, batch_sampler=skipped, **accelerates, **kwargs)
+    if type(loader) is DataLoaderDispatcher:
+        per_round = 1 if loader.split_batches else loader.state.num_processes
+        skipped = SkippedBatches(loader.batch_sampler, num_batches * per_round)
+        accelerates |= {key: getattr(loader, key) for key in ("split_batches", "slice_fn", "torch_device_mesh")}
+        return DataLoaderDispatcher(loader.dataset, batch_sampler=skipped, **accelerates, **kwargs)
+    if type(loader) is DataLoader:
+        return DataLoader(loader.dataset, batch_sampler=SkippedBatches(loader.batch_sampler, num_batches), **kwargs)
+    return skip_first_batches(loader, num_batches)
+
+
+def _epoch_order(loader: Any, epoch: int) -> np.ndarray | None:
+    """Returns the order of the rows of all processes in `epoch`, or None; leaves the loader as it is."""
+    if is_stream(loader.dataset) or (batch_sampler := getattr(loader, "batch_sampler", None)) is None:
+        return None
+    _, batches, sampler = _layers(batch_sampler)
+    source: Any = batches if isinstance(batches, BatchRebalanceSampler) else sampler
+    before = getattr(source, "epoch", None)
+    if before is None:
+        return _order(source)
+    try:
+        source.epoch = epoch
+        return source.order() if isinstance(source, BatchRebalanceSampler) else _order(source)
+    finally:
+        source.epoch = before
+
+
+def rows_per_batch(loader: Any) -> int | None:
+    """Returns the rows that all processes together take per micro-batch, or None where that varies."""
+    if isinstance(loader, StreamLoader):
+        return loader.total_batch_size
+    shard, batches, _ = _layers(getattr(loader, "batch_sampler", None))
+    batch_size = getattr(batches, "batch_size", None)
+    if isinstance(batches, BatchRebalanceSampler) or batch_size is None:
+        return None
+    return batch_size * (1 if shard is None or shard.split_batches else shard.num_processes)
+
+
+def batch_digest(loader: Any, num_batches: int, epoch: int, num_rows: int = 32) -> str | None:
+    """Returns a hash of the `num_rows` rows that follow after `num_batches` micro-batches of `epoch`.
+
+    Which rows they are and what they hold both count, so it changes when the data, its order or its preparation
+    do; it does not depend on the number of processes or workers. Past the end of the epoch it continues with the
+    next one. The global random generators are left as they were. None when the order cannot be known in advance
+    (a sampler of one's own; a stream, whose state carries a hash of its own).
+    """
+    order, following = _epoch_order(loader, epoch), _epoch_order(loader, epoch + 1)
+    if order is None or following is None:
+        return None
+    _, batches, _ = _layers(loader.batch_sampler)
+    if isinstance(batches, BatchRebalanceSampler):
+        start = num_batches // batches.grad_accum * batches.effective_batch_size
+    else:
+        start = num_batches * (rows_per_batch(loader) or 1)
+    indices = np.concatenate([order[start:], following])[:num_rows].tolist()
+    with _own_random_state():
+        rows = [loader.dataset[i] for i in indices]
+    return digest({"indices": indices, "rows": rows})
+
+
+@contextmanager
+def _own_random_state() -> Iterator[None]:
+    """Rows with random augmentation come out the same each time, and training does not notice the draws."""
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(0)
+    np.random.seed(0)
+    torch.default_generator.manual_seed(0)
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+
+
+def loader_state(loader: Any) -> dict[str, Any]:
+    """Returns what must be the same, or restored, for the order to continue; plain values.
+
+    For a stream its position; for a map-style data set its number of rows, the kind of sampler and its seed.
+    """
+    if isinstance(loader, StreamLoader):
+        return {"kind": "stream", **loader.state_dict()}
+    if is_stream(getattr(loader, "dataset", None)):
+        return {"kind": "stream_without_state"}
+    _, batches, sampler = _layers(getattr(loader, "batch_sampler", None))
+    source = batches if isinstance(batches, BatchRebalanceSampler) else sampler
+    seed = getattr(source, "seed", getattr(source, "initial_seed", None))
+    kind = type(source).__name__
+    return {
+        "kind": "map",
+        "num_rows": len(loader.dataset) if has_length(getattr(loader, "dataset", None)) else None,
+        # accelerate's name for the order that SeededRandomSampler produces as well
+        "sampler": "SeededRandomSampler" if kind == "SeedableRandomSampler" else kind,
+        "seed": seed if isinstance(seed, int) else None,
+    }
+
+
+def load_loader_state(loader: Any, state: Mapping[str, Any], *, verify: bool = True, reiterate: bool = False) -> None:
+    """Puts a stream at its saved position; checks that a map-style loader has the saved order.
+
+    Raises `CheckpointError` naming what differs. `verify=False` accepts changed data; `reiterate=True` lets a stream
+    without state of its own be read again up to the position.
+    """
+    if isinstance(loader, StreamLoader) and state.get("kind") == "stream":
+        loader.load_state_dict(state, verify=verify, reiterate=reiterate)
+        return
+    now = loader_state(loader)
+    if now["kind"] == "stream_without_state":
+        raise CheckpointError(
+            "The stream is read through accelerate (`dispatch_batches`, `split_batches` or a device mesh), which "
+            "cannot resume it. Use `ignore_data_skip=True` to start the epoch anew."
+        )
+    changed = [f"`{key}` was {state[key]!r} and is {now.get(key)!r}" for key in state if state[key] != now.get(key)]
+    if verify and (changed or now["kind"] != state.get("kind")):
+        raise CheckpointError(
+            f"The training data is not what it was when the checkpoint was written: {'; '.join(changed)}. Restore it "
+            "(data set, `seed`, `data_seed`, `train_sampling_strategy`), or use `ignore_data_skip=True`."
+        )

@@ -1,0 +1,302 @@
+"""Batches of a stream (`IterableDataset`) with a position that can be saved and resumed exactly.
+
+Every process reads the whole stream and keeps its part of each batch, so the position is the same everywhere and a
+run can continue with another number of processes. Worker `w` of `W` produces the batches w, w + W, w + 2W, …; a
+worker that has run dry hands out empty packets, so the order does not depend on timing. With each batch comes the
+state of the stream right after it, which makes prefetching harmless: the saved position is that of the last batch
+handed out.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from finetune.errors import CheckpointError
+
+from .digest import digest
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class _Packet:
+    """What travels from a worker: one batch of this process and the stream's state after it."""
+
+    batch: Any
+    state: Any
+    num_rows: int  # rows of all processes in this batch, before any was repeated to fill it up
+    filled_up: bool = False
+    done: bool = False
+    skipped: bool = False
+
+    def pin_memory(self) -> _Packet:
+        """Called by the pinning thread of `DataLoader`, which does not look into classes it does not know."""
+        from torch.utils.data._utils.pin_memory import pin_memory
+
+        self.batch = pin_memory(self.batch)
+        return self
+
+
+class _Batches(IterableDataset):
+    """The packets of one worker. `start[w]` tells worker `w` where to begin, once."""
+
+    def __init__(
+        self,
+        rows: Any,
+        collate: Callable[[list[Any]], Any],
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        drop_last: bool,
+    ) -> None:
+        self.rows = rows
+        self.collate = collate
+        self.batch_size, self.rank, self.world_size, self.drop_last = batch_size, rank, world_size, drop_last
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # seen by workers that are already running
+        self.start: list[dict[str, Any]] | None = None
+        self.num_skipped_workers = 0  # workers below this number had their turn in the interrupted round
+
+    def __iter__(self) -> Iterator[_Packet]:
+        info = get_worker_info()
+        worker = info.id if info is not None else 0
+        start, self.start = self.start[worker] if self.start else None, None
+        behind, self.num_skipped_workers = worker < self.num_skipped_workers, 0
+        self._set_epoch(int(self.epoch))
+        if behind:
+            yield _Packet(None, None, 0, skipped=True)
+        yield from self._packets(start)
+        while True:
+            yield _Packet(None, None, 0, done=True)
+
+    def _packets(self, start: dict[str, Any] | None) -> Iterator[_Packet]:
+        num_replayed = 0
+        if start is not None and start["dataset"] is not None:
+            self.rows.load_state_dict(start["dataset"])
+        elif start is not None:
+            num_replayed = start["rows"]
+        rows = islice(iter(self.rows), num_replayed, None)
+        per_round = self.batch_size * self.world_size
+        while group := list(islice(rows, per_round)):
+            if len(group) == per_round or not self.drop_last:
+                yield self._packet(group, per_round)
+
+    def _packet(self, group: list[Any], per_round: int) -> _Packet:
+        num_rows = len(group)
+        own = self.batch_size if num_rows == per_round else -(-num_rows // self.world_size)
+        # The processes must stay in step, so a short last batch is shared out and filled up with its own first rows.
+        for i in range(own * self.world_size - num_rows):
+            group.append(group[i % num_rows])
+        batch = self.collate(group[self.rank * own : (self.rank + 1) * own])
+        return _Packet(batch, _state_of(self.rows), num_rows, filled_up=len(group) > num_rows)
+
+    def _set_epoch(self, epoch: int) -> None:
+        if callable(getattr(self.rows, "set_epoch", None)):
+            # `datasets` shares its epoch between processes and adds the difference: setting it twice at once is a race.
+            if getattr(self.rows, "epoch", None) != epoch:
+                self.rows.set_epoch(epoch)
+        elif isinstance(generator := getattr(self.rows, "generator", None), torch.Generator):
+            generator.manual_seed(epoch)  # the agreement of transformers' IterableDatasetShard
+
+
+class StreamLoader(DataLoader[Any]):
+    """A `DataLoader` over a stream; batches of this process, on `device`, see the module.
+
+    `state_dict()` gives the position after the last batch that was handed out, in plain values; `load_state_dict`
+    makes the next iteration start there. Works like a loader prepared by accelerate: `set_epoch`, `iteration`,
+    `end_of_dataloader`, `remainder` (rows in the last batch of all processes) and `gradient_state`.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        *,
+        batch_size: int,
+        collate_fn: Callable[[list[Any]], Any],
+        rank: int = 0,
+        world_size: int = 1,
+        drop_last: bool = False,
+        device: torch.device | None = None,
+        non_blocking: bool = False,
+        gradient_state: Any = None,
+        **params: Any,
+    ) -> None:
+        super().__init__(dataset, batch_size=batch_size, collate_fn=collate_fn, drop_last=drop_last, **params)
+        self.rank, self.world_size = rank, world_size
+        self.device, self.non_blocking, self.gradient_state = device, non_blocking, gradient_state
+        self.iteration = 0
+        self.end_of_dataloader, self.remainder = False, -1
+        self._batches = _Batches(dataset, collate_fn, batch_size, rank, world_size, drop_last)
+        # Batching happens in `_Batches`, where the state after each batch is known.
+        self._inner = DataLoader(self._batches, batch_size=None, collate_fn=_identity, **params)
+        self._position: dict[str, Any] = self._at_start()
+        self._next_batch: Any = None
+        self._expected: str | None = None
+
+    @property
+    def total_batch_size(self) -> int:
+        """Rows that all processes take together."""
+        return (self.batch_size or 1) * self.world_size
+
+    def __len__(self) -> int:
+        num_rows = len(self._batches.rows)  # raises TypeError for a stream without length, as `DataLoader` does
+        return num_rows // self.total_batch_size if self.drop_last else -(-num_rows // self.total_batch_size)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch of the next iteration; reaches workers that are already running."""
+        self.iteration = epoch
+        self._batches.epoch.fill_(epoch)
+        self._batches._set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        self.set_epoch(self.iteration)
+        self.end_of_dataloader, self.remainder = False, -1
+        if self._batches.start is None:
+            self._position = self._at_start()
+        self._position["epoch"] = self.iteration
+        if self.gradient_state is not None:
+            self.gradient_state._add_dataloader(self)
+        try:
+            yield from self._look_ahead()
+        finally:
+            self._next_batch = None
+            if self.gradient_state is not None:
+                self.gradient_state._remove_dataloader(self)
+        self.iteration += 1
+
+    def _look_ahead(self) -> Iterator[Any]:
+        """Yields each batch once the next one is known, because the last one must say that it is the last."""
+        packets = self._turns(iter(self._inner))
+        pending = next(packets, None)  # by now every worker has its starting point
+        self._batches.start, self._batches.num_skipped_workers = None, 0
+        self._verify(pending)
+        while pending is not None:
+            (slot, packet), pending = pending, next(packets, None)
+            self._advance(slot, packet)
+            self._next_batch = pending[1].batch if pending else None
+            # gather_for_metrics cuts repeated rows off only where this is set.
+            self.end_of_dataloader = pending is None or packet.filled_up
+            self.remainder = packet.num_rows if self.end_of_dataloader else -1
+            yield self._to_device(packet.batch)
+
+    def _turns(self, packets: Iterator[_Packet]) -> Iterator[tuple[int, _Packet]]:
+        """Yields `(turn, packet)` in the workers' turns, until all have run dry."""
+        num_workers = len(self._position["workers"])
+        dry: set[int] = set()
+        turn = self._position["turn"] // num_workers * num_workers
+        for packet in packets:
+            if packet.done:
+                dry.add(turn % num_workers)
+                if len(dry) == num_workers:
+                    return
+            elif not packet.skipped:
+                yield turn, packet
+            turn += 1
+
+    def _advance(self, turn: int, packet: _Packet) -> None:
+        worker = self._position["workers"][turn % len(self._position["workers"])]
+        worker["dataset"] = packet.state
+        worker["rows"] += packet.num_rows
+        self._position["turn"] = turn + 1
+        self._position["batches"] += 1
+
+    def _to_device(self, batch: Any) -> Any:
+        if self.device is None:
+            return batch
+        from accelerate.utils import send_to_device
+
+        return send_to_device(batch, self.device, non_blocking=self.non_blocking)
+
+    def _at_start(self) -> dict[str, Any]:
+        num_workers = max(1, self.num_workers)
+        workers: list[dict[str, Any]] = [{"dataset": None, "rows": 0} for _ in range(num_workers)]
+        return {"epoch": self.iteration, "batches": 0, "turn": 0, "workers": workers}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the position after the last batch handed out, with a hash of the next one if it is known."""
+        position = self._position
+        return {
+            "epoch": position["epoch"],
+            "batches": position["batches"],
+            "turn": position["turn"],
+            "workers": [dict(worker) for worker in position["workers"]],
+            "layout": [self.rank, self.batch_size, self.world_size],
+            "next_digest": None if self._next_batch is None else digest(self._next_batch),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], *, verify: bool = True, reiterate: bool = False) -> None:
+        """Makes the next iteration start at `state`, and check its first batch against the stored hash.
+
+        Raises `CheckpointError` when the number of workers differs, or when the stream has no state of its own and
+        `reiterate` is false. A stream whose state leaves out its shuffle buffer is read again from the start of the
+        epoch up to the position (rows are not collated), which is said in the log.
+        """
+        num_workers = len(self._position["workers"])
+        if len(state["workers"]) != num_workers:
+            raise CheckpointError(
+                f"The stream was read by {len(state['workers'])} worker(s) and `dataloader_num_workers` now asks for "
+                f"{num_workers}: the order would change. Use the same number, or `ignore_data_skip=True` to start "
+                "the epoch anew."
+            )
+        workers = [dict(worker) for worker in state["workers"]]
+        reason = why_not_resumable(self.dataset)
+        if reason is not None and state["batches"]:
+            if not reiterate and not has_shuffle_buffer(self.dataset):
+                raise CheckpointError(
+                    f"The stream cannot be resumed at batch {state['batches']}: {reason}. Give the data set "
+                    "`state_dict` and `load_state_dict`, or use `ignore_data_skip=True` to start the epoch anew."
+                )
+            num_rows = sum(worker["rows"] for worker in workers)
+            logger.warning("Reading %d rows of the stream again to resume exactly: %s.", num_rows, reason)
+            for worker in workers:
+                worker["dataset"] = None
+        self.set_epoch(state["epoch"])
+        self._position = {key: state[key] for key in ("epoch", "batches", "turn")} | {"workers": workers}
+        self._batches.start = [dict(worker) for worker in workers]
+        self._batches.num_skipped_workers = state["turn"] % num_workers
+        same_layout = list(state["layout"]) == [self.rank, self.batch_size, self.world_size]
+        self._expected = state["next_digest"] if verify and same_layout else None
+
+    def _verify(self, pending: tuple[int, _Packet] | None) -> None:
+        expected, self._expected = self._expected, None
+        if expected is not None and (pending is None or digest(pending[1].batch) != expected):
+            raise CheckpointError(
+                "The stream does not continue with the batch that was next when the checkpoint was written: the data "
+                "set, its order or its preparation changed. Restore them, or use `ignore_data_skip=True`."
+            )
+
+
+def why_not_resumable(stream: Any) -> str | None:
+    """Returns why the state of `stream` does not suffice to resume it exactly, or None when it does."""
+    if not (callable(getattr(stream, "state_dict", None)) and callable(getattr(stream, "load_state_dict", None))):
+        return f"`{type(stream).__name__}` has no `state_dict` and `load_state_dict`"
+    if has_shuffle_buffer(stream):
+        return "the state of `datasets.IterableDataset` leaves out the rows waiting in its shuffle buffer"
+    return None
+
+
+def has_shuffle_buffer(stream: Any) -> bool:
+    """Returns whether a `datasets.IterableDataset` shuffles through a buffer, whose rows its state leaves out."""
+    todo = [getattr(stream, "_ex_iterable", None)]
+    while todo:
+        node = todo.pop()
+        if node is None:
+            continue
+        if type(node).__name__.startswith("BufferShuffled"):
+            return True
+        todo += [getattr(node, "ex_iterable", None), *getattr(node, "ex_iterables", ())]
+    return False
+
+
+def _state_of(stream: Any) -> Any:
+    return stream.state_dict() if callable(getattr(stream, "state_dict", None)) else None
+
+
+def _identity(packet: Any) -> Any:
+    return packet
