@@ -10,6 +10,7 @@ from finetune.arguments.optimization import (
     OptimizerArguments,
     ScheduleArguments,
 )
+from finetune.arguments.parse import parse_arguments
 from finetune.arguments.performance import (
     KernelArguments,
     MemoryArguments,
@@ -17,6 +18,7 @@ from finetune.arguments.performance import (
     ReproducibilityArguments,
 )
 from finetune.arguments.reporting import LoggingArguments, TrackingArguments
+from finetune.arguments.resolved import resolved_config, sources_of, write_resolved_config
 from finetune.arguments.saving import HubArguments, OutputArguments, ProgramArguments, SavingArguments
 from finetune.arguments.training import TrainingArguments
 
@@ -43,4 +45,8 @@ __all__ = [
     "TrackingArguments",
     "TrainingArguments",
     "arg",
+    "parse_arguments",
+    "resolved_config",
+    "sources_of",
+    "write_resolved_config",
 ]

@@ -59,6 +59,16 @@ def require_positive(name: str, value: Any, *, zero: bool = False) -> None:
         raise ArgumentError(f"`{name}={value!r}` must be {bound}.")
 
 
+def parse_bool(name: str, value: Any) -> bool:
+    """Returns the truth value of `yes`, `on`, `1`, `true`, ... and of their opposites."""
+    word = str(value).strip().lower()
+    if word in ("y", "yes", "t", "true", "on", "1"):
+        return True
+    if word in ("n", "no", "f", "false", "off", "0"):
+        return False
+    raise ArgumentError(f"`{name}={value!r}` must be true or false.")
+
+
 class ArgumentsMeta(type):
     """Reads a constructor call: translates old names with one warning each and refuses unknown names.
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from finetune.arguments.base import ArgumentGroup, arg, require, require_choice, require_positive
+from finetune.arguments.base import ArgumentGroup, arg, parse_bool, require, require_choice, require_positive
 from finetune.compat import FSDPOption
 from finetune.errors import ArgumentError, nearest
 
@@ -198,13 +198,3 @@ def fsdp_plugin_arguments(config: dict[str, Any]) -> dict[str, Any]:
 def _truth(config: dict[str, Any], key: str, default: bool) -> bool:
     """Returns a truth value that a configuration file may spell as a bool, a number or a word."""
     return parse_bool(f"fsdp_config[{key!r}]", config.get(key, default))
-
-
-def parse_bool(name: str, value: Any) -> bool:
-    """Returns the truth value of `yes`, `on`, `1`, `true`, ... and of their opposites."""
-    word = str(value).strip().lower()
-    if word in ("y", "yes", "t", "true", "on", "1"):
-        return True
-    if word in ("n", "no", "f", "false", "off", "0"):
-        return False
-    raise ArgumentError(f"`{name}={value!r}` must be true or false.")

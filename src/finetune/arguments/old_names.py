@@ -110,7 +110,9 @@ def _native_amp(value: Any, given: Given) -> str:
     return "drop it, mixed precision always is torch's own."
 
 
-def _without_effect(reason: str) -> Translation:
+def without_effect(reason: str) -> Translation:
+    """Returns a translation for a name that decides nothing any more, with the reason."""
+
     def translate(value: Any, given: Given) -> str:
         return f"{reason} The value {value!r} has no effect; drop it."
 
@@ -144,15 +146,15 @@ OLD_TRAINING_NAMES: dict[str, Translation] = {
     "split_batches": _accelerator_key("split_batches"),
     "half_precision_backend": _native_amp,
     "fp16_backend": _native_amp,
-    "fp16_opt_level": _without_effect("NVIDIA Apex is not used."),
-    "save_safetensors": _without_effect("Weights are always written as safetensors."),
-    "use_mps_device": _without_effect("An Apple GPU is used whenever there is one; `use_cpu=True` prevents it."),
-    "use_ipex": _without_effect("Intel's extension is part of torch now."),
-    "jit_mode_eval": _without_effect("TorchScript is gone; `torch_compile=True` takes its place."),
-    "use_legacy_prediction_loop": _without_effect("There is one evaluation loop."),
-    "tpu_num_cores": _without_effect("TPUs are not supported."),
-    "ray_scope": _without_effect("Pass `scope=` to `hyperparameter_search` instead."),
-    "_n_gpu": _without_effect("It is derived from the device."),
+    "fp16_opt_level": without_effect("NVIDIA Apex is not used."),
+    "save_safetensors": without_effect("Weights are always written as safetensors."),
+    "use_mps_device": without_effect("An Apple GPU is used whenever there is one; `use_cpu=True` prevents it."),
+    "use_ipex": without_effect("Intel's extension is part of torch now."),
+    "jit_mode_eval": without_effect("TorchScript is gone; `torch_compile=True` takes its place."),
+    "use_legacy_prediction_loop": without_effect("There is one evaluation loop."),
+    "tpu_num_cores": without_effect("TPUs are not supported."),
+    "ray_scope": without_effect("Pass `scope=` to `hyperparameter_search` instead."),
+    "_n_gpu": without_effect("It is derived from the device."),
     "sharded_ddp": _refused_unless(("", False, None, []), "FairScale is gone; use `fsdp=True`."),
     "past_index": _refused_unless((-1, None), "feeding past states to the next step is gone; leave it at -1."),
     "mp_parameters": _refused_unless(("", None), "SageMaker model parallelism is not supported."),

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from finetune.arguments.base import ArgumentGroup, arg, require
+from finetune.arguments.base import ArgumentGroup, arg, parse_bool, require
 from finetune.errors import ArgumentError
 
 
@@ -123,17 +123,27 @@ def set_tf32(enabled: bool) -> None:
         torch.backends.cudnn.allow_tf32 = enabled
 
 
-def bf16_supported() -> bool:
-    """Returns whether the accelerator computes in bfloat16; False without an accelerator."""
+def bf16_supported(emulated: bool = True) -> bool:
+    """Returns whether the accelerator computes in bfloat16, natively unless `emulated`; False without one."""
     import torch
 
     if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=emulated)
     if torch.backends.mps.is_available():
         return torch.backends.mps.is_macos_or_newer(14, 0)
-    device = getattr(torch, torch.accelerator.current_accelerator().type) if accelerator_present() else None  # type: ignore[union-attr]
-    check = getattr(device, "is_bf16_supported", None)
-    return bool(check()) if check is not None else device is not None
+    accelerator = torch.accelerator.current_accelerator() if accelerator_present() else None
+    if accelerator is None:
+        return False
+    check = getattr(getattr(torch, accelerator.type, None), "is_bf16_supported", None)
+    return bool(check()) if check is not None else True
+
+
+def best_precision(use_cpu: bool) -> str:
+    """Returns the number format that suits the device: `"bf16"`, `"fp16"`, or `"no"` for float32 on a CPU."""
+    cpu = use_cpu or parse_bool("ACCELERATE_USE_CPU", os.environ.get("ACCELERATE_USE_CPU", "false"))
+    if cpu or not accelerator_present():
+        return "no"
+    return "bf16" if bf16_supported(emulated=False) else "fp16"
 
 
 def accelerator_present() -> bool:

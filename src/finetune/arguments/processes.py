@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from finetune.arguments.distributed import DistributedArguments, parse_bool
+from finetune.arguments.base import parse_bool
+from finetune.arguments.distributed import DistributedArguments
 from finetune.arguments.evaluation import EvaluationArguments
 from finetune.arguments.optimization import BatchingArguments
 from finetune.arguments.reporting import LoggingArguments
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class ProcessView(BatchingArguments, LoggingArguments, EvaluationArguments, SavingArguments, DistributedArguments):
+class ProcessView(DistributedArguments, SavingArguments, EvaluationArguments, LoggingArguments, BatchingArguments):
     """Properties that depend on the running process rather than on the arguments alone.
 
     The process group and the device are set up when one of them is first read, and torch is imported then.

@@ -14,13 +14,16 @@ from finetune.arguments.old_names import READABLE_OLD_NAMES
 # Belong to the running process; a copy in another process must set up its own.
 _PROCESS_STATE = ("_device", "_distributed_state")
 
+# Fields that end in `_token` but name a token of the vocabulary.
+_VOCABULARY = ("eos_token", "pad_token")
+
 
 class Serialization:
     """How `TrainingArguments` prints, pickles and answers to old attribute names."""
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields as values that JSON knows; tokens become `<HUB_TOKEN>`."""
-        return {field.name: _plain(field.name, getattr(self, field.name)) for field in fields(self) if field.init}  # type: ignore[arg-type]
+        return {field.name: plain(field.name, getattr(self, field.name)) for field in fields(self) if field.init}  # type: ignore[arg-type]
 
     def to_json_string(self) -> str:
         """Returns `to_dict()` as indented JSON."""
@@ -58,18 +61,18 @@ class Serialization:
         object.__setattr__(self, name, value)
 
 
-def _plain(name: str, value: Any) -> Any:
+def plain(name: str, value: Any) -> Any:
     """Returns a field as plain data: enumerations by value, dtypes by name, configuration objects as dicts."""
-    if name.endswith("_token"):
+    if name.endswith("_token") and name not in _VOCABULARY:
         return f"<{name.upper()}>"
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, AcceleratorConfig):
         return value.to_dict()
     if isinstance(value, (list, tuple)):
-        return [_plain("", item) for item in value]
+        return [plain("", item) for item in value]
     if isinstance(value, dict):
-        return {key: _plain("", item) for key, item in value.items()}
+        return {key: plain("", item) for key, item in value.items()}
     if type(value).__module__ == "torch" and type(value).__name__ == "dtype":
         return str(value).removeprefix("torch.")
     for method in ("to_dict", "to_json"):

@@ -7,14 +7,13 @@ import warnings
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
-from finetune.arguments.base import ArgumentGroup, ArgumentsMeta, Translation, require
+from finetune.arguments.base import ArgumentGroup, ArgumentsMeta, Translation, parse_bool, require
 from finetune.arguments.data import DataLoaderArguments
 from finetune.arguments.distributed import (
     AcceleratorConfig,
     DistributedArguments,
     fsdp_plugin_arguments,
     normalise_fsdp,
-    parse_bool,
     parse_json,
 )
 from finetune.arguments.evaluation import BestModelArguments, EvaluationArguments
@@ -54,23 +53,24 @@ class TrainingArguments(
     Setters,
     Serialization,
     ProcessView,
-    OutputArguments,
-    BatchingArguments,
-    ScheduleArguments,
-    OptimizerArguments,
-    PrecisionArguments,
-    MemoryArguments,
-    KernelArguments,
-    LoggingArguments,
-    TrackingArguments,
-    EvaluationArguments,
-    SavingArguments,
+    # Dataclass fields come in reverse order of the bases: `output_dir` first, the flags for programs last.
+    ProgramArguments,
+    DistributedArguments,
+    DataLoaderArguments,
+    ReproducibilityArguments,
     HubArguments,
     BestModelArguments,
-    ReproducibilityArguments,
-    DataLoaderArguments,
-    DistributedArguments,
-    ProgramArguments,
+    SavingArguments,
+    EvaluationArguments,
+    TrackingArguments,
+    LoggingArguments,
+    KernelArguments,
+    MemoryArguments,
+    PrecisionArguments,
+    OptimizerArguments,
+    ScheduleArguments,
+    BatchingArguments,
+    OutputArguments,
     metaclass=ArgumentsMeta,
 ):
     """Everything that decides a training run.
@@ -116,8 +116,6 @@ class TrainingArguments(
         self._validate_device()
         self._open_deepspeed()
 
-    # Resolution, in the order of __post_init__.
-
     def _copy_containers(self) -> None:
         """Parses JSON given as a string, and detaches dicts and lists from the caller's."""
         for name in self._VALID_DICT_FIELDS:
@@ -145,6 +143,9 @@ class TrainingArguments(
             optimizer = "adamw_torch"
         known = {member.value for member in OptimizerNames}
         self.optim = OptimizerNames(optimizer) if optimizer in known else optimizer
+        if self.hub_token == "<HUB_TOKEN>":
+            # What `to_dict` writes in place of a token, come back through a rebuild.
+            self.hub_token = None
         words = self.debug.split() if isinstance(self.debug, str) else self.debug or []
         self.debug = [DebugOption(word) for word in words]
 
@@ -189,9 +190,8 @@ class TrainingArguments(
             self.report_to = []
         elif isinstance(self.report_to, str):
             self.report_to = [self.report_to]
-        tracked = os.getenv("KUBEFLOW_TRAINER_SERVER_URL") is not None
-        blocked = os.getenv("DISABLE_KUBEFLOW_INTEGRATION", "false").upper() == "TRUE"
-        if tracked and not blocked and "kubeflow" not in self.report_to:
+        kubeflow = os.getenv("DISABLE_KUBEFLOW_INTEGRATION", "").upper() != "TRUE"
+        if kubeflow and "KUBEFLOW_TRAINER_SERVER_URL" in os.environ and "kubeflow" not in self.report_to:
             self.report_to = [*self.report_to, "kubeflow"]
         if self.disable_tqdm is None:
             self.disable_tqdm = library_verbosity() > logging.WARNING
@@ -228,8 +228,6 @@ class TrainingArguments(
         if self.use_cpu:
             self.dataloader_pin_memory = False
 
-    # Checks that concern several groups.
-
     def _validate_combinations(self) -> None:
         """Raises ArgumentError for combinations across groups that cannot be honoured."""
         evaluates = self.eval_strategy != IntervalStrategy.NO
@@ -258,7 +256,7 @@ class TrainingArguments(
             )
 
     def _validate_multiple(self) -> None:
-        """Raises ArgumentError unless `save_steps` is a multiple of `eval_steps`, both counts or both shares."""
+        """Raises ArgumentError unless `save_steps` is a multiple of `eval_steps`."""
         save, evaluate = self.save_steps, self.eval_steps or 0
         remedy = "Make `save_steps` a multiple of `eval_steps`, or drop `load_best_model_at_end`."
         require(

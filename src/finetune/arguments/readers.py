@@ -1,0 +1,127 @@
+"""How the words of a command line, and the values of a YAML file, become values of a declared type."""
+
+import argparse
+import dataclasses
+import json
+import typing
+from collections.abc import Callable, Sequence
+from enum import Enum
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union
+
+from finetune.arguments.base import parse_bool
+from finetune.errors import ArgumentError
+
+Read = Callable[[str], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """One flag: the field it fills, how a word becomes a value, and whether it takes several words."""
+
+    name: str
+    read: Read
+    field: dataclasses.Field[Any]
+    many: bool = False
+    boolean: bool = False
+    choices: Sequence[str] | None = None
+
+    def read_value(self, value: Any) -> Any:
+        """Returns the value for something that stood in a YAML file, where `2e-5` is a text and `on` a bool."""
+        if value is None or isinstance(value, dict):
+            return value
+        if self.many:
+            return [self.read(str(item)) for item in value] if isinstance(value, list) else self.read(str(value))
+        result = self.read(str(value))
+        if self.choices and result not in self.choices:
+            raise ValueError(f"choose from {list(self.choices)}")
+        return result
+
+
+def option_of(field: dataclasses.Field[Any], hint: Any) -> Option:
+    """Returns how a field of type `hint` is read from text."""
+    union = typing.get_origin(hint) in (Union, UnionType)
+    members = [member for member in (typing.get_args(hint) if union else (hint,)) if member is not NoneType]
+    optional = union and NoneType in typing.get_args(hint)
+    choices = field.metadata.get("choices")
+    choices = list(choices) if choices is not None else None
+    lists = [member for member in members if member is list or typing.get_origin(member) is list]
+    plain = [member for member in members if member not in lists]
+    if lists:
+        item = (typing.get_args(lists[0]) or (str,))[0]
+        read = _reader(plain or [item], False, field.name)
+        read.single = bool(plain)  # type: ignore[attr-defined]
+        return Option(field.name, read, field, many=True)
+    read = _reader(members, optional, field.name)
+    return Option(field.name, read, field, boolean=members == [bool], choices=choices)
+
+
+def _reader(members: list[Any], optional: bool, name: str) -> Any:
+    """Returns a function that turns a word into the first of `members` that takes it."""
+
+    def read(text: str) -> Any:
+        if optional and str not in members and text.lower() in ("none", "null"):
+            return None
+        for member in members:
+            value = _as(member, text, name)
+            if value is not _NOT_THIS:
+                return value
+        if str in members:
+            return text
+        raise argparse.ArgumentTypeError(f"{text!r} is not {' or '.join(_type_name(member) for member in members)}")
+
+    return read
+
+
+_NOT_THIS = object()
+
+
+def _as(member: Any, text: str, name: str) -> Any:
+    """Returns `text` as one type of a union, or `_NOT_THIS`."""
+    if member is bool:
+        try:
+            return parse_bool(name, text)
+        except ArgumentError:
+            return _NOT_THIS
+    if member in (int, float):
+        try:
+            number = float(text)
+            return number if member is float else int(text) if text.lstrip("+-").isdigit() else int(_whole(number))
+        except ValueError:
+            return _NOT_THIS
+    if member is dict or typing.get_origin(member) is dict:
+        try:
+            return json.loads(text) if text.lstrip().startswith("{") else _NOT_THIS
+        except json.JSONDecodeError as error:
+            raise argparse.ArgumentTypeError(f"{text!r} is not valid JSON: {error}") from None
+    if typing.get_origin(member) is Literal:
+        spelled = {str(value).lower(): value for value in typing.get_args(member)}
+        return spelled.get(text.lower(), _NOT_THIS)
+    if isinstance(member, type) and issubclass(member, Enum):
+        return text if text in [item.value for item in member] else _NOT_THIS
+    return text if member in (str, Any) or member is Path else _NOT_THIS
+
+
+def _whole(number: float) -> float:
+    if number != int(number):
+        raise ValueError
+    return number
+
+
+def _type_name(member: Any) -> str:
+    if typing.get_origin(member) is Literal:
+        return f"one of {list(typing.get_args(member))}"
+    if isinstance(member, type) and issubclass(member, Enum):
+        return f"one of {[item.value for item in member]}"
+    return {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}.get(member, "JSON")
+
+
+def guess(text: str) -> Any:
+    """Returns the value of an old flag, whose type is no longer declared."""
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        return int(text) if text.lstrip("+-").isdigit() else float(text)
+    except ValueError:
+        return text
