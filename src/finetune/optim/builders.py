@@ -14,7 +14,7 @@ from finetune.errors import ArgumentError
 from finetune.optim.registry import ClassAndArguments, OptimizerRequest, register_optimizer
 
 
-def _import(module: str, install: str, request: OptimizerRequest) -> Any:
+def import_or_explain(module: str, install: str, request: OptimizerRequest) -> Any:
     """Returns the module; raises `ArgumentError` with the installation command when it is missing."""
     try:
         return importlib.import_module(module)
@@ -46,19 +46,21 @@ def adamw_torch_fused(request: OptimizerRequest) -> ClassAndArguments:
 @register_optimizer("adamw_torch_xla")
 def adamw_torch_xla(request: OptimizerRequest) -> ClassAndArguments:
     """Returns the sync-free AdamW of torch_xla."""
-    return _import("torch_xla.amp.syncfree", "pip install torch_xla", request).AdamW, request.adam
+    return import_or_explain("torch_xla.amp.syncfree", "pip install torch_xla", request).AdamW, request.adam
 
 
 @register_optimizer("adamw_torch_npu_fused")
 def adamw_torch_npu_fused(request: OptimizerRequest) -> ClassAndArguments:
     """Returns the fused AdamW of torch_npu."""
-    return _import("torch_npu.optim", "pip install torch_npu", request).NpuFusedAdamW, request.adam
+    return import_or_explain("torch_npu.optim", "pip install torch_npu", request).NpuFusedAdamW, request.adam
 
 
 @register_optimizer("adamw_anyprecision")
 def adamw_anyprecision(request: OptimizerRequest) -> ClassAndArguments:
     """Returns AnyPrecisionAdamW; `optim_args` takes `use_kahan_summation` and three dtypes."""
-    module = _import("torchdistx.optimizers", "pip install git+https://github.com/pytorch/torchdistx", request)
+    module = import_or_explain(
+        "torchdistx.optimizers", "pip install git+https://github.com/pytorch/torchdistx", request
+    )
     dtypes = {"momentum_dtype": "float32", "variance_dtype": "float32", "compensation_buffer_dtype": "bfloat16"}
     chosen = {
         key: getattr(torch, request.options.choice(key, ("float32", "bfloat16", "float16", "float64"), default))
@@ -146,7 +148,7 @@ _BITSANDBYTES = {
 def bitsandbytes(request: OptimizerRequest) -> ClassAndArguments:
     """Returns a bitsandbytes optimizer with 8- or 32-bit states, paged or not."""
     family, bits, paged = _BITSANDBYTES[request.name]
-    cls = getattr(_import("bitsandbytes.optim", "pip install -U bitsandbytes", request), family)
+    cls = getattr(import_or_explain("bitsandbytes.optim", "pip install -U bitsandbytes", request), family)
     args, options = request.args, request.options
     kwargs: dict[str, Any] = {"lr": args.learning_rate, "optim_bits": bits}
     if family != "RMSprop":
@@ -177,7 +179,7 @@ def override_embedding_bits(model: nn.Module) -> None:
 @register_optimizer("adamw_torch_4bit", "adamw_torch_8bit")
 def torchao(request: OptimizerRequest) -> ClassAndArguments:
     """Returns torchao's 4- or 8-bit AdamW."""
-    module = _import("torchao.optim", "pip install 'torchao>=0.11'", request)
+    module = import_or_explain("torchao.optim", "pip install 'torchao>=0.11'", request)
     cls = module.AdamW4bit if request.name == "adamw_torch_4bit" else module.AdamW8bit
     defaults = {"block_size": 256, "bf16_stochastic_round": False}
     return _with_options(cls, {**request.adam, **defaults}, request)
@@ -186,7 +188,7 @@ def torchao(request: OptimizerRequest) -> ClassAndArguments:
 @register_optimizer("schedule_free_radam", "schedule_free_adamw", "schedule_free_sgd")
 def schedule_free(request: OptimizerRequest) -> ClassAndArguments:
     """Returns a schedule-free optimizer, which the trainer must switch between `train()` and `eval()`."""
-    module = _import("schedulefree", "pip install 'schedulefree>=1.4'", request)
+    module = import_or_explain("schedulefree", "pip install 'schedulefree>=1.4'", request)
     args, options = request.args, request.options
     kwargs: dict[str, Any] = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
     if request.name != "schedule_free_sgd":
@@ -212,7 +214,7 @@ def schedule_free(request: OptimizerRequest) -> ClassAndArguments:
 @register_optimizer("lomo", "adalomo")
 def lomo(request: OptimizerRequest) -> ClassAndArguments:
     """Returns LOMO or AdaLOMO, which update inside backward: the trainer passes `learning_rate` to it."""
-    module = _import("lomo_optim", "pip install lomo-optim", request)
+    module = import_or_explain("lomo_optim", "pip install lomo-optim", request)
     cls = module.AdaLomo if request.name == "adalomo" else module.Lomo
     return _with_options(cls, {"lr": request.args.learning_rate, "model": request.require_model()}, request)
 
@@ -220,7 +222,7 @@ def lomo(request: OptimizerRequest) -> ClassAndArguments:
 @register_optimizer("grokadamw")
 def grokadamw(request: OptimizerRequest) -> ClassAndArguments:
     """Returns GrokAdamW."""
-    cls = _import("grokadamw", "pip install grokadamw", request).GrokAdamW
+    cls = import_or_explain("grokadamw", "pip install grokadamw", request).GrokAdamW
     defaults = {"alpha_init": 0.98, "lamb": 2.0, "gamma": 0.1}
     defaults |= {"grokking_signal_decay_rate": 0.1, "gradient_clipping": 1.0}
     kwargs = {key: request.options.take(key, float, value) for key, value in defaults.items()}
@@ -230,7 +232,7 @@ def grokadamw(request: OptimizerRequest) -> ClassAndArguments:
 @register_optimizer("stable_adamw")
 def stable_adamw(request: OptimizerRequest) -> ClassAndArguments:
     """Returns StableAdamW of torch-optimi."""
-    cls = _import("optimi", "pip install torch-optimi", request).StableAdamW
+    cls = import_or_explain("optimi", "pip install torch-optimi", request).StableAdamW
     options = request.options
     max_lr = options.take("max_lr", float, float("nan"))
     kahan = options.choice("kahan_sum", ("true", "false", "auto"), "auto")

@@ -5,7 +5,7 @@ Everything here is a pure function of a model and a few strings; nothing is chan
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -97,6 +97,24 @@ def _mesh(parameter: Tensor) -> Any:
     return getattr(parameter, "device_mesh", None)
 
 
+def partition(
+    groups: Sequence[ParameterGroup], selections: Sequence[tuple[Iterable[Tensor], ParameterGroup]]
+) -> list[ParameterGroup]:
+    """Returns the groups, each split into its unselected parameters and one part per selection.
+
+    A part carries the keys of its group and of the selection. Empty parts are left out.
+    """
+    key_of = {id(p): i for i, (members, _) in enumerate(selections) for p in members}
+    parts: list[ParameterGroup] = []
+    for group in groups:
+        members: list[Tensor] = list(group["params"])
+        for i, extra in [(None, {}), *((i, extra) for i, (_, extra) in enumerate(selections))]:
+            chosen = [p for p in members if key_of.get(id(p)) == i]
+            if chosen:
+                parts.append({**group, **extra, "params": chosen})
+    return parts
+
+
 def target_weight_names(model: nn.Module, targets: Any, optim: str) -> list[str]:
     """Returns the names of the trainable linear weights that `targets` (`optim_target_modules`) selects.
 
@@ -128,7 +146,7 @@ def target_weight_names(model: nn.Module, targets: Any, optim: str) -> list[str]
             f"`optim={optim}` needs `optim_target_modules`: a list of module names or regular expressions, one regular "
             f"expression, or 'all-linear'. Given: {targets!r}."
         )
-    return [f"{name}.weight" for name in linear if name in chosen]
+    return [f"{name}.weight".removeprefix(".") for name in linear if name in chosen]
 
 
 def _linear_modules(model: nn.Module) -> dict[str, nn.Module]:

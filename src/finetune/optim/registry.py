@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from torch import nn
 from torch.optim import Optimizer
 
+from finetune.arguments.optimization import REGISTERED_OPTIMIZERS
 from finetune.errors import ArgumentError, nearest
 from finetune.optim.groups import parameter_groups
 from finetune.optim.options import OptimOptions
@@ -30,6 +31,7 @@ class OptimizerArguments(Protocol):
     adam_beta1: float
     adam_beta2: float
     adam_epsilon: float
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ def register_optimizer(*names: str) -> Callable[[Builder], Builder]:
 
     def register(builder: Builder) -> Builder:
         _BUILDERS.update(dict.fromkeys(names, builder))
+        REGISTERED_OPTIMIZERS.update(names)
         return builder
 
     return register
@@ -80,7 +83,7 @@ def optimizer_names() -> list[str]:
 
 def _load_builders() -> dict[str, Builder]:
     # Imported late because builders.py itself registers through this module.
-    from finetune.optim import builders as _builders  # noqa: F401
+    from finetune.optim import low_rank_builders as _low_rank_builders  # noqa: F401
 
     return _BUILDERS
 

@@ -1,8 +1,9 @@
 import pytest
+import torch
 from torch import nn
 
 from finetune.errors import ArgumentError
-from finetune.optim.groups import parameter_groups, target_weight_names
+from finetune.optim.groups import parameter_groups, partition, target_weight_names
 
 
 class Block(nn.Module):
@@ -91,3 +92,19 @@ def test_given_decay_names_win():
     groups = parameter_groups(model, 0.1, decay_names=["head.bias"])
     assert [len(g["params"]) for g in groups] == [1, len(list(model.parameters())) - 1]
     assert groups[0]["params"][0] is model.head.bias
+
+
+def test_a_model_that_is_one_linear_layer():
+    assert target_weight_names(nn.Linear(4, 4), "all-linear", "galore_adamw") == ["weight"]
+
+
+def test_partition_splits_each_group_and_keeps_its_keys():
+    a, b, c = (nn.Parameter(torch.ones(1)) for _ in range(3))
+    groups = partition(
+        [{"params": [a, b], "lr": 1}, {"params": [c], "lr": 2}], [([b], {"rank": 4}), ([c], {"bits": 8})]
+    )
+    assert groups == [
+        {"params": [a], "lr": 1},
+        {"params": [b], "lr": 1, "rank": 4},
+        {"params": [c], "lr": 2, "bits": 8},
+    ]

@@ -1,0 +1,187 @@
+"""Project in backward: each full gradient becomes its low-rank projection the moment it exists, and is freed.
+
+`optimizer.step()` stays at its ordinary place. Gradient accumulation adds projections, data parallelism averages
+projections, clipping scales projections by the global norm. At any time one full gradient of a projected weight
+exists.
+"""
+
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from finetune.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from finetune.optim.galore import GaLoreOptimizer
+    from finetune.optim.galore_basis import Basis
+
+
+class ProjectInBackward:
+    """The hooks on the projected weights of one optimizer, and the projections of the current window.
+
+    The basis of a window comes from its first micro-batch, because later gradients must be added in the same
+    coordinates. `close` removes the hooks; they also fall silent when the optimizer is gone.
+    """
+
+    def __init__(self, optimizer: "GaLoreOptimizer"):
+        self._optimizer = weakref.ref(optimizer)
+        self._group_of = {p: g for g in optimizer.param_groups if "rank" in g for p in g["params"]}
+        self._projections: dict[Tensor, Tensor] = {}
+        self._full_norms: dict[Tensor, Tensor] = {}
+        self._repeated = False
+        self._reduced = False
+        self._ranks = world_size()
+        self._channel: Any = None
+        if self._ranks > 1:
+            # Of its own, so that these messages never interleave with DDP's on a different order per rank.
+            self._channel = torch.distributed.new_group()
+            for p in self._group_of:
+                torch.distributed.broadcast(p.data, 0, group=self._channel)
+        self._handles = [p.register_post_accumulate_grad_hook(self._hook) for p in self._group_of]
+
+    @torch.no_grad()
+    def _hook(self, p: Tensor) -> None:
+        optimizer = self._optimizer()
+        if optimizer is None or p.grad is None:
+            return
+        gradient = optimizer.gradient_of(p)
+        known = self._projections.get(p)
+        low = optimizer.project(p, self._group(p), gradient, refresh=known is None)
+        if known is None:
+            self._projections[p] = low
+            self._full_norms[p] = torch.linalg.vector_norm(gradient)
+        else:
+            # In float32: the sum is small, and many micro-batches would lose their last bits in bfloat16.
+            self._projections[p] = known.float().add_(low)
+            self._repeated = True
+        p.grad = None
+
+    def _group(self, p: Tensor) -> dict[str, Any]:
+        """Returns the group of `p` now: loading a checkpoint replaces the group dictionaries."""
+        optimizer = self._optimizer()
+        assert optimizer is not None
+        group = self._group_of[p]
+        if not any(group is g for g in optimizer.param_groups):
+            self._group_of = {q: g for g in optimizer.param_groups if "rank" in g for q in g["params"]}
+        return self._group_of[p]
+
+    def take(self, p: Tensor) -> Tensor | None:
+        """Returns the window's projection of `p` in the type of its basis, or None."""
+        low = self._projections.get(p)
+        if low is None:
+            return None
+        optimizer = self._optimizer()
+        assert optimizer is not None
+        state = optimizer.state[p]
+        basis = state.get("basis_left", state.get("basis_right"))
+        return low.to(basis.dtype)
+
+    def clear(self) -> None:
+        """Forgets the window's projections."""
+        self._projections.clear()
+        self._full_norms.clear()
+        self._repeated = self._reduced = False
+
+    def average(self, tensor: Tensor) -> Tensor:
+        """Returns the mean of `tensor` over the data-parallel ranks."""
+        if self._ranks == 1:
+            return tensor
+        total = tensor.contiguous().clone()
+        torch.distributed.all_reduce(total, group=self._channel)
+        return total.div_(self._ranks)
+
+    def broadcast(self, basis: "Basis") -> None:
+        """Makes every rank hold the basis of the first rank to the last bit."""
+        for tensor in basis:
+            if tensor is not None and self._ranks > 1:
+                torch.distributed.broadcast(tensor, 0, group=self._channel)
+
+    def reduce(self) -> None:
+        """Averages the window's projections over the ranks, once, in one message per type."""
+        if self._ranks == 1 or self._reduced:
+            return
+        missing = [p for p in self._group_of if p not in self._projections]
+        if missing:
+            raise ArgumentError(
+                f"{len(missing)} of {len(self._group_of)} projected weights got no gradient on this rank. Weights that "
+                f"take turns need `optim=galore_adamw` (without `_layerwise`) and `ddp_find_unused_parameters=True`."
+            )
+        by_type: dict[torch.dtype, list[Tensor]] = {}
+        for p in self._group_of:
+            by_type.setdefault(self._projections[p].dtype, []).append(p)
+        for members in by_type.values():
+            flat = self.average(torch.cat([self._projections[p].reshape(-1) for p in members]))
+            pieces = flat.split([self._projections[p].numel() for p in members])
+            for p, piece in zip(members, pieces, strict=True):
+                self._projections[p] = piece.view_as(self._projections[p])
+        self._reduced = True
+
+    @torch.no_grad()
+    def clip(self, max_norm: float) -> Tensor:
+        """Scales gradients and projections so that their global norm is at most `max_norm`; returns the norm before.
+
+        A weight that was projected once, on one rank, counts with the norm of its full gradient, so the result is the
+        one of the ordinary run. After accumulation, or averaging over ranks, the full gradient never existed and the
+        norm of its projection counts. `max_norm=inf` only measures.
+        """
+        self.reduce()
+        optimizer = self._optimizer()
+        assert optimizer is not None
+        exact = not self._repeated and self._ranks == 1
+        norms: list[Tensor] = []
+        held: list[Tensor] = []
+        for p in (p for group in optimizer.param_groups for p in group["params"]):
+            low = self._projections.get(p)
+            if low is not None:
+                norms.append(self._full_norms[p] if exact else torch.linalg.vector_norm(low))
+                held.append(low)
+            elif p.grad is not None:
+                norms.append(torch.linalg.vector_norm(p.grad))
+                held.append(p.grad)
+        if not norms:
+            return torch.tensor(0.0)
+        total = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device, torch.float32) for n in norms]))
+        factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
+        for tensor in held:
+            tensor.mul_(factor.to(tensor.device))
+        return total
+
+    def close(self) -> None:
+        """Removes the hooks and what they hold."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self.clear()
+
+
+def optimizer_logs(optimizer: Any) -> dict[str, float]:
+    """Returns what the optimizer wants in the log beyond the usual, for example GaLore's captured energy."""
+    from finetune.optim.galore import GaLoreOptimizer
+
+    inner = unwrap(optimizer)
+    return inner.stats() if isinstance(inner, GaLoreOptimizer) else {}
+
+
+def release_optimizer(optimizer: Any) -> None:
+    """Removes whatever the optimizer hung on the model; call it when training ends, also after an exception."""
+    from finetune.optim.apollo import ApolloAdamW
+    from finetune.optim.galore import GaLoreOptimizer
+
+    inner = unwrap(optimizer)
+    if isinstance(inner, (GaLoreOptimizer, ApolloAdamW)):
+        inner.release()
+
+
+def unwrap(optimizer: Any) -> Any:
+    """Returns the optimizer inside accelerate's wrapper."""
+    inner = getattr(optimizer, "optimizer", None)
+    return unwrap(inner) if inner is not None else optimizer
+
+
+def world_size() -> int:
+    """Returns the number of processes of this run."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_world_size()
+    return 1

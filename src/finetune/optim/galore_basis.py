@@ -1,0 +1,132 @@
+"""The subspace a gradient is projected onto: which side, how it is found, and how to go there and back.
+
+Legend: G (m, n) gradient of one weight, r rank, l = r + oversampling. A left basis Q is (m, r) with orthonormal
+columns and projects to Q^T G (r, n); a right basis P is (r, n) with orthonormal rows and projects to G P^T (m, r);
+"full" uses both and projects to (r, r). Orientation and side agree with `galore_torch`'s `GaLoreProjector`.
+"""
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Side = Literal["left", "right", "full"]
+PROJECTION_TYPES = ("std", "reverse_std", "left", "right", "full")
+OVERSAMPLING = 16
+
+
+class Basis(NamedTuple):
+    """Tensors of one basis: `left` (m, r) or None, `right` (r, n) or None; "full" has both."""
+
+    left: Tensor | None
+    right: Tensor | None
+
+
+def side_of(shape: torch.Size, proj_type: str) -> Side:
+    """Returns the side that `proj_type` means for a gradient of this shape.
+
+    "std" takes the shorter dimension, so the basis is small and the projection keeps the longer one.
+    """
+    tall = shape[0] >= shape[1]
+    if proj_type == "std":
+        return "right" if tall else "left"
+    if proj_type == "reverse_std":
+        return "left" if tall else "right"
+    return proj_type  # pyright: ignore[reportReturnType]
+
+
+def project(gradient: Tensor, basis: Basis) -> Tensor:
+    """Returns the projection of G: (r, n), (m, r) or (r, r)."""
+    low = gradient
+    if basis.left is not None:
+        low = basis.left.t() @ low
+    if basis.right is not None:
+        low = low @ basis.right.t()
+    return low
+
+
+def project_back(low: Tensor, basis: Basis) -> Tensor:
+    """Returns the (m, n) matrix whose projection is `low`."""
+    full = low
+    if basis.left is not None:
+        full = basis.left @ full
+    if basis.right is not None:
+        full = full @ basis.right
+    return full
+
+
+def exact_basis(gradient: Tensor, rank: int, side: Side) -> tuple[Basis, Tensor]:
+    """Returns the leading singular vectors of G and the share of its energy they hold (a 0-d tensor).
+
+    Uses one full SVD in float32, as `galore_torch` does, so the two take the same basis, signs included.
+    """
+    matrix = gradient.float()
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    energy = values[:rank].square().sum() / values.square().sum()
+    basis = Basis(
+        None if side == "right" else left[:, :rank].to(gradient.dtype).contiguous(),
+        None if side == "left" else right[:rank].to(gradient.dtype).contiguous(),
+    )
+    return basis, energy
+
+
+Reduce = Callable[[Tensor], Tensor]
+
+
+def _identity(product: Tensor) -> Tensor:
+    return product
+
+
+def randomized_basis(
+    gradient: Tensor,
+    rank: int,
+    side: Side,
+    *,
+    previous: Basis | None,
+    generator: torch.Generator,
+    reduce: Reduce = _identity,
+) -> tuple[Basis, Tensor]:
+    """Returns approximate leading singular vectors of G and the share of its energy they hold (a 0-d tensor).
+
+    A subspace iteration of products and QR, started from `previous` padded with random directions, or from random
+    directions alone. `reduce` is applied to every product with G; an average over data-parallel ranks there gives the
+    basis of the averaged gradient, because the products are linear in G (the energy is then relative to the mean of
+    the ranks' energies). Source: Halko, Martinsson and Tropp, "Finding structure with randomness", 2011, section 4.5.
+    """
+    matrix = gradient.float()
+    left = right = energy = None
+    if side != "right":
+        old = None if previous is None else previous.left
+        left, energy = _leading(matrix, rank, old, generator, reduce)
+    if side != "left":
+        old = None if previous is None or previous.right is None else previous.right.t()
+        right, energy = _leading(matrix.t(), rank, old, generator, reduce)
+    assert energy is not None
+    return Basis(
+        None if left is None else left.to(gradient.dtype).contiguous(),
+        None if right is None else right.t().to(gradient.dtype).contiguous(),
+    ), energy
+
+
+def _leading(
+    matrix: Tensor, rank: int, previous: Tensor | None, generator: torch.Generator, reduce: Reduce
+) -> tuple[Tensor, Tensor]:
+    """Returns the leading left singular vectors (m, r) of `matrix` (m, n) and their share of its energy."""
+    rows, columns = matrix.shape
+    width = min(rows, columns, rank + OVERSAMPLING)
+    if previous is None:
+        trial = torch.randn(rows, width, generator=generator, device=matrix.device)
+    else:
+        known = previous[:, :width].float()
+        noise = torch.randn(rows, width - known.shape[1], generator=generator, device=matrix.device)
+        trial = torch.cat([known, noise / rows**0.5], dim=1)
+    # Gradients drift slowly, so one pass from the old basis finds what three find from random directions.
+    for _ in range(3 if previous is None else 1):
+        trial = reduce(matrix @ reduce(matrix.t() @ trial))
+        trial = torch.linalg.qr(trial).Q  # (m, l)
+    small = reduce(trial.t() @ matrix)  # (l, n)
+    energies, rotation = torch.linalg.eigh(small @ small.t())  # ascending
+    found = trial @ rotation.flip(1)[:, :rank]
+    total = reduce(matrix.square().sum())
+    return found, energies.flip(0)[:rank].sum() / total
