@@ -76,7 +76,10 @@ def make_chat_tokenizer() -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=400,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator([" ".join(WORDS)] * 3, trainer)
     return PreTrainedTokenizerFast(
@@ -89,7 +92,9 @@ def make_chat_tokenizer() -> Any:
     )
 
 
-def make_token_rows(rows: int = 20, vocab_size: int = 128, seed: int = 0, masked: bool = True) -> list[dict[str, list[int]]]:
+def make_token_rows(
+    rows: int = 20, vocab_size: int = 128, seed: int = 0, masked: bool = True
+) -> list[dict[str, list[int]]]:
     """Returns rows of 5 to 14 random tokens; the first few labels of each are masked."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -100,9 +105,7 @@ def make_token_rows(rows: int = 20, vocab_size: int = 128, seed: int = 0, masked
     for _ in range(rows):
         ids = draw(3, vocab_size, draw(5, 15)[0])
         hidden = draw(1, 4)[0] if masked else 0
-        out.append(
-            {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [-100] * hidden + ids[hidden:]}
-        )
+        out.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [-100] * hidden + ids[hidden:]})
     return out
 
 

@@ -30,7 +30,6 @@ from finetune.errors import ArgumentError
 from finetune.facade.evaluation import EvaluationMethods
 from finetune.facade.saving import SavingMethods
 from finetune.models.traits import check_trainable
-from finetune.optim import schedules
 from finetune.reporting import flops, header, speed
 
 
@@ -105,8 +104,8 @@ class Trainer(EvaluationMethods, SavingMethods):
         self._train_batch_size = batch_size
         loader = self.get_train_dataloader()
         plan = StepPlan.resolve(
-            num_batches=loaders.length(loader),
-            num_examples=loaders.length(loader) and self.num_examples(loader),
+            num_batches=len(loader) if (sized := loaders.has_length(loader)) else None,
+            num_examples=self.num_examples(loader) if sized else None,
             accumulation=args.gradient_accumulation_steps,
             num_train_epochs=args.num_train_epochs,
             max_steps=args.max_steps,
@@ -181,7 +180,7 @@ class Trainer(EvaluationMethods, SavingMethods):
         return self.model_wrapped
 
     def _optimizer_factory(self, max_steps: int) -> Callable[..., Any]:
-        """Returns what creates the optimizer: an overridden `create_optimizer_and_scheduler`, else `create_optimizer`."""
+        """Returns an overridden `create_optimizer_and_scheduler` as an optimizer factory, else `create_optimizer`."""
         if type(self).create_optimizer_and_scheduler is Trainer.create_optimizer_and_scheduler:
             return self.create_optimizer
 
@@ -262,7 +261,8 @@ class Trainer(EvaluationMethods, SavingMethods):
                 self.model_accepts_loss_kwargs and num_items_in_batch is not None
             )
         loss = step.scale_loss(loss, already_scaled=scaled, accumulation=self.current_gradient_accumulation_steps)
-        self.accelerator.backward(loss, **step.backward_kwargs(self.args.optim, self.accelerator, self._get_learning_rate))
+        extra = step.backward_kwargs(self.args.optim, self.accelerator, self._get_learning_rate)
+        self.accelerator.backward(loss, **extra)
         return loss.detach()
 
     def compute_loss(
@@ -282,6 +282,8 @@ class Trainer(EvaluationMethods, SavingMethods):
             inputs,
             num_items_in_batch=num_items_in_batch,
             accepts_loss_kwargs=self.model_accepts_loss_kwargs,
+            divisor=self._loss_divisor,
+            shifts_labels=self._traits.shifts_labels,
             compute_loss_func=self.compute_loss_func,
             label_smoother=self.label_smoother,
         )
@@ -304,9 +306,8 @@ class Trainer(EvaluationMethods, SavingMethods):
         """Returns a batch with its tensors on the device. Called for every training and evaluation batch."""
         inputs = self._prepare_input(inputs)
         if len(inputs) == 0:
-            raise ArgumentError(
-                f"An empty batch reached the model. Rows need columns it takes: {', '.join(self._signature_columns or [])}."
-            )
+            wanted = ", ".join(self._signature_columns or [])
+            raise ArgumentError(f"An empty batch reached the model. Rows need columns it takes: {wanted}.")
         return inputs
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:

@@ -117,7 +117,7 @@ def evaluation_loop(
         predictions=predictions,
         label_ids=label_ids,
         metrics=metrics,
-        num_samples=_num_samples(hooks, dataloader, num_rows),
+        num_samples=_num_samples(dataloader, num_rows),
     )
 
 

@@ -20,7 +20,11 @@ if TYPE_CHECKING:
 
 
 def enter(
-    stack: ExitStack, model: nn.Module, args: "TrainingArguments", processing_class: Any, neftune_noise_alpha: float | None
+    stack: ExitStack,
+    model: nn.Module,
+    args: "TrainingArguments",
+    processing_class: Any,
+    neftune_noise_alpha: float | None,
 ) -> None:
     """Enters on `stack` what `args` ask for: Liger kernels before anything wraps the model, then the hooks."""
     if args.use_liger_kernel:

@@ -32,13 +32,11 @@ def predict_batch(
     label_names: list[str],
     can_return_loss: bool,
     shifts_labels: bool,
-    num_processes: int,
     pass_num_items: bool,
 ) -> tuple[Tensor | None, Any, Any]:
     """Returns (loss, logits, labels), each None where there is none; logits and labels are None with `loss_only`.
 
-    The loss is the mean over this process's items. `compute_loss` divides by `num_items_in_batch` and multiplies by
-    the number of processes, so it is given the count a global batch of equal shares would have.
+    The loss is the mean over this process's items: `compute_loss` is told the count of this batch alone.
     """
     has_labels = bool(label_names) and all(inputs.get(name) is not None for name in label_names)
     return_loss = inputs.get("return_loss")
@@ -54,8 +52,7 @@ def predict_batch(
         if wants_loss:
             extra: dict[str, Any] = {}
             if pass_num_items:
-                count = count_items([inputs], shifts_labels=shifts_labels)
-                extra["num_items_in_batch"] = None if count is None else count * num_processes
+                extra["num_items_in_batch"] = count_items([inputs], shifts_labels=shifts_labels)
             loss, outputs = hooks.compute_loss(model, inputs, return_outputs=True, **extra)
             loss = loss.detach().mean()
         else:

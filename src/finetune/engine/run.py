@@ -131,4 +131,3 @@ class TrainingRun:
             return
         for parameter in self._trainable:
             parameter.grad = None
-

@@ -188,9 +188,7 @@ def places_model(
     if args.place_model_on_device is not None:
         return bool(args.place_model_on_device)
     sharded_at_load = getattr(model, "is_distributed_loading_by_transformers", False)
-    return not (
-        parallel or is_deepspeed or is_fsdp or args.fp16_full_eval or args.bf16_full_eval or sharded_at_load
-    )
+    return not (parallel or is_deepspeed or is_fsdp or args.fp16_full_eval or args.bf16_full_eval or sharded_at_load)
 
 
 def move_model(model: nn.Module, device: torch.device) -> None:

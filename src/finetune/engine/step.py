@@ -9,9 +9,8 @@ of `sum over the global batch / count over the global batch`, whatever the numbe
 `scale_loss` is the only place that divides by accumulation or multiplies by processes.
 """
 
-import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -64,19 +63,50 @@ def count_items(batches: list[Any], *, shifts_labels: bool) -> Tensor | None:
     return torch.stack(counts).sum() if len(counts) > 1 else counts[0]
 
 
+class LossDivisor:
+    """Whether a model divides its loss by `num_items_in_batch`, found out from the first training batch.
+
+    Many models take the argument and drop it: every `...ForSequenceClassification`, BERT, and most hand-written ones
+    with `**kwargs` average over their own micro-batch. transformers believes the signature, so with accumulation over
+    A micro-batches their gradients are A times too large. Here the count is passed as a tensor that asks for a
+    gradient: if the loss does not depend on it, the model averaged, and the mean is weighted by hand.
+    """
+
+    def __init__(self) -> None:
+        self.model_divides: bool | None = None
+
+    def probe(self, num_items: Any) -> Any:
+        """Returns what to pass to the model: the count, traceable while the answer is unknown."""
+        if self.model_divides is None and torch.is_grad_enabled():
+            return torch.as_tensor(num_items).float().requires_grad_()
+        return num_items
+
+    def correct(self, loss: Tensor, passed: Any, num_items: Any, local_items: Callable[[], Any]) -> Tensor:
+        """Returns `loss` as a share of the global batch: unchanged, or a mean times `local_items / num_items`."""
+        if self.model_divides is None and isinstance(passed, Tensor) and passed.requires_grad:
+            depends = torch.autograd.grad(loss, passed, retain_graph=True, allow_unused=True)[0]
+            self.model_divides = depends is not None
+        if self.model_divides is False and torch.is_grad_enabled():
+            return loss * (local_items() / num_items)
+        return loss
+
+
 def forward_loss(
     model: nn.Module,
     inputs: dict[str, Any],
     *,
     num_items_in_batch: Any = None,
     accepts_loss_kwargs: bool,
+    divisor: LossDivisor | None = None,
+    shifts_labels: bool = False,
     compute_loss_func: Callable[..., Any] | None = None,
     label_smoother: Callable[..., Tensor] | None = None,
 ) -> tuple[Tensor, Any]:
     """Returns the loss of one micro-batch and the model's outputs.
 
-    The model divides by `num_items_in_batch` itself when it takes loss keyword arguments; so does
-    `compute_loss_func(outputs, labels, num_items_in_batch=...)`. Otherwise the loss is a mean over the micro-batch.
+    With `num_items_in_batch` the loss is this micro-batch's share of the global mean: sum / `num_items_in_batch`,
+    whoever divides: `compute_loss_func(outputs, labels, num_items_in_batch=...)`, the model, or `divisor` for a model
+    that averages. Without, it is the mean over the micro-batch.
 
     Raises:
         ArgumentError: the model returned no loss.
@@ -85,8 +115,9 @@ def forward_loss(
     labels = None
     if compute_loss_func is not None or label_smoother is not None:
         labels = inputs.pop("labels", None)
+    passed = None
     if accepts_loss_kwargs and num_items_in_batch is not None:
-        inputs["num_items_in_batch"] = num_items_in_batch
+        passed = inputs["num_items_in_batch"] = divisor.probe(num_items_in_batch) if divisor else num_items_in_batch
     outputs = model(**inputs)
     if compute_loss_func is not None:
         if "num_items_in_batch" in _parameters(compute_loss_func):
@@ -94,14 +125,23 @@ def forward_loss(
         return compute_loss_func(outputs, labels), outputs
     if label_smoother is not None and labels is not None:
         return label_smoother(outputs, labels, num_items_in_batch=num_items_in_batch), outputs
-    if isinstance(outputs, Mapping):
-        if outputs.get("loss") is None:
-            raise ArgumentError(
-                f"The model returned no loss, only {sorted(outputs)}, for a batch with the columns {sorted(inputs)}. "
-                "Give the rows a `labels` column, or pass `compute_loss_func`."
-            )
-        return outputs["loss"], outputs
-    return outputs[0], outputs
+    loss = _loss_of(outputs, inputs)
+    if divisor is not None and passed is not None:
+        loss = divisor.correct(
+            loss, passed, num_items_in_batch, lambda: count_items([inputs], shifts_labels=shifts_labels)
+        )
+    return loss, outputs
+
+
+def _loss_of(outputs: Any, inputs: dict[str, Any]) -> Tensor:
+    if not isinstance(outputs, Mapping):
+        return outputs[0]
+    if outputs.get("loss") is None:
+        raise ArgumentError(
+            f"The model returned no loss, only {sorted(outputs)}, for a batch with the columns {sorted(inputs)}. "
+            "Give the rows a `labels` column, or pass `compute_loss_func`."
+        )
+    return outputs["loss"]
 
 
 def scale_loss(
@@ -163,17 +203,18 @@ def enter_train_mode(model: nn.Module, optimizer: Any) -> None:
             train()
 
 
-@contextlib.contextmanager
-def optimizer_in_eval_mode(optimizer: Any) -> Iterator[None]:
+def enter_eval_mode(optimizer: Any) -> None:
     """Switches a schedule-free optimizer to its averaged weights; `enter_train_mode` switches back."""
     if callable(evaluate := getattr(optimizer, "eval", None)):
         evaluate()
-    yield
 
 
 def undo_process_average(loss: Tensor, num_processes: int) -> Tensor:
-    """Returns the loss times the number of processes: data parallelism averages gradients, the contract sums them."""
-    return loss * num_processes if num_processes > 1 else loss
+    """Returns the loss times the number of processes: data parallelism averages gradients, the contract sums them.
+
+    Unchanged in evaluation, where nothing is averaged.
+    """
+    return loss * num_processes if num_processes > 1 and torch.is_grad_enabled() else loss
 
 
 def clip_gradients(accelerator: "Accelerator", model: nn.Module, optimizer: Any, max_norm: float) -> Any:

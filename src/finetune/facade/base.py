@@ -15,10 +15,10 @@ from finetune.compat import coerce_training_arguments
 from finetune.control.builtin import DefaultFlowCallback, PrinterCallback, ProgressCallback
 from finetune.control.callbacks import CallbackHandler, Events
 from finetune.control.state import TrainerControl, TrainerState, export_states
-from finetune.data import columns, samplers
+from finetune.data import columns
 from finetune.data import loader as loaders
 from finetune.distributed.accelerator import build_accelerator
-from finetune.engine import setup
+from finetune.engine import setup, step
 from finetune.engine.run import TrainingRun
 from finetune.errors import ArgumentError
 from finetune.models.traits import inspect_model
@@ -34,9 +34,6 @@ class TrainerBase:
     save_metrics = metrics_io.save_metrics
     save_state = metrics_io.save_state
     metrics_format = metrics_io.metrics_format
-    get_learning_rates = groups.get_learning_rates
-    get_num_trainable_parameters = groups.get_num_trainable_parameters
-    get_optimizer_group = groups.get_optimizer_group
 
     loss_is_scaled_for_ga: bool | None = None
 
@@ -59,14 +56,14 @@ class TrainerBase:
         preprocess_logits_for_metrics: Callable[[Any, Any], Any] | None = None,
         **old_names: Any,
     ) -> None:
-        processing_class = setup.accept_old_names(old_names, processing_class)
+        processing_class = setup.accept_old_names(old_names, processing_class, type(self))
         self.args = args = coerce_training_arguments(args, TrainingArguments)
         setup.seed_everything(args)
+        self.model_init = model_init
+        self.model = self.model_wrapped = setup.resolve_model(model, model_init)
         self.create_accelerator_and_postprocess()
         self._memory_tracker = MemoryTracker(args.skip_memory_metrics)
         self._memory_tracker.start("init")
-        self.model_init = model_init
-        self.model = self.model_wrapped = setup.resolve_model(model, model_init)
         setup.check_combination(
             args,
             eval_dataset=eval_dataset,
@@ -77,13 +74,20 @@ class TrainerBase:
             is_fsdp=self.is_fsdp_enabled,
         )
         self.is_model_parallel = setup.is_model_parallel(self.model, args)
-        self.place_model_on_device = setup.places_model(self, args)
+        self.place_model_on_device = setup.places_model(
+            args,
+            self.model,
+            parallel=self.is_model_parallel,
+            is_deepspeed=self.is_deepspeed_enabled,
+            is_fsdp=self.is_fsdp_enabled,
+        )
         if self.place_model_on_device:
             self._move_model_to_device(self.model, args.device)
 
         self._traits = inspect_model(self.model, args.label_names)
         self.model_accepts_loss_kwargs = self._traits.accepts_loss_kwargs
         self.label_names, self.can_return_loss = list(self._traits.label_names), self._traits.can_return_loss
+        self._loss_divisor = step.LossDivisor()
         self.label_smoother = setup.label_smoother(args, self.model)
         self.data_collator = data_collator or setup.default_collator(processing_class)
         self.train_dataset, self.eval_dataset, self.processing_class = train_dataset, eval_dataset, processing_class
@@ -102,6 +106,10 @@ class TrainerBase:
         if args.push_to_hub:
             self.init_hf_repo()
         self._run: TrainingRun | None = None
+        self._created_lr_scheduler = False
+        self._eval_loaders: dict[str, Any] = {}
+        self.model_preparation_time: float | None = None
+        self.deepspeed: Any = None
         self._signature_columns: list[str] | None = None
         self._train_batch_size = args.train_batch_size
         self.is_in_train, self.hp_name, self.hp_search_backend = False, None, None
@@ -152,7 +160,7 @@ class TrainerBase:
 
     def create_accelerator_and_postprocess(self) -> None:
         """Creates `self.accelerator`. Called once by the constructor."""
-        self.accelerator = accelerators.build_accelerator(self.args)
+        self.accelerator = build_accelerator(self.args, self.model)
         self.gather_function = self.accelerator.gather_for_metrics
         self.is_deepspeed_enabled = getattr(self.accelerator.state, "deepspeed_plugin", None) is not None
         self.is_fsdp_enabled = getattr(self.accelerator.state, "fsdp_plugin", None) is not None
@@ -213,6 +221,78 @@ class TrainerBase:
         """Returns the loader that `predict` uses."""
         return self._get_dataloader(test_dataset, "test", self.args.eval_batch_size, self._get_eval_sampler)
 
+    def _get_dataloader(
+        self,
+        dataset: Any,
+        description: str,
+        batch_size: int,
+        sampler_fn: Callable[[Any], Any] | None = None,
+        is_training: bool = False,
+        dataloader_key: str | None = None,
+    ) -> DataLoader[Any]:
+        """Returns a prepared loader over the columns the model takes. Called by the three `get_*_dataloader`."""
+        collate = self.data_collator
+        if hasattr(dataset, "remove_columns"):
+            dataset = self._remove_unused_columns(dataset, description=description)
+        if getattr(dataset, "column_names", None) is None:
+            collate = self._get_collator_with_removed_columns(collate, description=description)
+        sampler = sampler_fn(dataset) if sampler_fn is not None and not loaders.is_stream(dataset) else None
+        loader = loaders.build_dataloader(
+            dataset,
+            args=self.args,
+            accelerator=self.accelerator,
+            collate_fn=collate,
+            batch_size=batch_size,
+            sampler=sampler,
+            is_training=is_training,
+        )
+        if dataloader_key is not None and self.args.dataloader_persistent_workers:
+            self._eval_loaders[dataloader_key] = loader
+        return loader
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Returns the sampler of the training data, None for a stream. Called by `get_train_dataloader`."""
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        return loaders.train_sampler(dataset, self.args, self._input_name)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        """Returns the sampler of an evaluation data set. Called by `get_eval_dataloader` and `get_test_dataloader`."""
+        return loaders.eval_sampler(eval_dataset, self.args, self._input_name)
+
+    @property
+    def _input_name(self) -> str | None:
+        names = getattr(self.processing_class, "model_input_names", None)
+        return names[0] if names else None
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            self._signature_columns = columns.signature_columns(self.model, self.label_names)
+
+    def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
+        """Returns the data set without the columns that `model.forward` does not take."""
+        if not self.args.remove_unused_columns:
+            return dataset
+        self._set_signature_columns_if_needed()
+        return columns.remove_unused_columns(
+            dataset,
+            self._signature_columns or [],
+            description=description,
+            model_name=type(self.model).__name__,
+        )
+
+    def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any:
+        """Returns the collator behind a filter of columns, for data sets whose columns cannot be removed up front."""
+        if not self.args.remove_unused_columns:
+            return data_collator
+        self._set_signature_columns_if_needed()
+        return columns.collator_with_columns(
+            data_collator, self._signature_columns or [], description=description, model_name=type(self.model).__name__
+        )
+
+    def num_examples(self, dataloader: DataLoader[Any]) -> int:
+        """Returns the rows of a loader's data set."""
+        return loaders.num_examples(dataloader, self.args.per_device_train_batch_size)
+
     # ---- Optimizer and schedule ----
 
     def create_optimizer_and_scheduler(self, num_training_steps: int) -> None:
@@ -254,3 +334,22 @@ class TrainerBase:
     def _get_learning_rate(self) -> float:
         return schedules.current_learning_rate(self.lr_scheduler, self.optimizer)
 
+    def get_learning_rates(self) -> list[float]:
+        """Returns the learning rate of each parameter group."""
+        return [group["lr"] for group in self._require_optimizer().param_groups]
+
+    def get_num_trainable_parameters(self) -> int:
+        """Returns the number of parameters that receive gradients."""
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+
+    def get_optimizer_group(self, param: Any = None) -> Any:
+        """Returns the parameters of every group, or the group that holds `param`."""
+        param_groups = self._require_optimizer().param_groups
+        if param is None:
+            return [group["params"] for group in param_groups]
+        return next((group for group in param_groups if any(member is param for member in group["params"])), None)
+
+    def _require_optimizer(self) -> Any:
+        if self.optimizer is None:
+            raise ArgumentError("There is no optimizer yet: call `create_optimizer` or `train` first.")
+        return self.optimizer

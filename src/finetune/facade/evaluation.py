@@ -4,6 +4,7 @@ import math
 import time
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -66,9 +67,7 @@ class EvaluationMethods(TrainerBase):
         )
         start += output.metrics.get(f"{prefix}_model_preparation_time", 0.0)
         steps = math.ceil(output.num_samples / (self.args.eval_batch_size * self.args.world_size))
-        output.metrics.update(
-            speed.speed_metrics(prefix, start, num_samples=output.num_samples, num_steps=steps)
-        )
+        output.metrics.update(speed.speed_metrics(prefix, start, num_samples=output.num_samples, num_steps=steps))
         return output
 
     def evaluation_loop(
@@ -82,36 +81,39 @@ class EvaluationMethods(TrainerBase):
         """Returns predictions, labels, metrics and the number of rows of one pass. Called by `evaluate`, `predict`."""
         model = self._prepare_for_evaluation()
         self.callback_handler.eval_dataloader = dataloader
+        if prediction_loss_only is None:
+            prediction_loss_only = self.args.prediction_loss_only
         settings = evaluation.EvalSettings(
             args=self.args,
             accelerator=self.accelerator,
             compute_metrics=self.compute_metrics,
             preprocess_logits=self.preprocess_logits_for_metrics,
             gather_function=self.gather_function,
-            prediction_loss_only=self.args.prediction_loss_only if prediction_loss_only is None else prediction_loss_only,
+            prediction_loss_only=prediction_loss_only,
             ignore_keys=ignore_keys,
             metric_key_prefix=metric_key_prefix,
             shifts_labels=self._traits.shifts_labels,
             main_input_name=self._traits.main_input_name,
             keep_all=description == "Prediction",
         )
-        with step.optimizer_in_eval_mode(self.optimizer):
-            output = evaluation.evaluation_loop(self, model, dataloader, settings, self._events)
+        step.enter_eval_mode(self.optimizer)
+        output = evaluation.evaluation_loop(self, model, dataloader, settings, self._events)
         if self.model_preparation_time is not None:
             output.metrics[f"{metric_key_prefix}_model_preparation_time"] = self.model_preparation_time
         return output
 
     def _prepare_for_evaluation(self) -> nn.Module:
         """Returns the model to evaluate: the one in training, or one prepared now, timed."""
-        if self.accelerator._models:
-            return self.model_wrapped if self.is_in_train else preparation.for_evaluation(self.model_wrapped, self.args)
-        start = time.time()
-        model = preparation.prepare_for_evaluation(self.accelerator, self.model, self.args)
-        self.model_preparation_time = round(time.time() - start, 4)
-        self.model_wrapped = model
-        if self.is_fsdp_enabled:
-            self.model = model
-        return preparation.for_evaluation(model, self.args)
+        if not self.accelerator._models:
+            start = time.time()
+            self.model_wrapped = preparation.prepare_for_evaluation(self.accelerator, self.model)
+            self.model_preparation_time = round(time.time() - start, 4)
+            if self.is_fsdp_enabled:
+                self.model = self.model_wrapped
+        half = torch.float16 if self.args.fp16_full_eval else torch.bfloat16 if self.args.bf16_full_eval else None
+        if half is not None and not self.is_in_train:
+            self.model_wrapped.to(dtype=half, device=self.args.device)
+        return self.model_wrapped
 
     def prediction_step(
         self,
@@ -122,7 +124,8 @@ class EvaluationMethods(TrainerBase):
     ) -> tuple[Tensor | None, Any, Any]:
         """Returns (loss, logits, labels) of one batch, each optional. Called for every evaluation batch."""
         if ignore_keys is None:
-            ignore_keys = getattr(getattr(self.model, "config", None), "keys_to_ignore_at_inference", ["past_key_values"])
+            config = getattr(self.model, "config", None)
+            ignore_keys = getattr(config, "keys_to_ignore_at_inference", ["past_key_values"])
         return prediction.predict_batch(
             self,
             model,
@@ -132,7 +135,6 @@ class EvaluationMethods(TrainerBase):
             label_names=self.label_names,
             can_return_loss=self.can_return_loss,
             shifts_labels=self._traits.shifts_labels,
-            num_processes=self.accelerator.num_processes if self.args.average_tokens_across_devices else 1,
             pass_num_items=self._passes_num_items and (self.model_accepts_loss_kwargs or bool(self.compute_loss_func)),
         )
 
@@ -144,4 +146,3 @@ class EvaluationMethods(TrainerBase):
         if not skip_scheduler and schedules.needs_metric(self.lr_scheduler):
             self.lr_scheduler.step(checkpoints.read_metric(metrics, self.args.metric_for_best_model))
         return metrics
-

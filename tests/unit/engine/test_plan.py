@@ -56,7 +56,13 @@ def test_a_stream_without_max_steps_is_an_error() -> None:
 
 @pytest.mark.parametrize(
     ("step", "expected"),
-    [(0, ResumePoint()), (2, ResumePoint(0, 2, 8)), (3, ResumePoint(1)), (5, ResumePoint(1, 2, 8)), (6, ResumePoint(2))],
+    [
+        (0, ResumePoint()),
+        (2, ResumePoint(0, 2, 8)),
+        (3, ResumePoint(1)),
+        (5, ResumePoint(1, 2, 8)),
+        (6, ResumePoint(2)),
+    ],
 )
 def test_resume_point(step: int, expected: ResumePoint) -> None:
     assert make().resume_at(step) == expected
