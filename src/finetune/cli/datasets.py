@@ -1,0 +1,124 @@
+"""The data set that `--dataset_name` names, from the Hub, a file or a folder, with one clear error for each mistake."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune.errors import ArgumentError, DataFormatError, FinetuneError, nearest
+
+if TYPE_CHECKING:
+    from finetune.cli.script_arguments import ScriptArguments
+
+# File suffix: the reader of the library datasets.
+READERS = {
+    ".json": "json",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".txt": "text",
+}
+
+
+def load_datasets(script_args: ScriptArguments, *, evaluate: bool) -> tuple[Any, Any]:
+    """Returns the training data set, and the evaluation data set if `evaluate` (else None).
+
+    A single file has one split, `train`; parts of it are named `train[:90%]` and `train[90%:]`.
+
+    Raises:
+        ArgumentError: no data set, or a split that it does not have.
+        DataFormatError: it cannot be read, or a split has no rows.
+    """
+    if not script_args.dataset_name:
+        raise ArgumentError("no data set was named. Give a Hub id, a file or a folder: `--dataset_name`.")
+    train = _load_split(script_args, "dataset_train_split")
+    return train, _load_split(script_args, "dataset_test_split") if evaluate else None
+
+
+def _load_split(script_args: ScriptArguments, argument: str) -> Any:
+    name, split = str(script_args.dataset_name), getattr(script_args, argument)
+    try:
+        dataset = _read(name, script_args.dataset_config, split, argument, script_args.dataset_streaming)
+    except FinetuneError:
+        raise
+    except Exception as error:
+        raise _read_error(name, split, argument, error) from error
+    if hasattr(dataset, "__len__") and len(dataset) == 0:
+        raise DataFormatError(f"the split {split!r} of {name!r} has no rows. Choose another with `--{argument}`.")
+    return dataset
+
+
+def _read(name: str, config: str | None, split: str, argument: str, streaming: bool) -> Any:
+    from datasets import load_dataset
+
+    path = Path(name).expanduser()
+    if path.is_file():
+        reader = READERS.get(path.suffix.lower())
+        if reader is None:
+            raise DataFormatError(
+                f"`dataset_name` is the file {name!r}; readable are {', '.join(READERS)}. Convert it to one of them."
+            )
+        options: dict[str, Any] = {"sep": "\t"} if path.suffix.lower() == ".tsv" else {}
+        _check_split(split, ["train"], name, argument)
+        return load_dataset(reader, data_files={"train": str(path)}, split=split, streaming=streaming, **options)
+    if path.is_dir():
+        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+            return _from_disk(path, split, argument, streaming)
+        if not any(each.suffix.lower() in READERS for each in path.rglob("*")):
+            raise DataFormatError(
+                f"`dataset_name` is the folder {name!r}, which holds no data file. Readable are {', '.join(READERS)}, "
+                "and folders written by `save_to_disk`."
+            )
+        return load_dataset(str(path), name=config, split=split, streaming=streaming)
+    if name.startswith((os.sep, ".", "~")) or path.suffix.lower() in READERS or name.count("/") > 1:
+        siblings = [str(each) for each in path.parent.glob("*")] if path.parent.is_dir() else []
+        raise DataFormatError(f"`dataset_name` is {name!r}, which does not exist.{nearest(str(path), siblings)}")
+    return load_dataset(name, name=config, split=split, streaming=streaming)
+
+
+def _from_disk(path: Path, split: str, argument: str, streaming: bool) -> Any:
+    from datasets import DatasetDict, load_from_disk
+
+    found = load_from_disk(str(path))
+    if isinstance(found, DatasetDict):
+        if split not in found:
+            _check_split(split, [str(each) for each in found], str(path), argument, parts=False)
+        found = found[split]
+    elif argument == "dataset_test_split":
+        raise ArgumentError(
+            f"{str(path)!r} holds one data set without splits, and `eval_strategy` asks for evaluation. "
+            "Save a `DatasetDict` with a train and a test split, or set `--eval_strategy no`."
+        )
+    return found.to_iterable_dataset() if streaming else found
+
+
+def _check_split(split: str, allowed: list[str], name: str, argument: str, parts: bool = True) -> None:
+    wanted = re.findall(r"([^\[\]+]+)(?:\[[^\]]*\])?", split) if parts else [split]
+    for each in wanted:
+        if each.strip() not in allowed:
+            hint = f" A part of one is written {allowed[0] + '[90%:]'!r}." if parts else ""
+            raise ArgumentError(
+                f"`{argument}` is {split!r}, but {name!r} has the splits {', '.join(map(repr, allowed))}."
+                f"{nearest(each, allowed)}{hint}"
+            )
+
+
+def _read_error(name: str, split: str, argument: str, error: Exception) -> FinetuneError:
+    """Returns one error for the many ways in which the library datasets can fail."""
+    cause = error.__cause__ or error
+    said = " ".join(str(cause).split())
+    said = said if len(said) <= 300 else said[:297] + "..."
+    if "Unknown split" in said or ("split" in said.lower() and "not found" in said.lower()):
+        return ArgumentError(f"`{argument}` is {split!r}, which {name!r} does not have: {said}")
+    local = Path(name).expanduser().exists()
+    remedy = (
+        "Check that every line or row has the same columns."
+        if local
+        else "It is no file or folder here, so it was taken for a Hub id. Check its spelling and the network."
+    )
+    return DataFormatError(f"the data set {name!r} cannot be read: {type(cause).__name__}: {said} {remedy}")

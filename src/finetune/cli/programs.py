@@ -1,0 +1,132 @@
+"""The programs of `trainers/`: where they are, how they run, and what they check before anything is loaded."""
+
+import contextlib
+import importlib.util
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from finetune.errors import ArgumentError, FinetuneError, nearest
+
+PACKAGE = Path(__file__).resolve().parents[1]
+PROGRAMS = {"sft": "sft.py"}
+_WEIGHTS = ("model*.safetensors", "adapter_model*.safetensors", "pytorch_model*.bin", "adapter_model*.bin")
+
+Program = Callable[[Sequence[str] | None], Any]
+
+
+def shipped_folder(name: str) -> Path:
+    """Returns the folder `trainers` or `accelerate_configs`: the checkout's if there is one, else the wheel's."""
+    checkout = PACKAGE.parents[1]
+    if (checkout / "pyproject.toml").is_file() and (checkout / name).is_dir():
+        return checkout / name
+    return PACKAGE / {"trainers": "_programs", "accelerate_configs": "_accelerate_configs"}[name]
+
+
+def program_path(name: str) -> Path:
+    """Returns the file of the program `name` ("sft")."""
+    return shipped_folder("trainers") / PROGRAMS[name]
+
+
+def load_program(name: str) -> ModuleType:
+    """Returns the program as a module with `parse(argv)` and `main(argv)`."""
+    path = program_path(name)
+    spec = importlib.util.spec_from_file_location(f"finetune_program_{name}", path)
+    assert spec is not None and spec.loader is not None, path
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_program(main: Program, argv: Sequence[str] | None = None) -> int:
+    """Runs `main(argv)` and returns the exit code; an error made for the user is one line on stderr, not a traceback.
+
+    0: done, 1: something given is wrong, 2: an argument is wrong, 130: Ctrl-C. Other exceptions pass through: they
+    are defects, and their traceback is wanted.
+    """
+    try:
+        main(argv)
+    except FinetuneError as error:
+        rank = os.environ.get("RANK", "0")
+        who = "error" if rank == "0" else f"error in process {rank}"
+        print(f"{who}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2 if isinstance(error, ArgumentError) else 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    except SystemExit as end:  # argparse, after `--help` or an unknown argument
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    return 0
+
+
+def check_before_start(args: Any, model: str | None) -> None:
+    """Raises for what would fail later, or destroy something, before a model or data set is read.
+
+    `args` are training arguments, `model` is `--model_name_or_path`.
+
+    Raises:
+        ArgumentError: no model was named, or `output_dir` cannot be written or holds a finished run.
+        ModelLoadError: the model folder is none.
+    """
+    if not model:
+        raise ArgumentError("no model was named. Give a folder or a Hub id: `--model_name_or_path`.")
+    check_output_dir(args)
+    from finetune.models.load import check_model_path
+
+    check_model_path(model)
+
+
+def check_output_dir(args: Any) -> None:
+    """Raises `ArgumentError` when `args.output_dir` cannot be written, or holds what would be overwritten."""
+    folder = Path(args.output_dir).expanduser()
+    problem = write_problem(folder)
+    if problem:
+        raise ArgumentError(f"`output_dir` is {str(folder)!r}, which cannot be written: {problem}. Choose another.")
+    if args.resume_from_checkpoint or args.overwrite_output_dir:
+        return
+    found = finished_run(folder)
+    if found:
+        raise ArgumentError(
+            f"`output_dir` {str(folder)!r} holds an earlier run ({', '.join(found)}), which would be overwritten. "
+            "Choose another folder, continue it with `--resume_from_checkpoint auto`, or give `--overwrite_output_dir`."
+        )
+
+
+def finished_run(folder: Path) -> list[str]:
+    """Returns up to three names in `folder` that a new run would write over: checkpoints and weights."""
+    if not folder.is_dir():
+        return []
+    found = [path.name for path in sorted(folder.glob("checkpoint-*")) if path.is_dir()]
+    found += [path.name for pattern in _WEIGHTS for path in sorted(folder.glob(pattern))]
+    return found if len(found) <= 3 else [*found[:2], f"and {len(found) - 2} more"]
+
+
+def write_problem(folder: Path) -> str:
+    """Returns why no file can be made in `folder`, or "". Leaves nothing behind, not even the folder."""
+    made: list[Path] = []
+    try:
+        for path in [*reversed(folder.parents), folder]:
+            if not path.exists():
+                path.mkdir()
+                made.append(path)
+        with tempfile.NamedTemporaryFile(dir=folder):
+            return ""
+    except FileExistsError:
+        return ""  # another process of this run was faster
+    except OSError as error:
+        return f"{error.strerror or error} ({error.filename or folder})"
+    finally:
+        with contextlib.suppress(OSError):  # another process of this run writes there already
+            for path in reversed(made):
+                path.rmdir()
+
+
+def choose(name: str, allowed: Sequence[str], what: str) -> str:
+    """Returns `name` if it is allowed; raises `ArgumentError` with the nearest one otherwise."""
+    if name in allowed:
+        return name
+    raise ArgumentError(f"{name!r} is no {what}; there are {', '.join(allowed)}.{nearest(name, allowed)}")

@@ -1,0 +1,126 @@
+"""Arguments of the programs beside the trainer's own: which data, which model, which adapter. Flags as in TRL."""
+
+# ruff: noqa: RUF009
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from finetune.arguments import arg
+from finetune.errors import ArgumentError, ModelLoadError
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from transformers import BitsAndBytesConfig
+
+_DTYPES = ["auto", "bfloat16", "float16", "float32"]
+
+Arguments = TypeVar("Arguments", bound=Any)
+
+
+@dataclass
+class ScriptArguments:
+    """Which data set to train on."""
+
+    dataset_name: str | None = arg(
+        None, "Hub id, a file (JSON, JSONL, CSV, Parquet, Arrow), a folder of such files, or one of `save_to_disk`."
+    )
+    dataset_config: str | None = arg(None, "Configuration (subset) of a data set that has several.")
+    dataset_train_split: str = arg("train", "Split to train on; a part of one is written `train[:90%]`.")
+    dataset_test_split: str = arg("test", "Split to evaluate on, used unless `eval_strategy` is `no`.")
+    dataset_streaming: bool = arg(False, "Read the data set while training instead of before.")
+    ignore_bias_buffers: bool = arg(False, "Leave boolean buffers out of DDP's broadcast (old GPT-2 like models).")
+
+
+@dataclass
+class ModelConfig:
+    """Which model to load, how, and whether to train all of it or an adapter."""
+
+    model_name_or_path: str | None = arg(None, "Folder written by `save_pretrained`, or Hub id.")
+    model_revision: str = arg("main", "Branch, tag or commit of a model from the Hub.")
+    dtype: str | None = arg(
+        "float32", "Type of the weights in memory; `auto` takes the file's.", choices=_DTYPES, old=["torch_dtype"]
+    )
+    attn_implementation: str | None = arg(None, "Attention: `sdpa`, `eager`, `flash_attention_2`, ...")
+    use_peft: bool = arg(False, "Train a LoRA adapter instead of all weights.")
+    lora_r: int = arg(16, "Rank of the adapter.")
+    lora_alpha: int = arg(32, "Scale of the adapter, divided by its rank.")
+    lora_dropout: float = arg(0.05, "Dropout in front of the adapter.")
+    lora_target_modules: list[str] | None = arg(None, "Names of the layers to adapt, or `all-linear`.")
+    lora_target_parameters: list[str] | None = arg(None, "Names of the parameters to adapt (experts, for one).")
+    lora_modules_to_save: list[str] | None = arg(None, "Layers that are trained and saved in full.")
+    lora_task_type: str = arg("CAUSAL_LM", "PEFT's task type.")
+    use_rslora: bool = arg(False, "Scale by `lora_alpha / sqrt(lora_r)`.")
+    use_dora: bool = arg(False, "Learn size and direction of the weights apart.")
+    load_in_8bit: bool = arg(False, "Hold the frozen weights in 8 bits (bitsandbytes).")
+    load_in_4bit: bool = arg(False, "Hold the frozen weights in 4 bits (bitsandbytes).")
+    bnb_4bit_quant_type: str = arg("nf4", "Kind of 4-bit number.", choices=["fp4", "nf4"])
+    use_bnb_nested_quant: bool = arg(False, "Quantize the scales of the 4-bit weights as well.")
+    bnb_4bit_quant_storage: str | None = arg(None, "Type in which 4-bit weights are stored; FSDP needs `dtype`.")
+
+    def __post_init__(self) -> None:
+        if self.load_in_8bit and self.load_in_4bit:
+            raise ArgumentError("`load_in_8bit` and `load_in_4bit` exclude each other. Keep one.")
+        if (self.load_in_8bit or self.load_in_4bit) and not self.use_peft:
+            bits = "load_in_8bit" if self.load_in_8bit else "load_in_4bit"
+            raise ArgumentError(f"`{bits}` freezes the weights, so nothing would be trained. Add `--use_peft`.")
+        if self.lora_r < 1:
+            raise ArgumentError(f"`lora_r` is {self.lora_r}; it must be at least 1.")
+
+
+def get_peft_config(model_args: ModelConfig) -> LoraConfig | None:
+    """Returns the LoRA configuration that the flags describe, or None without `use_peft`."""
+    if not model_args.use_peft:
+        return None
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ModelLoadError("`use_peft` needs the package peft: `pip install finetune[peft]`.") from error
+    targets: Any = model_args.lora_target_modules
+    if targets is not None and len(targets) == 1:
+        targets = targets[0]  # "all-linear" or a regular expression; a list would be taken as layer names
+    return LoraConfig(
+        task_type=model_args.lora_task_type,
+        r=model_args.lora_r,
+        lora_alpha=model_args.lora_alpha,
+        lora_dropout=model_args.lora_dropout,
+        target_modules=targets,
+        target_parameters=model_args.lora_target_parameters,
+        modules_to_save=model_args.lora_modules_to_save,
+        use_rslora=model_args.use_rslora,
+        use_dora=model_args.use_dora,
+        bias="none",
+    )
+
+
+def get_quantization_config(model_args: ModelConfig) -> BitsAndBytesConfig | None:
+    """Returns the bitsandbytes configuration that the flags describe, or None without `load_in_8bit`/`load_in_4bit`."""
+    if not (model_args.load_in_8bit or model_args.load_in_4bit):
+        return None
+    from transformers import BitsAndBytesConfig
+
+    if model_args.load_in_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_compute_dtype=None if model_args.dtype == "auto" else model_args.dtype,
+        bnb_4bit_quant_type=model_args.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=model_args.use_bnb_nested_quant,
+        bnb_4bit_quant_storage=model_args.bnb_4bit_quant_storage,
+    )
+
+
+def with_model_options(args: Arguments, model_args: ModelConfig) -> Arguments:
+    """Returns a copy of the training arguments whose `model_init_kwargs` hold the flags of `model_args` as well.
+
+    What `model_init_kwargs` says itself wins.
+    """
+    options = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    return dataclasses.replace(args, model_init_kwargs={**given, **(args.model_init_kwargs or {})})

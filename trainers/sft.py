@@ -1,0 +1,69 @@
+"""Supervised fine-tuning of a causal language model.
+
+All weights:
+
+    python trainers/sft.py \
+        --model_name_or_path Qwen/Qwen2.5-0.5B \
+        --dataset_name trl-lib/Capybara \
+        --learning_rate 2e-5 --num_train_epochs 1 --packing \
+        --per_device_train_batch_size 2 --gradient_accumulation_steps 8 \
+        --output_dir Qwen2.5-0.5B-SFT
+
+A LoRA adapter on local rows (`text`, `prompt` and `completion`, or `messages`), a tenth of them held out:
+
+    python trainers/sft.py \
+        --model_name_or_path ./my-model --dataset_name rows.jsonl \
+        --dataset_train_split "train[:90%]" --dataset_test_split "train[90%:]" --eval_strategy epoch \
+        --use_peft --lora_target_modules all-linear --learning_rate 2e-4 \
+        --output_dir my-adapter
+
+Several processes: `accelerate launch --config_file accelerate_configs/ddp.yaml trainers/sft.py ...`, or
+`finetune sft --accelerate_config ddp --num_processes 4 ...`. Arguments from a file: `--config run.yaml`; the command
+line wins over it. `--help` lists all arguments. What an interrupted run has saved is continued by the same command
+with `--resume_from_checkpoint auto`.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def parse(argv: Sequence[str] | None = None) -> tuple[Any, Any, Any]:
+    """Returns (ScriptArguments, SFTConfig, ModelConfig), checked as far as that needs no model and no data set."""
+    from finetune import ModelConfig, ScriptArguments, SFTConfig, check_before_start, parse_arguments
+
+    script_args, training_args, model_args = parse_arguments((ScriptArguments, SFTConfig, ModelConfig), argv)
+    check_before_start(training_args, model_args.model_name_or_path)
+    return script_args, training_args, model_args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Trains and saves."""
+    script_args, training_args, model_args = parse(argv)
+
+    from finetune import SFTTrainer, get_peft_config, get_quantization_config, load_datasets, with_model_options
+
+    train_dataset, eval_dataset = load_datasets(script_args, evaluate=training_args.eval_strategy != "no")
+    trainer = SFTTrainer(
+        model=model_args.model_name_or_path,
+        args=with_model_options(training_args, model_args),
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+
+    trainer.save_model()
+    trainer.save_state()
+    trainer.log_metrics("train", result.metrics)
+    trainer.save_metrics("train", result.metrics)
+    trainer.accelerator.print(f"Model saved to {training_args.output_dir}")
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    trainer.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    from finetune import run_program
+
+    raise SystemExit(run_program(main))
