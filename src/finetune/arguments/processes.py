@@ -13,6 +13,7 @@ from finetune.arguments.base import parse_bool
 from finetune.arguments.distributed import DistributedArguments
 from finetune.arguments.evaluation import EvaluationArguments
 from finetune.arguments.optimization import BatchingArguments
+from finetune.arguments.performance import PrecisionArguments
 from finetune.arguments.reporting import LoggingArguments
 from finetune.arguments.saving import SavingArguments
 from finetune.compat import LOG_LEVELS, ParallelMode, library_verbosity
@@ -25,10 +26,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class ProcessView(DistributedArguments, SavingArguments, EvaluationArguments, LoggingArguments, BatchingArguments):
+class ProcessView(
+    DistributedArguments, SavingArguments, EvaluationArguments, LoggingArguments, PrecisionArguments, BatchingArguments
+):
     """Properties that depend on the running process rather than on the arguments alone.
 
-    The process group and the device are set up when one of them is first read, and torch is imported then.
+    The process group and the device are set up when the arguments are made, and again after unpickling elsewhere.
     """
 
     @property
@@ -135,7 +138,10 @@ class ProcessView(DistributedArguments, SavingArguments, EvaluationArguments, Lo
 
 
 def _open_state(args: ProcessView) -> "PartialState":
-    """Returns the `PartialState` for `args`; replaces one made for another kind of device.
+    """Returns the `PartialState` for `args`, and makes way for an `Accelerator` that fits them.
+
+    accelerate keeps one state per process and refuses an `Accelerator` with other settings. What exists is kept if it
+    fits, so that a copy of the arguments made during a run leaves the run alone; otherwise it is cleared.
 
     Raises:
         ArgumentError: `use_configured_state` without a state, or processes that would train alone.
@@ -149,13 +155,14 @@ def _open_state(args: ProcessView) -> "PartialState":
         if existing is None:
             raise ArgumentError(
                 "`accelerator_config={'use_configured_state': True}` needs an `Accelerator` or `PartialState` that"
-                " exists before the arguments are used. Create one first, or drop the key."
+                " exists before the arguments are made. Create one first, or drop the key."
             )
         return existing
-    if existing is not None and bool(existing._cpu) == cpu:
+    same_place = existing is not None and bool(existing._cpu) == cpu
+    if not (same_place and _accelerator_fits(args)):
+        AcceleratorState._reset_state(reset_partial_state=not same_place)
+    if existing is not None and same_place:
         return existing
-    if existing is not None:
-        AcceleratorState._reset_state(reset_partial_state=True)
     settings: dict[str, Any] = {"cpu": True} if cpu else {"timeout": args.ddp_timeout_delta}
     if args.deepspeed and not cpu:
         with _environment("ACCELERATE_USE_DEEPSPEED", "true"):
@@ -169,6 +176,22 @@ def _open_state(args: ProcessView) -> "PartialState":
             " alone and write to the same folder. Without accelerators set `use_cpu=True`."
         )
     return state
+
+
+def _accelerator_fits(args: ProcessView) -> bool:
+    """Returns whether the accelerate state of this process, if any, was made for the same precision and sharding."""
+    from accelerate.state import AcceleratorState
+
+    state: dict[str, Any] = AcceleratorState._shared_state
+    if not state:
+        return True
+    kind = getattr(state.get("distributed_type"), "value", "NO")
+    for name, asked in (("FSDP", args.fsdp), ("DEEPSPEED", args.deepspeed)):
+        variable = f"ACCELERATE_USE_{name}"
+        if (bool(asked) or parse_bool(variable, os.environ.get(variable, "false"))) != (kind == name):
+            return False
+    # Under DeepSpeed accelerate leaves the precision to the engine and records "no".
+    return kind == "DEEPSPEED" or state.get("_mixed_precision") == args.mixed_precision
 
 
 @contextlib.contextmanager

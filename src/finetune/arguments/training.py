@@ -80,8 +80,8 @@ class TrainingArguments(
     Names of older releases are accepted with one warning each; an unknown name is an error that names the nearest.
 
     Values are resolved once, when the object is made: strings become enumerations, paths are expanded, unset fields
-    that follow from others are filled in. Afterwards the package never changes it; you may, and `set_*` helps.
-    Dicts and lists that you pass are copied.
+    that follow from others are filled in, the process group and the device are set up. Afterwards the package never
+    changes it; you may, and `set_*` helps. Dicts and lists that you pass are copied.
 
     Raises:
         ArgumentError: an unknown name, or values that cannot be honoured. It is a ValueError.
@@ -114,6 +114,7 @@ class TrainingArguments(
                 vars(group)["_validate"](self)
         self._validate_combinations()
         self._validate_device()
+        _ = self.device
         self._open_deepspeed()
 
     def _copy_containers(self) -> None:
