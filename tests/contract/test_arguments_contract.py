@@ -48,7 +48,7 @@ RESOLVED = {
 
 # Annotations that differ from transformers'. The command line accepts at least the same words.
 ANNOTATIONS = {
-    "parallelism_config": "a dict or JSON is accepted besides the object, which accelerate would have to be imported for",
+    "parallelism_config": "a dict or JSON is accepted too; naming the class would import accelerate",
     "liger_kernel_config": "JSON is accepted, so the command line can set it",
     "include_num_input_tokens_seen": "transformers' union parses as a bool, so 'all' cannot be given as a flag",
 }

@@ -85,20 +85,23 @@ class ArgumentsMeta(type):
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         parameters = inspect.signature(cls).parameters
         open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-        given = dict(kwargs)
+        by_position = dict(zip(parameters, args, strict=False))
+        given = {**by_position, **kwargs}
         old_names = old_names_of(cls)
         for name, value in kwargs.items():
             if name in parameters:
                 continue
             if name in old_names:
-                del given[name]
+                given.pop(name, None)
                 advice = old_names[name](value, given)
                 warnings.warn(f"`{name}` is an old argument of {cls.__name__}: {advice}", FutureWarning, stacklevel=2)
             elif not open_ended:
                 raise unknown_argument(cls.__name__, name, [*parameters, *old_names])
+        sources = {name: "code" for name, value in given.items() if _chosen(cls, name, value)}
+        for name in set(by_position) - set(kwargs):
+            del given[name]
         instance: Any = cls.__new__(cls, *args, **given)  # pyright: ignore[reportCallIssue, reportArgumentType]
-        values = {**dict(zip(parameters, args, strict=False)), **given}
-        instance.__dict__["_sources"] = {name: "code" for name, value in values.items() if _chosen(cls, name, value)}
+        instance.__dict__["_sources"] = sources
         instance.__init__(*args, **given)
         return instance
 

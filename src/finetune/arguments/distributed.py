@@ -198,3 +198,25 @@ def fsdp_plugin_arguments(config: dict[str, Any]) -> dict[str, Any]:
 def _truth(config: dict[str, Any], key: str, default: bool) -> bool:
     """Returns a truth value that a configuration file may spell as a bool, a number or a word."""
     return parse_bool(f"fsdp_config[{key!r}]", config.get(key, default))
+
+
+def open_deepspeed(args: DistributedArguments, precision: str) -> tuple[Any, Any]:
+    """Returns accelerate's DeepSpeed plugin and transformers' configuration object, or None for what is not used.
+
+    The configuration registers itself, so that models loaded from now on are built for ZeRO, for as long as it lives.
+    """
+    variable = "ACCELERATE_USE_DEEPSPEED"
+    if not (args.deepspeed or parse_bool(variable, os.environ.get(variable, "false"))):
+        return None, None
+    from accelerate.utils import DeepSpeedPlugin
+
+    if args.deepspeed:
+        from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
+
+        config = HfTrainerDeepSpeedConfig(copy.deepcopy(args.deepspeed))
+        config.trainer_config_process(args)
+        return DeepSpeedPlugin(hf_ds_config=config), config
+    plugin = DeepSpeedPlugin()
+    plugin.set_mixed_precision(precision)
+    plugin.set_deepspeed_weakref()
+    return plugin, None

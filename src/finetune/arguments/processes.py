@@ -168,7 +168,8 @@ def _open_state(args: ProcessView) -> "PartialState":
         with _environment("ACCELERATE_USE_DEEPSPEED", "true"):
             state = PartialState(**settings)
     else:
-        state = PartialState(backend=args.ddp_backend, **settings)
+        # A single process has no process group, and accelerate fails on a backend named for none.
+        state = PartialState(backend=args.ddp_backend if _launched() else None, **settings)
     launched = int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
     if launched != state.num_processes:
         raise ArgumentError(
@@ -176,6 +177,11 @@ def _open_state(args: ProcessView) -> "PartialState":
             " alone and write to the same folder. Without accelerators set `use_cpu=True`."
         )
     return state
+
+
+def _launched() -> bool:
+    """Returns whether a launcher started this process as one of several."""
+    return any(name in os.environ for name in ("LOCAL_RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"))
 
 
 def _accelerator_fits(args: ProcessView) -> bool:

@@ -14,6 +14,7 @@ from finetune.arguments.distributed import (
     DistributedArguments,
     fsdp_plugin_arguments,
     normalise_fsdp,
+    open_deepspeed,
     parse_json,
 )
 from finetune.arguments.evaluation import BestModelArguments, EvaluationArguments
@@ -115,7 +116,9 @@ class TrainingArguments(
         self._validate_combinations()
         self._validate_device()
         _ = self.device
-        self._open_deepspeed()
+        self.deepspeed_plugin, hf_config = open_deepspeed(self, self.mixed_precision)
+        if hf_config is not None:
+            self.hf_deepspeed_config = hf_config
 
     def _copy_containers(self) -> None:
         """Parses JSON given as a string, and detaches dicts and lists from the caller's."""
@@ -261,7 +264,8 @@ class TrainingArguments(
         save, evaluate = self.save_steps, self.eval_steps or 0
         remedy = "Make `save_steps` a multiple of `eval_steps`, or drop `load_best_model_at_end`."
         require(
-            (save < 1) == (evaluate < 1), f"`save_steps={save}` is a share and `eval_steps={evaluate}` is not. {remedy}"
+            (save < 1) == (evaluate < 1),
+            f"`save_steps={save}` and `eval_steps={evaluate}`: one is a share of the run, one a count. {remedy}",
         )
         # Shares are compared as millionths, so that 0.3 is a multiple of 0.1.
         scale = 1 if save >= 1 else 1_000_000
@@ -284,22 +288,3 @@ class TrainingArguments(
             )
         if self.tf32 is not None:
             set_tf32(self.tf32)
-
-    def _open_deepspeed(self) -> None:
-        """Registers the DeepSpeed configuration, so that models loaded from now on are built for ZeRO."""
-        self.deepspeed_plugin: Any = None
-        launched = parse_bool("ACCELERATE_USE_DEEPSPEED", os.environ.get("ACCELERATE_USE_DEEPSPEED", "false"))
-        if not (self.deepspeed or launched):
-            return
-        from accelerate.utils import DeepSpeedPlugin
-
-        if self.deepspeed:
-            from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
-
-            self.hf_deepspeed_config = HfTrainerDeepSpeedConfig(copy.deepcopy(self.deepspeed))
-            self.hf_deepspeed_config.trainer_config_process(self)
-            self.deepspeed_plugin = DeepSpeedPlugin(hf_ds_config=self.hf_deepspeed_config)
-        else:
-            self.deepspeed_plugin = DeepSpeedPlugin()
-            self.deepspeed_plugin.set_mixed_precision(self.mixed_precision)
-            self.deepspeed_plugin.set_deepspeed_weakref()

@@ -127,7 +127,9 @@ class SFTConfig(SFTArguments, TrainingArguments):
         self._resolve_old_values()
         if isinstance(self.pad_to_multiple_of, str):
             word = self.pad_to_multiple_of.lower()
-            self.pad_to_multiple_of = None if word in ("auto", "none", "null") else int(word)
+            unset = word in ("auto", "none", "null")
+            require(unset or word.isdigit(), f"`pad_to_multiple_of={word!r}` must be a number, 'auto' or None.")
+            self.pad_to_multiple_of = None if unset else int(word)
         super().__post_init__()
         ignored = {"add_special_tokens", "append_concat_token"} & set(self.dataset_kwargs or {})
         if ignored:

@@ -4,7 +4,7 @@ import inspect
 import json
 import logging
 import warnings
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 import pytest
 
@@ -20,13 +20,12 @@ def test_signature_has_output_dir_first_and_the_rest_by_keyword():
 
 
 def test_every_field_has_a_help_text():
-    assert [f.name for f in TrainingArguments.__dataclass_fields__.values() if not f.metadata.get("help")] == []
+    assert [f.name for f in fields(TrainingArguments) if not f.metadata.get("help")] == []
 
 
 def test_unknown_argument_names_the_nearest():
-    with pytest.raises(
-        ArgumentError, match=r"TrainingArguments has no argument `learning_rte`\. Did you mean `learning_rate`\?"
-    ):
+    message = r"TrainingArguments has no argument `learning_rte`\. Did you mean `learning_rate`\?"
+    with pytest.raises(ArgumentError, match=message):
         TrainingArguments("out", learning_rte=1)
 
 
@@ -76,7 +75,7 @@ def test_kubeflow_is_added_inside_its_job(monkeypatch):
 def test_json_texts_become_dicts():
     args = TrainingArguments("out", lr_scheduler_kwargs='{"num_cycles": "3", "flag": "true", "x": {"y": "0.5"}}')
     assert args.lr_scheduler_kwargs == {"num_cycles": 3, "flag": True, "x": {"y": 0.5}}
-    with pytest.raises(ArgumentError, match="`lr_scheduler_kwargs=.*not valid JSON"):
+    with pytest.raises(ArgumentError, match=r"`lr_scheduler_kwargs=.*not valid JSON"):
         TrainingArguments("out", lr_scheduler_kwargs="{3")
 
 

@@ -1,0 +1,81 @@
+"""`SFTConfig`: the rule that chooses the precision, derived values and refused combinations."""
+
+import dataclasses
+
+import pytest
+
+from finetune.errors import ArgumentError
+from finetune.sft import config as sft_config
+from finetune.sft.config import SFTConfig
+
+
+@pytest.mark.parametrize(
+    ("given", "launched", "device", "expected"),
+    [
+        ({}, "no", "bf16", (True, False)),
+        ({}, "no", "fp16", (False, True)),
+        ({}, "no", "no", (False, False)),
+        ({}, "bf16", "no", (True, False)),
+        ({}, "fp16", "bf16", (False, False)),
+        ({"fp16": True}, "no", "bf16", (False, True)),
+        ({"bf16": False}, "no", "bf16", (False, False)),
+        ({"bf16": True}, "no", "no", (True, False)),
+    ],
+)
+def test_precision_is_chosen_from_what_was_given_the_launcher_and_the_device(
+    monkeypatch, given, launched, device, expected
+):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+    monkeypatch.setattr(sft_config, "best_precision", lambda use_cpu: device)
+    monkeypatch.setattr("finetune.arguments.training.accelerator_present", lambda: True)
+    monkeypatch.setattr("finetune.arguments.training.bf16_supported", lambda: True)
+    args = SFTConfig("out", **given)
+    assert (args.bf16, args.fp16) == expected
+    assert dataclasses.replace(args, seed=1).mixed_precision == args.mixed_precision
+    assert args.mixed_precision == (
+        "fp16" if launched == "fp16" else "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
+    )
+
+
+def test_on_this_cpu_the_run_is_in_float32():
+    args = SFTConfig("out", use_cpu=True)
+    assert (args.bf16, args.fp16, args.mixed_precision) == (False, False, "no")
+
+
+def test_changed_defaults():
+    args = SFTConfig("out")
+    assert (args.learning_rate, args.logging_steps, args.gradient_checkpointing) == (2e-5, 10, True)
+    assert args.activation_checkpointing is True
+    assert SFTConfig("out", activation_checkpointing=False).gradient_checkpointing is False
+    assert SFTConfig("out", gradient_checkpointing=False).activation_checkpointing is False
+
+
+@pytest.mark.parametrize(("given", "expected"), [("auto", None), (None, None), ("none", None), (8, 8), ("64", 64)])
+def test_pad_to_multiple_of(given, expected):
+    assert SFTConfig("out", pad_to_multiple_of=given).pad_to_multiple_of == expected
+
+
+def test_vocabulary_tokens_survive_a_rebuild():
+    args = SFTConfig("out", eos_token="<|im_end|>")
+    assert SFTConfig(**args.to_dict()).eos_token == "<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"packing_strategy": "bdf"}, "Did you mean `bfd`"),
+        ({"loss_type": "nnl"}, "Did you mean `nll`"),
+        ({"truncation_mode": "keep"}, "is not one of"),
+        ({"max_length": 0}, "must be above 0"),
+        ({"packing": True, "max_length": None}, "set `max_length`"),
+        ({"eval_packing": True, "max_length": None}, "set `max_length`"),
+        ({"dataset_kwargs": {"skip_prepare": True}}, "Did you mean `skip_prepare_dataset`"),
+        ({"pad_to_multiple_of": -8}, "must be above 0"),
+        ({"pad_to_multiple_of": "eight"}, "`pad_to_multiple_of='eight'`"),
+        ({"max_lenght": 3}, "Did you mean `max_length`"),
+        ({"bf16": True, "fp16": True}, "exclude each other"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused(given, message):
+    with pytest.raises(ArgumentError, match=message):
+        SFTConfig("out", **given)
