@@ -1,0 +1,247 @@
+"""The formats of FSDP and DeepSpeed: the one module that knows these two.
+
+Their own loaders would unpickle, so they run with torch forced to safe loading, and with a list of the classes that
+their files legitimately name.
+"""
+
+import contextlib
+import inspect
+import io
+import logging
+import os
+import pickle
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finetune.checkpoint import layout
+from finetune.checkpoint.rng import numpy_array_globals
+from finetune.errors import CheckpointError
+from finetune.models.adapters import is_peft_model
+
+logger = logging.getLogger(__name__)
+
+
+def uses_fsdp(accelerator: Any) -> bool:
+    """Returns whether the model is sharded by FSDP, version 1 or 2."""
+    return getattr(accelerator.state, "fsdp_plugin", None) is not None
+
+
+def uses_deepspeed(accelerator: Any) -> bool:
+    """Returns whether DeepSpeed owns model and optimizer."""
+    return getattr(accelerator.state, "deepspeed_plugin", None) is not None
+
+
+def save_sharded(
+    output_dir: str | os.PathLike[str], *, accelerator: Any, model: nn.Module, model_wrapped: Any, optimizer: Any
+) -> bool:
+    """Returns whether model and optimizer are sharded, after writing the shards of both. A collective."""
+    folder = Path(output_dir)
+    if uses_deepspeed(accelerator):
+        _save_deepspeed(folder, model, model_wrapped)
+    elif uses_fsdp(accelerator):
+        from accelerate.utils import save_fsdp_model, save_fsdp_optimizer
+
+        plugin = accelerator.state.fsdp_plugin
+        save_fsdp_model(plugin, accelerator, model, str(folder), **_adapter_only(save_fsdp_model))
+        save_fsdp_optimizer(plugin, accelerator, optimizer, model, str(folder))
+    else:
+        return False
+    return True
+
+
+def load_sharded_optimizer(folder: Path, *, accelerator: Any, model: nn.Module, optimizer: Any) -> bool:
+    """Returns whether the optimizer is sharded, after restoring it. DeepSpeed restored it with the weights."""
+    if uses_fsdp(accelerator):
+        from accelerate.utils import load_fsdp_optimizer
+
+        if not layout.sharded_parts(folder):
+            raise CheckpointError(
+                f"`{folder}` was not written by FSDP: no `pytorch_model_fsdp*` in it. Resume with the same distributed "
+                "setup, or pass another `resume_from_checkpoint`."
+            )
+        with safe_loading(folder), restoring(folder):
+            load_fsdp_optimizer(
+                accelerator.state.fsdp_plugin, accelerator, optimizer, model, str(folder),
+                **_adapter_only(load_fsdp_optimizer),
+            )  # fmt: skip
+        return True
+    return uses_deepspeed(accelerator)
+
+
+def owns_schedule(accelerator: Any, lr_scheduler: Any) -> bool:
+    """Returns whether DeepSpeed saves and restores the schedule with its engine."""
+    if not uses_deepspeed(accelerator):
+        return False
+    from accelerate.utils import DeepSpeedSchedulerWrapper
+
+    return isinstance(lr_scheduler, DeepSpeedSchedulerWrapper)
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """What `save_model` has to write. `state_dict` is None when the model can be asked itself. `skip`: the shards
+    are written with the optimizer, and there is nothing else to write. `engine_format`: DeepSpeed cannot gather
+    (`stage3_gather_16bit_weights_on_model_save` is off), so its own format has to do."""
+
+    state_dict: dict[str, Tensor] | None = None
+    skip: bool = False
+    engine_format: bool = False
+
+
+def gather_weights(accelerator: Any, model: nn.Module, model_wrapped: Any, *, for_checkpoint: bool) -> Gathered:
+    """Returns the whole weights of a sharded model. A collective: called on all processes.
+
+    With `for_checkpoint` a model of FSDP's `SHARDED_STATE_DICT` is not gathered: its shards are the checkpoint.
+    """
+    if uses_fsdp(accelerator):
+        kind = str(accelerator.state.fsdp_plugin.state_dict_type)
+        if for_checkpoint and "FULL_STATE_DICT" not in kind:
+            return Gathered(skip=True)
+        return Gathered(accelerator.get_state_dict(model))
+    if uses_deepspeed(accelerator):
+        zero3 = model_wrapped.config.get("zero_optimization", {}).get("stage") == 3
+        if zero3 and not model_wrapped.zero_gather_16bit_weights_on_model_save():
+            logger.warning(
+                "`stage3_gather_16bit_weights_on_model_save` is off: the weights are written in DeepSpeed's own "
+                "format; `zero_to_fp32.py` beside them makes a model of them."
+            )
+            return Gathered(engine_format=True)
+        if zero3 and is_peft_model(model) and _accepts_exclusion(model_wrapped):
+            gather = model_wrapped._zero3_consolidated_16bit_state_dict
+            return Gathered(gather(exclude_frozen_parameters=True))
+        return Gathered(accelerator.get_state_dict(model_wrapped))
+    return Gathered()
+
+
+def save_engine_weights(output_dir: str | os.PathLike[str], model: nn.Module, model_wrapped: Any) -> None:
+    """Writes the weights in DeepSpeed's own format."""
+    _save_deepspeed(Path(output_dir), model, model_wrapped)
+
+
+def load_sharded_weights(
+    checkpoint: str | os.PathLike[str], *, accelerator: Any, model: Any, model_wrapped: Any
+) -> None:
+    """Loads weights (DeepSpeed: optimizer and schedule too) that were written sharded, into the prepared model.
+
+    Raises:
+        CheckpointError: the folder has no such format, or names classes that are not loaded.
+    """
+    folder = Path(checkpoint)
+    with safe_loading(folder), restoring(folder):
+        if uses_deepspeed(accelerator):
+            if not any(folder.glob("global_step*")):
+                raise CheckpointError(
+                    f"`{folder}` was not written by DeepSpeed: no `global_step*` folder. Resume with the same "
+                    "distributed setup, or pass another `resume_from_checkpoint`."
+                )
+            loaded, _ = model_wrapped.load_checkpoint(str(folder), load_module_strict=not is_peft_model(model))
+            if loaded is None:
+                raise CheckpointError(f"DeepSpeed found nothing to load in `{folder}`.")
+        else:
+            from accelerate.utils import load_fsdp_model
+
+            plugin = accelerator.state.fsdp_plugin
+            load_fsdp_model(plugin, accelerator, model_wrapped, str(folder), **_adapter_only(load_fsdp_model))
+
+
+@contextlib.contextmanager
+def safe_loading(folder: Path) -> Iterator[None]:
+    """Makes every `torch.load` in the block a safe one, whatever its caller asked for.
+
+    Raises:
+        CheckpointError: a metadata file of `torch.distributed.checkpoint`, which is a pickle, names something else
+            than that module's own classes.
+    """
+    for path in folder.rglob(".metadata"):
+        _MetadataReader.check(path)
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        with torch.serialization.safe_globals([*_deepspeed_globals(), *numpy_array_globals()]):
+            yield
+    finally:
+        if before is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = before
+
+
+class _MetadataReader(pickle.Unpickler):
+    """Resolves only what `torch.distributed.checkpoint` puts into its metadata: descriptions, no code."""
+
+    ALLOWED = frozenset(
+        {("torch.distributed.checkpoint.filesystem", "_StorageInfo"), ("torch.serialization", "_get_layout")}
+        | {("torch.distributed.checkpoint.filesystem", "_StoragePrefix"), ("collections", "OrderedDict")}
+        | {("pathlib", name) for name in ("Path", "PosixPath", "PurePosixPath", "PureWindowsPath")}
+        | {("pathlib._local", name) for name in ("Path", "PosixPath", "PurePosixPath", "PureWindowsPath")}
+        | {("torch.distributed.checkpoint.metadata", name) for name in (
+            "Metadata", "TensorStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING", "ChunkStorageMetadata",
+            "BytesStorageMetadata", "MetadataIndex", "StorageMeta")}
+    )  # fmt: skip
+
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and (name == "Size" or isinstance(getattr(torch, name, None), torch.dtype))
+        if is_dtype or (module, name) in self.ALLOWED:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it names `{module}.{name}`")
+
+    @classmethod
+    def check(cls, path: Path) -> None:
+        try:
+            cls(io.BytesIO(path.read_bytes())).load()
+        except Exception as error:
+            raise CheckpointError(
+                f"`{path}` cannot be loaded safely ({type(error).__name__}: {error}); it is damaged or not what FSDP "
+                "wrote. Pass another `resume_from_checkpoint`."
+            ) from error
+
+
+_MISFITS = (
+    *(ValueError, LookupError, TypeError, RuntimeError, AttributeError, OSError, AssertionError),
+    pickle.UnpicklingError,
+)
+
+
+@contextlib.contextmanager
+def restoring(path: Path) -> Iterator[None]:
+    """Turns what loaders raise about content that does not fit into a `CheckpointError` about `path`."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except _MISFITS as e:
+        raise CheckpointError(
+            f"`{path}` does not fit this run ({type(e).__name__}: {str(e).splitlines()[0][:300] if str(e) else ''}). "
+            "Resume with the model, `optim` and `lr_scheduler_type` it was saved with, or pass another "
+            "`resume_from_checkpoint`."
+        ) from e
+
+
+def _save_deepspeed(folder: Path, model: nn.Module, engine: Any) -> None:
+    exclude = _accepts_exclusion(engine) and is_peft_model(model)
+    engine.save_checkpoint(str(folder), **({"exclude_frozen_parameters": True} if exclude else {}))
+
+
+def _accepts_exclusion(engine: Any) -> bool:
+    return "exclude_frozen_parameters" in inspect.signature(engine.save_checkpoint).parameters
+
+
+def _adapter_only(function: Any) -> dict[str, bool]:
+    return {"adapter_only": True} if "adapter_only" in inspect.signature(function).parameters else {}
+
+
+def _deepspeed_globals() -> list[Any]:
+    if "deepspeed" not in sys.modules:
+        return []
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]

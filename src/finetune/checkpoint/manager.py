@@ -1,0 +1,294 @@
+"""Saving a run, and the names under which the facade finds everything about checkpoints.
+
+One save, in order: wait for the save before; check the space; stage; let the facade's own methods write into the
+staging folder, so that overrides in subclasses are what runs; commit with one rename; point; rotate.
+"""
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from finetune.checkpoint import files, layout, rng
+from finetune.checkpoint.metrics import (
+    MissingMetricError,
+    current_metric,
+    determine_best_metric,
+    metric_key,
+    read_metric,
+)
+from finetune.checkpoint.optimizer import (
+    load_optimizer_and_scheduler,
+    load_scaler,
+    save_optimizer_and_scheduler,
+    save_scaler,
+)
+from finetune.checkpoint.resume import load_best_model, load_model, load_state, resolve_resume
+from finetune.checkpoint.stateful import Stateful, load_stateful, save_stateful
+from finetune.checkpoint.store import CheckpointStore, Retention, require_writable
+from finetune.checkpoint.weights import save_model, write_model
+from finetune.checkpoint.writer import CheckpointWriter, SaveReport, agreeing, meet
+from finetune.control.callbacks import Events
+from finetune.control.state import TrainerState
+from finetune.distributed import ranks
+from finetune.errors import CheckpointError
+from finetune.hooks import SaveHooks
+from finetune.models.adapters import is_peft_model
+
+__all__ = [
+    "CheckpointStore",
+    "CheckpointWriter",
+    "MissingMetricError",
+    "SaveReport",
+    "Stateful",
+    "current_metric",
+    "determine_best_metric",
+    "load_best_model",
+    "load_model",
+    "load_optimizer_and_scheduler",
+    "load_rng_state",
+    "load_scaler",
+    "load_state",
+    "load_stateful",
+    "metric_key",
+    "read_metric",
+    "require_writable",
+    "resolve_resume",
+    "rotate",
+    "save_checkpoint",
+    "save_model",
+    "save_optimizer_and_scheduler",
+    "save_rng_state",
+    "save_scaler",
+    "write_model",
+]
+
+logger = logging.getLogger(__name__)
+
+
+def save_checkpoint(
+    hooks: SaveHooks,
+    *,
+    run_dir: str,
+    args: Any,
+    accelerator: Any,
+    events: Events,
+    model: nn.Module,
+    optimizer: Any,
+    writer: CheckpointWriter,
+    stateful: Mapping[str, Stateful] | None = None,
+) -> SaveReport:
+    """Saves `checkpoint-{global_step}` below `run_dir`, complete or not at all. Called on all processes.
+
+    Args:
+        hooks: the trainer, whose `save_model`, `_save_optimizer_and_scheduler`, `_save_scaler` and `_save_rng_state`
+            write into the staging folder.
+        optimizer: for the space needed.
+        stateful: what else belongs to this run, by name.
+
+    Returns:
+        The report of this save; `writer.last` is the same object, completed when a background write ends. Its `error`
+        is set when saving failed and `args.on_save_failure` is `continue`.
+
+    Raises:
+        CheckpointError: the space, a write or the save before failed, on this or another process. Earlier checkpoints
+            are untouched and the staging folder is gone.
+    """
+    best_before = events.state.best_model_checkpoint
+    try:
+        return _save(hooks, run_dir, args, events, model, optimizer, writer, stateful or {})
+    except CheckpointError as error:
+        events.state.best_model_checkpoint = best_before
+        if getattr(args, "on_save_failure", "stop") != "continue":
+            raise
+        logger.error("Training goes on without this checkpoint (`on_save_failure` is `continue`). %s", error)
+        step = events.state.global_step
+        return SaveReport(Path(run_dir) / layout.checkpoint_name(step), step, error=str(error))
+
+
+def _save(
+    hooks: SaveHooks,
+    run_dir: str,
+    args: Any,
+    events: Events,
+    model: nn.Module,
+    optimizer: Any,
+    writer: CheckpointWriter,
+    stateful: Mapping[str, Stateful],
+) -> SaveReport:
+    started = time.perf_counter()
+    writer.wait()
+    state, store = events.state, CheckpointStore(run_dir)
+    staging = store.staging_path(state.global_step)
+    with agreeing():
+        if args.should_save:
+            store.require_space(bytes_needed(model, optimizer, weights_only=args.save_only_model))
+            store.stage(state.global_step)
+    with _discarding(store, staging, args), writer.collecting():
+        with agreeing():
+            _write_all(hooks, staging, run_dir, args, events, stateful)
+        report = SaveReport(Path(run_dir) / staging.name, state.global_step, in_background=writer.collects)
+        finish = _committer(store, staging, report, args, state, started)
+        writer.last = report
+        with agreeing():
+            writer.launch(finish)
+    report.stall_seconds = time.perf_counter() - started
+    return report
+
+
+def _write_all(
+    hooks: SaveHooks, staging: Path, run_dir: str, args: Any, events: Events, stateful: Mapping[str, Stateful]
+) -> None:
+    """Writes everything into `staging`, or hands it to the writer. Late-bound: overrides in subclasses run."""
+    with files.writing(staging):
+        staging.mkdir(parents=True, exist_ok=True)  # on a node that does not share the folder
+    folder = str(staging)
+    hooks.save_model(folder, _internal_call=True)
+    _note_best(events.state, run_dir)
+    if not args.save_only_model:
+        hooks._save_optimizer_and_scheduler(folder)
+        hooks._save_scaler(folder)
+        hooks._save_rng_state(folder)
+    save_stateful(staging, stateful, rank=args.process_index, world_size=args.world_size)
+    if args.should_save:
+        with files.writing(staging):
+            events.save(staging / layout.TRAINER_STATE)
+
+
+def _committer(
+    store: CheckpointStore, staging: Path, report: SaveReport, args: Any, state: TrainerState, started: float
+) -> Callable[[BaseException | None], None]:
+    """Returns what ends the save, here or in the background: certify, rename, point, rotate. Reads the state now."""
+    metric = current_metric(state, args.metric_for_best_model)
+    best, keep = state.best_model_checkpoint, retention(args)
+
+    def finish(error: BaseException | None) -> None:
+        if report.in_background and args.world_size > 1:
+            error = meet(staging, args, error)
+        if error is not None:
+            if args.should_save:
+                store.discard(staging)
+            raise error
+        if not args.should_save:
+            return
+        checkpoint = store.commit(
+            staging, world_size=args.world_size, model_only=args.save_only_model, metric=metric,
+            greater_is_better=args.greater_is_better is not False,
+        )  # fmt: skip
+        if best:
+            store.mark_best(Path(best).name)
+        deleted = store.rotate(keep, best)
+        report.num_bytes = checkpoint.manifest.num_bytes if checkpoint.manifest else 0
+        report.write_seconds = time.perf_counter() - started
+        logger.info(
+            "Saved `%s` (%s) in %.2f s%s.", report.folder, files.readable(report.num_bytes), report.write_seconds,
+            f"; deleted {', '.join(deleted)}" if deleted else "",
+        )  # fmt: skip
+
+    return finish
+
+
+@contextlib.contextmanager
+def _discarding(store: CheckpointStore, staging: Path, args: Any) -> Iterator[None]:
+    """Removes the staging folder when the block fails, also when the user interrupts it."""
+    try:
+        yield
+    except BaseException:
+        if args.should_save:
+            store.discard(staging)
+        raise
+
+
+def _note_best(state: TrainerState, run_dir: str) -> None:
+    """Sets `state.best_model_checkpoint` when the best step has a checkpoint, or is the one being written."""
+    if state.best_global_step:
+        best = Path(run_dir) / layout.checkpoint_name(state.best_global_step)
+        if state.best_global_step == state.global_step or best.is_dir():
+            state.best_model_checkpoint = str(best)
+
+
+def bytes_needed(model: nn.Module, optimizer: Any, *, weights_only: bool) -> int:
+    """Returns about how many bytes the next checkpoint takes: weights to be saved plus optimizer state, plus 1 MiB.
+
+    Before the first step there is no optimizer state yet, and two values per trained parameter are assumed.
+    """
+    peft = is_peft_model(model)
+    parameters = [p for p in model.parameters() if p.requires_grad or not peft]
+    needed = _num_bytes(parameters) + (1 << 20)
+    if weights_only or optimizer is None:
+        return needed
+    state = getattr(optimizer, "state", {})
+    tensors = [t for entry in state.values() if isinstance(entry, dict) for t in entry.values()]
+    held = _num_bytes([t for t in tensors if isinstance(t, torch.Tensor)])
+    return needed + (held or 2 * _num_bytes([p for p in parameters if p.requires_grad]))
+
+
+def _num_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def retention(args: Any) -> Retention:
+    """Returns which checkpoints `args` keeps."""
+    return Retention(args.save_total_limit, getattr(args, "keep_last", None), getattr(args, "keep_best", None))
+
+
+def rotate(args: Any, run_dir: str, best: str | None) -> None:
+    """Deletes the checkpoints that are kept no longer. Called at the end of training; the newest always stays."""
+    if args.should_save:
+        CheckpointStore(run_dir).rotate(retention(args), best)
+
+
+@contextlib.contextmanager
+def report_last_on_error(run_dir: str, writer: CheckpointWriter | None = None) -> Iterator[None]:
+    """Waits for the background write at the end of the block; on an error says from where training can go on.
+
+    The error of the block is never hidden: one of the write is logged then.
+    """
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(Exception):
+            if writer is not None and writer.busy:
+                logger.warning("Waiting for the checkpoint that is being written.")
+            if writer is not None and writer._thread is not None:
+                writer._thread.join()
+            last, _ = CheckpointStore(run_dir).newest_valid() if ranks.is_world_process_zero() else (None, [])
+            if last is not None:
+                logger.error("Training stopped. Resume with `resume_from_checkpoint=%r`.", str(last))
+        raise
+    if writer is not None:
+        writer.wait()
+
+
+def emergency_save(save: Any, error: BaseException, *, consistent: bool) -> None:
+    """Calls `save()` after `error` stopped training, when the state is that of a whole step. Raises nothing.
+
+    Args:
+        consistent: no optimizer step is half done; otherwise nothing is saved.
+    """
+    if not consistent:
+        logger.error("No emergency checkpoint: training stopped in the middle of an optimizer step.")
+        return
+    try:
+        save()
+        logger.error("Saved an emergency checkpoint after %s: %s", type(error).__name__, error)
+    except Exception as second:
+        logger.error("The emergency checkpoint after %s failed too: %s", type(error).__name__, second)
+
+
+def save_rng_state(output_dir: str, args: Any) -> None:
+    """Writes this process's random state into `output_dir`."""
+    Path(output_dir).mkdir(parents=True, exist_ok=True)
+    distributed = getattr(args.parallel_mode, "value", args.parallel_mode) == "distributed"
+    rng.save_rng(output_dir, args.process_index, args.world_size, distributed)
+
+
+def load_rng_state(checkpoint: str | None, args: Any) -> None:
+    """Restores this process's random state from `checkpoint`."""
+    if checkpoint is not None:
+        rng.load_rng(checkpoint, args.process_index, args.world_size)

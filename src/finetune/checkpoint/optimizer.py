@@ -1,0 +1,171 @@
+"""The files of optimizer, learning rate schedule and loss scaler: tensors and plain values, verified when loaded."""
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from finetune.checkpoint import backends, files, layout
+from finetune.checkpoint.writer import CheckpointWriter
+from finetune.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+OPTIMIZER_LAYOUT = "optimizer_layout.json"
+
+
+def save_optimizer_and_scheduler(
+    output_dir: str | os.PathLike[str],
+    *,
+    accelerator: Any,
+    args: Any,
+    model: nn.Module,
+    model_wrapped: Any,
+    optimizer: Any,
+    lr_scheduler: Any,
+    writer: CheckpointWriter,
+) -> None:
+    """Writes `optimizer.pt` and `scheduler.pt`, or what FSDP and DeepSpeed write instead. Called on all processes."""
+    folder = Path(output_dir)
+    with files.writing(folder):
+        sharded = backends.save_sharded(
+            folder, accelerator=accelerator, model=model, model_wrapped=model_wrapped, optimizer=optimizer
+        )
+    if not args.should_save:
+        return
+    if not sharded:
+        state = writer.snapshot(optimizer.state_dict())
+        names = json.dumps(parameter_layout(model, optimizer))
+        writer.run(lambda: files.save_plain(state, folder / layout.OPTIMIZER))
+        writer.run(lambda: _write_text(folder / OPTIMIZER_LAYOUT, names))
+    if not backends.owns_schedule(accelerator, lr_scheduler):
+        schedule = writer.snapshot(lr_scheduler.state_dict())
+        writer.run(lambda: files.save_plain(schedule, folder / layout.SCHEDULER))
+
+
+def load_optimizer_and_scheduler(
+    checkpoint: str | os.PathLike[str] | None, *, accelerator: Any, model: nn.Module, optimizer: Any, lr_scheduler: Any
+) -> None:
+    """Restores optimizer and schedule in place, and verifies that what they hold is what the files hold.
+
+    A checkpoint of `save_only_model` has neither: both stay as they are, with a warning. DeepSpeed restored its own
+    optimizer together with the weights.
+
+    Raises:
+        CheckpointError: the state is of other parameters, or did not arrive.
+    """
+    if checkpoint is None:
+        return
+    folder = Path(checkpoint)
+    if not backends.load_sharded_optimizer(folder, accelerator=accelerator, model=model, optimizer=optimizer):
+        if not (folder / layout.OPTIMIZER).is_file():
+            logger.warning(
+                "`%s` has weights only: the optimizer and the learning rate schedule start from the beginning.", folder
+            )
+            return
+        load_optimizer(folder, model, optimizer)
+    if not backends.owns_schedule(accelerator, lr_scheduler):
+        path = folder / layout.SCHEDULER
+        with backends.restoring(path):
+            lr_scheduler.load_state_dict(files.load_plain(path, allow=_numpy_scalars()))
+
+
+def load_optimizer(folder: Path, model: nn.Module, optimizer: Any) -> None:
+    """Restores `optimizer` from `optimizer.pt` and compares every tensor it then holds with the file.
+
+    Raises:
+        CheckpointError: other parameters, other shapes, or a tensor that arrived changed.
+    """
+    names = folder / OPTIMIZER_LAYOUT
+    if names.is_file():
+        saved, here = json.loads(names.read_text(encoding="utf-8")), parameter_layout(model, optimizer)
+        if saved != json.loads(json.dumps(here)):
+            raise CheckpointError(
+                f"The optimizer state in `{folder}` is of other parameters: {_first_difference(saved, here)}. Resume "
+                "with the same model, adapters, frozen layers and `optim`, or start without `resume_from_checkpoint`."
+            )
+    state = files.load_plain(folder / layout.OPTIMIZER)
+    with backends.restoring(folder / layout.OPTIMIZER):
+        optimizer.load_state_dict(state)
+    # `state` may share memory with the optimizer now; equality of a tensor with itself is what is wanted then.
+    difference = _difference(state.get("state", {}), optimizer.state_dict().get("state", {}), "state")
+    if difference:
+        raise CheckpointError(
+            f"The optimizer did not take over its state from `{folder}`: {difference}. Resume with the same `optim` "
+            "and the same data type of the weights as before."
+        )
+
+
+def parameter_layout(model: nn.Module, optimizer: Any) -> list[list[list[Any]]]:
+    """Returns, per parameter group, `[name, shape]` of each parameter in the order the optimizer numbers them."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+
+    def entry(parameter: Tensor) -> list[Any]:
+        name = names.get(id(parameter), "?").replace("_orig_mod.", "").removeprefix("module.")
+        return [name, list(parameter.shape)]
+
+    return [[entry(parameter) for parameter in group["params"]] for group in optimizer.param_groups]
+
+
+def save_scaler(output_dir: str | os.PathLike[str], *, accelerator: Any, args: Any, writer: CheckpointWriter) -> None:
+    """Writes `scaler.pt` when training scales its loss (fp16)."""
+    scaler = getattr(accelerator, "scaler", None)
+    if scaler is not None and args.should_save:
+        state = writer.snapshot(scaler.state_dict())
+        writer.run(lambda: files.save_plain(state, Path(output_dir) / layout.SCALER))
+
+
+def load_scaler(checkpoint: str | os.PathLike[str] | None, *, accelerator: Any) -> None:
+    """Restores the loss scaler when the checkpoint has one."""
+    path = Path(checkpoint) / layout.SCALER if checkpoint is not None else None
+    scaler = getattr(accelerator, "scaler", None)
+    if path is None or not path.is_file():
+        return
+    if scaler is None:
+        logger.warning("The checkpoint was trained with a loss scaler (fp16); this run has none.")
+        return
+    with backends.restoring(path):
+        scaler.load_state_dict(files.load_plain(path))
+
+
+def _numpy_scalars() -> list[Any]:
+    # transformers steps its plateau schedule with NumPy numbers, which end up in its `scheduler.pt`.
+    core: Any = np._core if hasattr(np, "_core") else np.core  # pyright: ignore[reportAttributeAccessIssue]
+    names = ("numpy._core.multiarray.scalar", "numpy.core.multiarray.scalar")
+    kinds = {type(np.dtype(kind)) for kind in (np.float32, np.float64, np.int64)}
+    return [*((core.multiarray.scalar, name) for name in names), np.dtype, *kinds]
+
+
+def _write_text(path: Path, text: str) -> None:
+    with files.writing(path):
+        path.write_text(text, encoding="utf-8")
+
+
+def _first_difference(saved: list[list[Any]], here: list[list[Any]]) -> str:
+    flat = [[entry for group in side for entry in group] for side in (saved, here)]
+    for number, (old, new) in enumerate(zip(*flat, strict=False)):
+        if old != list(new):
+            return f"number {number} was `{old[0]}` {tuple(old[1])} and is `{new[0]}` {tuple(new[1])}"
+    return f"there were {len(flat[0])} in {len(saved)} groups and are {len(flat[1])} in {len(here)}"
+
+
+def _difference(saved: Any, live: Any, where: str) -> str | None:
+    """Returns the first place where the restored state is not bit for bit the saved one."""
+    if isinstance(saved, Tensor):
+        if isinstance(live, Tensor) and (saved is live or files.same_bits(saved, live)):
+            return None
+        return f"`{where}` was {saved.dtype} {tuple(saved.shape)} and is " + (
+            f"{live.dtype} {tuple(live.shape)} with other values" if isinstance(live, Tensor) else f"`{live!r:.40}`"
+        )
+    if isinstance(saved, dict) and isinstance(live, dict):
+        for key, value in saved.items():
+            if key not in live:
+                return f"`{where}.{key}` is missing"
+            found = _difference(value, live[key], f"{where}.{key}")
+            if found:
+                return found
+    return None

@@ -1,0 +1,178 @@
+"""Writing now or in the background, and agreeing about failures across processes."""
+
+import contextlib
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.checkpoint import files
+from finetune.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class SaveReport:
+    """What a save cost. `stall_seconds`: training stood still. `write_seconds`: until it was on the disk, 0.0 while
+    that still runs in the background. `num_bytes`: of the whole checkpoint, 0 until then."""
+
+    folder: Path
+    step: int
+    stall_seconds: float = 0.0
+    write_seconds: float = 0.0
+    num_bytes: int = 0
+    in_background: bool = False
+    error: str | None = None
+
+
+class CheckpointWriter:
+    """Runs the writing jobs of one checkpoint after another: at once, or in a thread from copies of the state.
+
+    Inside `collecting()`, `run` keeps the jobs and `snapshot` copies what they will write; `launch` starts them.
+    Outside, and always without `asynchronous`, jobs run at once and nothing is copied. One save at a time: the next
+    one waits. A background failure is logged when it happens and raised by the next `wait`.
+    """
+
+    def __init__(self, asynchronous: bool = False) -> None:
+        self.asynchronous = asynchronous
+        self.last: SaveReport | None = None
+        self._jobs: list[Callable[[], None]] | None = None
+        self._memo: dict[Any, Any] = {}
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    @contextlib.contextmanager
+    def collecting(self) -> Iterator[None]:
+        """Keeps the jobs of the block for `launch`; forgets them when it fails."""
+        self._jobs = [] if self.asynchronous else None
+        try:
+            yield
+        except BaseException:
+            self._jobs = None
+            raise
+        finally:
+            self._memo = {}
+
+    def run(self, job: Callable[[], None]) -> None:
+        """Runs `job`, or keeps it for the background."""
+        if self._jobs is None:
+            job()
+        else:
+            self._jobs.append(job)
+
+    def snapshot(self, value: Any) -> Any:
+        """Returns what a job may use later: copies of the tensors on the CPU; `value` itself when jobs run at once."""
+        return value if self._jobs is None else files.snapshot(value, self._memo)
+
+    def launch(self, finish: Callable[[BaseException | None], None]) -> None:
+        """Runs the kept jobs, then `finish(error)`: in a thread, or here when there is nothing in the background."""
+        jobs, self._jobs = self._jobs, None
+        if jobs is None:
+            finish(None)
+            return
+
+        def work() -> None:
+            error: BaseException | None = None
+            try:
+                for job in jobs:
+                    job()
+            except BaseException as caught:
+                error = caught
+            jobs.clear()
+            try:
+                finish(error)
+            except BaseException as caught:
+                self._error = caught
+                logger.error("The checkpoint being written in the background failed: %s", caught)
+
+        # Not a daemon: a program that ends waits for its last checkpoint.
+        self._thread = threading.Thread(target=work, name="checkpoint-writer")
+        self._thread.start()
+
+    @property
+    def collects(self) -> bool:
+        """Whether jobs are being kept for the background right now."""
+        return self._jobs is not None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a checkpoint is being written in the background."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def wait(self) -> float:
+        """Returns the seconds waited until nothing is being written.
+
+        Raises:
+            CheckpointError: writing failed, in this process or another one.
+        """
+        started = time.perf_counter()
+        if self._thread is not None:
+            self._thread.join()
+        had_thread, self._thread = self._thread is not None, None
+        error, self._error = self._error, None
+        if had_thread:
+            raise_together(error)
+        return time.perf_counter() - started
+
+
+def raise_together(error: BaseException | None) -> None:
+    """Raises `error`; when it is None but another process has one, raises that as `CheckpointError`. A barrier.
+
+    Without it a process that failed to write would leave the others waiting in the next collective.
+    """
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        messages: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(messages, None if error is None else f"{type(error).__name__}: {error}")
+        failed = [(rank, text) for rank, text in enumerate(messages) if text]
+        if failed and error is None:
+            raise CheckpointError(f"Process {failed[0][0]} could not do its part of the checkpoint. {failed[0][1]}")
+    if error is not None:
+        raise error
+
+
+@contextlib.contextmanager
+def agreeing() -> Iterator[None]:
+    """Raises at the end of the block, on all processes, what any of them raised in it. A barrier."""
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    raise_together(error)
+
+
+def _meet(
+    staging: Path, args: Any, error: BaseException | None, timeout_seconds: float = 1800.0
+) -> BaseException | None:
+    """Waits in the background for the other processes that write into this folder. Returns the first failure.
+
+    By files beside the staging folder, because a collective from a thread would mix with those of training.
+    """
+    mark = staging.with_name(f"{staging.name}.rank")
+    own = mark.with_name(f"{mark.name}{args.process_index}")
+    own.with_suffix(f"{own.suffix}.tmp").write_text("" if error is None else f"{type(error).__name__}: {error}")
+    own.with_suffix(f"{own.suffix}.tmp").rename(own)
+    if not args.should_save:
+        return error
+    expected = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if args.save_on_each_node else args.world_size
+    deadline = time.monotonic() + timeout_seconds
+    while len(marks := [p for p in staging.parent.glob(f"{mark.name}*") if not p.name.endswith(".tmp")]) < expected:
+        if time.monotonic() > deadline:
+            return error or CheckpointError(
+                f"Only {len(marks)} of {expected} processes wrote their part of `{staging.name}` within "
+                f"{timeout_seconds:.0f} s. Set `async_save=False` if they do not share the folder."
+            )
+        time.sleep(0.02)
+    for path in sorted(marks):
+        text = path.read_text()
+        path.unlink()
+        if text and error is None:
+            error = CheckpointError(f"Process {path.name.removeprefix(mark.name)} failed. {text}")
+    return error
