@@ -83,7 +83,7 @@ class Trainer(EvaluationMethods, SavingMethods):
                 loop = find_executable_batch_size(loop, starting_batch_size=self._train_batch_size)
             else:
                 loop = partial(loop, self._train_batch_size)
-            with checkpoints.report_last_on_error(self._get_output_dir(trial)):
+            with checkpoints.report_last_on_error(self._get_output_dir(trial), self._writer):
                 return loop(
                     args=args,
                     resume_from_checkpoint=checkpoint,
@@ -131,6 +131,9 @@ class Trainer(EvaluationMethods, SavingMethods):
             initial_step=self.state.global_step,
             initial_tokens=self.state.num_input_tokens_seen,
         )
+        if resume_from_checkpoint is not None:
+            place = {"rank": args.process_index, "world_size": args.world_size}
+            checkpoints.load_stateful(resume_from_checkpoint, self._stateful(), **place)
         header.log_start(self, run)
         run.clear_gradients()
         self._events.fire("on_train_begin")
@@ -193,8 +196,8 @@ class Trainer(EvaluationMethods, SavingMethods):
     def _finalize_training(self, run: TrainingRun) -> TrainOutput:
         """Logs the run's totals, loads the best model if asked, and returns what `train` returns."""
         run.meter.drain(self.accelerator, self.state.global_step)
+        loss = run.meter.total / max(self.state.global_step - run.meter.start_step, 0.001)
         steps = self.state.global_step - run.initial_step
-        loss = run.meter.total / max(steps, 0.001)
         share = steps / max(self.state.max_steps, 1)
         metrics = speed.speed_metrics(
             "train", run.start_time, num_samples=run.plan.num_train_samples * share, num_steps=steps
@@ -203,6 +206,7 @@ class Trainer(EvaluationMethods, SavingMethods):
         metrics.update(total_flos=self.state.total_flos, train_loss=loss)
         self._memory_tracker.stop(metrics)
         self.log(metrics)
+        header.log_end(self, run, metrics)
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
             self._load_best_model()
         checkpoints.rotate(self.args, self._get_output_dir(run.trial), self.state.best_model_checkpoint)
@@ -329,6 +333,11 @@ class Trainer(EvaluationMethods, SavingMethods):
             local, self._run.flos = self._run.flos, 0.0
             self.state.total_flos += flops.sum_over_processes(local, self.accelerator)
 
+    def store_tokens(self) -> None:
+        """Adds the input tokens counted since the last call, over all processes, to `state.num_input_tokens_seen`."""
+        if self._run is not None and self._run.token_counter is not None:
+            self.state.num_input_tokens_seen += self._run.drain_tokens()
+
     def _maybe_log_save_evaluate(
         self,
         tr_loss: Tensor,
@@ -367,7 +376,7 @@ class Trainer(EvaluationMethods, SavingMethods):
         if self.state.epoch is not None:
             logs["epoch"] = self.state.epoch
         if self.args.include_num_input_tokens_seen != "no" and self._run is not None:
-            self.state.num_input_tokens_seen += self._run.drain_tokens()
+            self.store_tokens()
             logs["num_input_tokens_seen"] = self.state.num_input_tokens_seen
             if start_time is not None:
                 tokens = self.state.num_input_tokens_seen - self._run.initial_tokens

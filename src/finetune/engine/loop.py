@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from finetune.control.callbacks import Events
+from finetune.data.position import is_stream
 from finetune.engine.plan import ResumePoint
 from finetune.engine.run import TrainingRun
 from finetune.hooks import LoopHooks
@@ -28,7 +29,8 @@ def run_training(run: TrainingRun, hooks: LoopHooks, events: Events) -> None:
 def _run_epoch(run: TrainingRun, epoch: int, hooks: LoopHooks, events: Events) -> None:
     """Runs the updates of one epoch that are still to be done."""
     done = run.resume if epoch == run.resume.epoch else ResumePoint(epoch)
-    run.epoch, run.batches_done, run.grad_norm, run.learning_rate = epoch, done.batches_done, None, None
+    run.epoch, run.epoch_is_over, run.batches_done = epoch, False, done.batches_done
+    run.grad_norm, run.learning_rate = None, None
     iterator = iter(_epoch_loader(run, epoch, done))
     for update in range(done.updates_done, run.plan.updates_per_epoch):
         wanted = run.plan.batches_in_update(update)
@@ -47,6 +49,7 @@ def _run_epoch(run: TrainingRun, epoch: int, hooks: LoopHooks, events: Events) -
             run.plan.max_steps,
         )
         events.control.should_training_stop = True
+    run.epoch_is_over = True
     events.fire("on_epoch_end")
     _log_save_evaluate(run, hooks)
 
@@ -54,7 +57,7 @@ def _run_epoch(run: TrainingRun, epoch: int, hooks: LoopHooks, events: Events) -
 def _epoch_loader(run: TrainingRun, epoch: int, done: ResumePoint) -> Iterable[Any]:
     """Returns the loader of `epoch`, starting behind the batches a resumed run has already seen."""
     run.set_epoch(epoch)
-    if done.batches_done:
+    if done.batches_done and not is_stream(getattr(run.loader, "dataset", None)):
         return run.skip_batches(run.loader, done.batches_done)
     return run.loader
 
@@ -86,6 +89,7 @@ def _update(run: TrainingRun, hooks: LoopHooks, events: Events) -> None:
     run.grad_norm = hooks._get_grad_norm(run.model, grad_norm=grad_norm)
 
     events.fire("on_pre_optimizer_step")
+    run.stepping = True
     skipped = run.meter.window_is_bad(run.grad_norm)
     if not skipped:
         run.optimizer.step()
@@ -99,6 +103,7 @@ def _update(run: TrainingRun, hooks: LoopHooks, events: Events) -> None:
     state = events.state
     state.global_step += 1
     state.epoch = run.epoch + run.batches_done / run.plan.batches_per_epoch
+    run.stepping = False
     events.fire("on_step_end")
     _log_save_evaluate(run, hooks)
 

@@ -88,12 +88,17 @@ class LossMeter:
 
     def state_dict(self) -> dict[str, float | int]:
         """Returns what a resumed run needs to log the same numbers: reads the device, so call it when saving."""
-        return {"running": self.running.item(), "total": self.total, "logged_at": self.logged_at}
+        return {
+            "running": self.running.item(),
+            "total": self.total,
+            "logged_at": self.logged_at,
+            "start_step": self.start_step,
+        }
 
     def load_state_dict(self, state: dict[str, float | int]) -> None:
         self.running.fill_(float(state["running"]))
         self.total = float(state["total"])
-        self.logged_at = int(state["logged_at"])
+        self.logged_at, self.start_step = int(state["logged_at"]), int(state["start_step"])
 
     def _raise(self, step: int, loss: float, describe_batch: str) -> None:
         raise NonFiniteLossError(

@@ -35,6 +35,8 @@ class TrainingRun:
             creating the loader's iterator draws from the global generator.
         token_counter: `(inputs) -> tokens`, None when tokens are not tracked.
         epoch, batches_done: position, in epochs and in micro-batches of this epoch.
+        epoch_is_over: whether the next batch belongs to the next epoch.
+        stepping: whether an update is half done, so that the state is not one to save.
         window_batches: micro-batches of the current window (`current_gradient_accumulation_steps`).
         flos: floating point operations of this process since they were last stored.
     """
@@ -57,7 +59,9 @@ class TrainingRun:
     initial_step: int = 0
     initial_tokens: int = 0
     epoch: int = 0
+    epoch_is_over: bool = False
     batches_done: int = 0
+    stepping: bool = False
     window_batches: int = 1
     grad_norm: Any = None
     learning_rate: float | None = None

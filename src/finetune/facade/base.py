@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from finetune.arguments import TrainingArguments
+from finetune.checkpoint.writer import CheckpointWriter
 from finetune.compat import coerce_training_arguments
 from finetune.control.builtin import DefaultFlowCallback, PrinterCallback, ProgressCallback
 from finetune.control.callbacks import CallbackHandler, Events
@@ -106,6 +107,7 @@ class TrainerBase:
         if args.push_to_hub:
             self.init_hf_repo()
         self._run: TrainingRun | None = None
+        self._writer = CheckpointWriter(args.async_save)
         self._created_lr_scheduler = False
         self._eval_loaders: dict[str, Any] = {}
         self.model_preparation_time: float | None = None

@@ -1,7 +1,131 @@
 """The saving half of the facade: checkpoints, weights, and the Hub."""
 
+import os
+from typing import Any
+
+from torch import Tensor, nn
+
+from finetune.checkpoint import manager as checkpoints
+from finetune.engine.position import DataPosition
 from finetune.facade.base import TrainerBase
+from finetune.hub import card, repo
 
 
 class SavingMethods(TrainerBase):
     """Checkpoints and the Hub. Use `Trainer`."""
+
+    init_hf_repo = repo.init_hf_repo
+    push_to_hub = repo.push_to_hub
+    create_model_card = card.create_model_card
+    _push_from_checkpoint = repo._push_from_checkpoint
+    _finish_current_push = repo._finish_current_push
+
+    def _get_output_dir(self, trial: Any = None) -> str:
+        """Returns the folder that checkpoints go to: `output_dir`, or that of a search trial below it."""
+        if trial is None or self.hp_search_backend is None:
+            return self.args.output_dir
+        name = self.hp_name(trial) if self.hp_name is not None else f"run-{trial.number}"
+        return os.path.join(self.args.output_dir, name)
+
+    def _stateful(self) -> dict[str, Any]:
+        """Returns what else of this run belongs into a checkpoint, by name. Subclasses add to it."""
+        return {} if self._run is None else {"meter": self._run.meter, "data": DataPosition(self._run)}
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
+        """Saves `checkpoint-<step>` completely or not at all. Called when `control.should_save` is set."""
+        self.store_flos()
+        self.store_tokens()
+        report = checkpoints.save_checkpoint(
+            self,
+            run_dir=self._get_output_dir(trial),
+            args=self.args,
+            accelerator=self.accelerator,
+            events=self._events,
+            model=self.model,
+            optimizer=self.optimizer,
+            writer=self._writer,
+            stateful=self._stateful(),
+        )
+        if self.args.push_to_hub:
+            self._writer.wait()
+            self._push_from_checkpoint(str(report.path))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves the model so that `from_pretrained` loads it. Called for every checkpoint, and by the user."""
+        checkpoints.save_model(
+            self._save,
+            output_dir or self.args.output_dir,
+            accelerator=self.accelerator,
+            model=self.model,
+            model_wrapped=self.model_wrapped,
+            for_checkpoint=_internal_call,
+        )
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Writes weights, tokenizer and arguments. Called by `save_model`, with gathered weights when sharded."""
+        checkpoints.write_model(
+            output_dir or self.args.output_dir,
+            state_dict,
+            model=self.model,
+            args=self.args,
+            processing_class=self.processing_class,
+            data_collator=self.data_collator,
+            writer=self._writer,
+        )
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        checkpoints.save_optimizer_and_scheduler(
+            output_dir,
+            accelerator=self.accelerator,
+            args=self.args,
+            model=self.model,
+            model_wrapped=self.model_wrapped,
+            optimizer=self.optimizer,
+            lr_scheduler=self.lr_scheduler,
+            writer=self._writer,
+        )
+
+    def _save_scaler(self, output_dir: str) -> None:
+        checkpoints.save_scaler(output_dir, accelerator=self.accelerator, args=self.args, writer=self._writer)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        checkpoints.save_rng_state(output_dir, self.args)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Loads the weights of a checkpoint: before the model is wrapped, after it under FSDP and DeepSpeed."""
+        checkpoints.load_model(
+            resume_from_checkpoint,
+            accelerator=self.accelerator,
+            model=self.model if model is None else model,
+            model_wrapped=self.model_wrapped,
+        )
+
+    def _load_best_model(self) -> None:
+        """Loads the best checkpoint's weights. Called at the end of `train` with `load_best_model_at_end`."""
+        checkpoints.load_best_model(
+            self.state, accelerator=self.accelerator, model=self.model, model_wrapped=self.model_wrapped
+        )
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        checkpoints.load_optimizer_and_scheduler(
+            checkpoint,
+            accelerator=self.accelerator,
+            model=self.model,
+            optimizer=self.optimizer,
+            lr_scheduler=self.lr_scheduler,
+        )
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        checkpoints.load_scaler(checkpoint, accelerator=self.accelerator)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        checkpoints.load_rng_state(checkpoint, self.args)
+
+    def _load_callback_state(self) -> None:
+        self._events.restore()
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any = None) -> bool:
+        """Returns whether this evaluation is the best so far, and notes it in `state`."""
+        return checkpoints.determine_best_metric(metrics, args=self.args, state=self.state)

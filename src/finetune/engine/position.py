@@ -1,0 +1,84 @@
+"""Where in its data a run stands, as part of a checkpoint: saved, verified, and carried to another geometry.
+
+Progress is counted in rows. A run saved after 6 micro-batches of 2 rows on 2 processes (24 rows) continues on one
+process with micro-batches of 4 rows behind 6 of them, as long as the rows per optimizer step stay the same.
+"""
+
+import logging
+from typing import Any
+
+from finetune.data import position as loaders
+from finetune.engine.plan import ResumePoint
+from finetune.engine.run import TrainingRun
+from finetune.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+
+class DataPosition:
+    """The position of a run's training data. `load_state_dict` moves `run.resume` to it.
+
+    Raises, when loading:
+        CheckpointError: the data, its order or the rows per optimizer step are not what they were.
+    """
+
+    def __init__(self, run: TrainingRun) -> None:
+        self.run = run
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the position after the last finished update, and a hash of the rows that come next."""
+        run = self.run
+        return {
+            "epoch": run.epoch + int(run.epoch_is_over),
+            "batches_done": 0 if run.epoch_is_over else run.batches_done,
+            "rows_per_batch": loaders.rows_per_batch(run.loader),
+            "accumulation": run.plan.accumulation,
+            "loader": loaders.loader_state(run.loader),
+            "next_rows": loaders.batch_digest(run.loader, run.batches_done, run.epoch),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Moves the run to the saved position, after verifying that the data is the same."""
+        run = self.run
+        if run.args.ignore_data_skip:
+            return
+        loaders.load_loader_state(run.loader, state_dict["loader"])
+        epoch, batches = state_dict["epoch"], self._batches_here(state_dict)
+        now = loaders.batch_digest(run.loader, batches, epoch)
+        if now != state_dict["next_rows"]:
+            raise CheckpointError(
+                f"The rows that follow after {batches} batches of epoch {epoch} are not those that followed when the "
+                "checkpoint was saved: the data, its preparation or its order changed. Restore it, or go on with other "
+                "data by `ignore_data_skip=True`."
+            )
+        run.resume = ResumePoint(epoch, batches // run.plan.accumulation, batches)
+
+    def load_state_dicts(self, states: list[dict[str, Any]]) -> None:
+        """As `load_state_dict`, for another number of processes than before: the position is the same on all."""
+        if states[0]["loader"]["kind"] != "map":
+            raise CheckpointError(
+                f"The stream was read by {len(states)} processes, each at its own position. Resume with as many, or "
+                "start the stream anew with `ignore_data_skip=True`."
+            )
+        self.load_state_dict(states[0])
+
+    def _batches_here(self, saved: dict[str, Any]) -> int:
+        """Returns the saved position in micro-batches of this run's size."""
+        before, here = saved["rows_per_batch"], loaders.rows_per_batch(self.run.loader)
+        batches, accumulation = saved["batches_done"], self.run.plan.accumulation
+        if before is None or here is None or (before, saved["accumulation"]) == (here, accumulation):
+            return batches
+        if before * saved["accumulation"] != here * accumulation:
+            raise CheckpointError(
+                f"The checkpoint was trained with {before * saved['accumulation']} rows per optimizer step, this run "
+                f"has {here * accumulation}. Change `per_device_train_batch_size` or `gradient_accumulation_steps` so "
+                "that micro-batch x accumulation x processes is the same, or pass `ignore_data_skip=True`."
+            )
+        logger.warning(
+            "Continuing with %s rows x %s accumulation instead of %s x %s: the same rows per optimizer step.",
+            here,
+            accumulation,
+            before,
+            saved["accumulation"],
+        )
+        return batches * before // here
