@@ -162,7 +162,9 @@ def _drawn_series(chart: Chart, drawn: dict[str, Points], place: Any) -> list[st
                     f'<circle cx="{across:.1f}" cy="{up:.1f}" r="2.6" fill="{color}">'
                     f"<title>{html.escape(name)} {number(y)} at step {number(x)}</title></circle>"
                 )
-        left = _WIDTH - _RIGHT - 128 * (len(drawn) - index)
+        if len(drawn) == 1 and name == chart.title:
+            continue
+        left = _WIDTH - _RIGHT - min(128, 420 // len(drawn)) * (len(drawn) - index)
         parts.append(
             f'<rect x="{left}" y="11" width="12" height="4" rx="2" fill="{color}"/>'
             f'<text x="{left + 17}" y="17">{html.escape(name[:17])}</text>'
@@ -192,16 +194,16 @@ def thin(points: Points, limit: int = _MAX_POINTS) -> Points:
 
 
 def running_mean(points: Points) -> Points:
-    """Returns the bias-corrected exponential mean over a twentieth of the points.
+    """Returns the mean over a window of a twentieth of the points, centred, so that it does not lag behind them.
 
-    >>> [round(y, 6) for _, y in running_mean([(0, 2.0), (1, 2.0)])]
-    [2.0, 2.0]
+    >>> running_mean([(0, 1.0), (1, 4.0), (2, 1.0)])
+    [(0, 2.5), (1, 2.0), (2, 2.5)]
     """
-    keep = 1 - 1 / max(len(points) / 20, 2)
-    mean, weight, smoothed = 0.0, 0.0, []
-    for x, y in points:
-        mean, weight = keep * mean + (1 - keep) * y, keep * weight + (1 - keep)
-        smoothed.append((x, mean / weight))
+    reach = max(len(points) // 40, 1)
+    smoothed = []
+    for index, (x, _) in enumerate(points):
+        window = points[max(index - reach, 0) : index + reach + 1]
+        smoothed.append((x, sum(y for _, y in window) / len(window)))
     return smoothed
 
 

@@ -1,0 +1,266 @@
+"""What a trainer does with the Hub. Bound as methods: the first argument is the trainer.
+
+Local files come first: a push reads a snapshot of the output folder made of hard links, so later saves, deletions and
+failures of the network touch neither the run nor a push in progress.
+"""
+
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import Future
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any, Protocol
+
+from finetune.checkpoint import layout
+from finetune.hub.uploads import PushQueue, Repository, Upload, create_early
+
+logger = logging.getLogger(__name__)
+
+SNAPSHOT_PREFIX = "_push-"
+NOT_PUSHED = ("_*", f"{layout.CHECKPOINT_PREFIX}-*", ".*", layout.LATEST, layout.BEST)
+WEIGHTS = ("model*.safetensors*", "pytorch_model*.bin*", "adapter_model.*")
+
+# What a checkpoint holds besides a loadable model: needed to resume, not to use it.
+TRAINING_STATE = (
+    layout.OPTIMIZER,
+    "optimizer.bin",
+    layout.SCHEDULER,
+    layout.SCALER,
+    layout.TRAINER_STATE,
+    layout.MANIFEST,
+    "rng_state*.pth",
+    "finetune_state*.pt",
+    "optimizer_layout.json",
+    "optimizer_*",
+    "global_step*",
+    "pytorch_model_fsdp*",
+    "latest",
+    "zero_to_fp32.py",
+)
+
+_NO_SNAPSHOT = "Push to the Hub left out, its snapshot cannot be made: %s"
+_LINK_FROM_BYTES = 1 << 20
+_SCAN_UP_TO_BYTES = 8 << 20
+
+
+class HubOwner(Protocol):
+    """What these functions use of a trainer."""
+
+    args: Any
+    state: Any
+    control: Any
+    model: Any
+    callback_handler: Any
+    hub_model_id: str | None
+    push_in_progress: Any
+
+    def is_world_process_zero(self) -> bool: ...
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None: ...
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None: ...
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None: ...
+    def _finish_current_push(self) -> None: ...
+
+
+def init_hf_repo(self: HubOwner, token: str | None = None, private: bool | None = None) -> None:
+    """Creates the repository `hub_model_id` (or the output folder's name) if need be; sets `self.hub_model_id`.
+
+    First process only. When the Hub cannot be reached the run goes on and each push tries again.
+
+    Raises:
+        ArgumentError: token or name are refused.
+    """
+    if not self.is_world_process_zero():
+        return
+    name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+    repository = Repository(
+        name,
+        token if token is not None else self.args.hub_token,
+        private if private is not None else self.args.hub_private_repo,
+    )
+    self.hub_model_id = create_early(repository)
+    self.push_in_progress = PushQueue(repository)
+    for leftover in Path(self.args.output_dir).glob(f"{SNAPSHOT_PREFIX}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def push_to_hub(
+    self: HubOwner,
+    commit_message: str | None = "End of training",
+    blocking: bool = True,
+    token: str | None = None,
+    revision: str | None = None,
+    private: bool | None = None,
+    **kwargs: Any,
+) -> "Any | Future[Any] | None":
+    """Saves the model and uploads the output folder, without checkpoints; `kwargs` go to `create_model_card`.
+
+    Call it on every process. Returns the `CommitInfo`, with `blocking=False` a future of it, and None on the other
+    processes. A failed push is logged with the command that repeats it, and gives None.
+
+    Raises:
+        ArgumentError: token or name of the repository are refused.
+    """
+    self.callback_handler.on_push_begin(self.args, self.state, self.control)
+    if self.is_world_process_zero() and _queue(self) is None:
+        self.init_hf_repo(token=token, private=private)
+    self.save_model(_internal_call=True)
+    if not self.is_world_process_zero():
+        return None
+    if kwargs.get("model_name") is None:
+        kwargs["model_name"] = (self.args.hub_model_id or Path(self.args.output_dir).absolute().name).split("/")[-1]
+    model_tags = getattr(self.model, "model_tags", None)
+    if model_tags:
+        given = kwargs.get("tags") or []
+        kwargs["tags"] = list(dict.fromkeys([*([given] if isinstance(given, str) else given), *model_tags]))
+    self.create_model_card(**kwargs)
+    self._finish_current_push()
+    queue = _queue(self)
+    assert queue is not None
+    output_dir = Path(self.args.output_dir)
+    revision = revision if revision is not None else self.args.hub_revision
+    if token is not None:
+        queue.repository.use_token(token)
+    message = commit_message or "End of training"
+    try:
+        future = queue.submit(_model_upload(queue.repository, output_dir, message, revision, link=blocking))
+    except OSError as error:
+        logger.error(_NO_SNAPSHOT, error)
+        return None
+    if not blocking:
+        return future
+    error = future.exception()
+    self.hub_model_id = queue.repository.repo_id
+    return None if error is not None else future.result()
+
+
+def _push_from_checkpoint(self: HubOwner, checkpoint_folder: str) -> None:
+    """Pushes the model of a finished checkpoint in the background, and the checkpoint itself if `hub_strategy` says so.
+
+    Called after each checkpoint when `push_to_hub` is set. First process only. While the previous push is running
+    this one is left out, unless `hub_always_push`.
+    """
+    if not self.is_world_process_zero() or self.args.hub_strategy == "end":
+        return
+    queue = _queue(self)
+    if queue is None:
+        self.init_hf_repo()
+        queue = _queue(self)
+        assert queue is not None
+    if not self.args.hub_always_push and not queue.is_done():
+        logger.info("The previous push is still running; `%s` is not pushed.", checkpoint_folder)
+        return
+    self.callback_handler.on_push_begin(self.args, self.state, self.control)
+    progress = (
+        f"step {self.state.global_step}" if self.args.save_strategy != "epoch" else f"epoch {int(self.state.epoch)}"
+    )
+    message, revision = f"Training in progress, {progress}", self.args.hub_revision
+    output_dir, checkpoint = Path(self.args.output_dir), Path(checkpoint_folder)
+    repository = queue.repository
+    try:
+        queue.submit(_model_upload(repository, output_dir, message, revision, checkpoint=checkpoint))
+        if self.args.hub_strategy in ("checkpoint", "all_checkpoints"):
+            where = "last-checkpoint" if self.args.hub_strategy == "checkpoint" else checkpoint.name
+            queue.submit(_checkpoint_upload(repository, output_dir, checkpoint, where, message, revision))
+    except OSError as error:
+        # A full disk, for instance. The checkpoint itself is complete, so training can go on.
+        logger.error(_NO_SNAPSHOT, error)
+
+
+def _finish_current_push(self: HubOwner) -> None:
+    """Waits for pushes in progress, then says what on the Hub is not up to date. Called at the end of `train`."""
+    queue = _queue(self)
+    if queue is None:
+        return
+    if not queue.is_done():
+        logger.info("Waiting for the push to the Hub to finish.")
+        queue.wait_until_done()
+    if queue.repository.repo_id is not None:
+        self.hub_model_id = queue.repository.repo_id
+    queue.report()
+
+
+def _queue(trainer: Any) -> PushQueue | None:
+    return getattr(trainer, "push_in_progress", None)
+
+
+def _model_upload(
+    repository: Repository,
+    output_dir: Path,
+    message: str,
+    revision: str | None,
+    checkpoint: Path | None = None,
+    link: bool = False,
+) -> Upload:
+    """Returns the upload of the output folder; with `checkpoint`, its model takes the place of the folder's own.
+
+    Large files are hard links where nobody rewrites them in place: in a checkpoint, and if `link` says so here.
+    """
+    folder = _new_snapshot(output_dir)
+    older_model = () if checkpoint is None else WEIGHTS
+    for path in _files(output_dir, (*NOT_PUSHED, *older_model)):
+        _place(repository, path, folder / path.relative_to(output_dir), link)
+    if checkpoint is not None:
+        for path in _files(checkpoint, TRAINING_STATE):
+            _place(repository, path, folder / path.relative_to(checkpoint), link=True)
+    return Upload(
+        folder=folder,
+        source=output_dir if checkpoint is None else checkpoint,
+        message=message,
+        revision=revision,
+        ignore=NOT_PUSHED if checkpoint is None else TRAINING_STATE,
+        done=lambda: shutil.rmtree(folder, ignore_errors=True),
+    )
+
+
+def _checkpoint_upload(
+    repository: Repository, output_dir: Path, checkpoint: Path, where: str, message: str, revision: str | None
+) -> Upload:
+    """Returns the upload of a whole checkpoint into the folder `where` of the repository."""
+    folder = _new_snapshot(output_dir)
+    for path in _files(checkpoint, ()):
+        _place(repository, path, folder / path.relative_to(checkpoint), link=True)
+    return Upload(
+        folder=folder,
+        source=checkpoint,
+        message=f"{message}, checkpoint",
+        path_in_repo=where,
+        revision=revision,
+        replaces_folder=where == "last-checkpoint",
+        done=lambda: shutil.rmtree(folder, ignore_errors=True),
+    )
+
+
+def _new_snapshot(output_dir: Path) -> Path:
+    output_dir.mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(prefix=SNAPSHOT_PREFIX, dir=output_dir))
+
+
+def _files(folder: Path, left_out: tuple[str, ...]) -> Iterator[Path]:
+    """Yields the files below `folder`, without entries of `folder` itself that match a pattern of `left_out`."""
+    for entry in sorted(folder.iterdir()):
+        if any(fnmatch(entry.name, pattern) for pattern in left_out):
+            continue
+        if entry.is_file():
+            yield entry
+        elif entry.is_dir() and not entry.is_symlink():
+            yield from sorted(path for path in entry.rglob("*") if path.is_file())
+
+
+def _place(repository: Repository, source: Path, target: Path, link: bool) -> None:
+    """Links or copies a file into a snapshot; a file that holds the Hub token in plain text stays out of it."""
+    size = source.stat().st_size
+    target.unlink(missing_ok=True)
+    if size <= _SCAN_UP_TO_BYTES and repository.contains_token(source):
+        logger.warning("`%s` contains the Hub token and is not pushed.", source)
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if link and size >= _LINK_FROM_BYTES:
+        try:
+            os.link(source, target)
+            return
+        except OSError:
+            logger.debug("No hard links in `%s`; copying.", target.parent)
+    shutil.copy2(source, target)
