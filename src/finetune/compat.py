@@ -12,11 +12,14 @@ import logging
 import os
 import sys
 from enum import Enum
-from typing import Any, NamedTuple, TypeVar
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 from finetune.errors import ArgumentError, nearest
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Arrays: TypeAlias = np.ndarray | tuple[np.ndarray, ...]
 
 PREFIX_CHECKPOINT_DIR = "checkpoint"
 
@@ -210,14 +213,11 @@ class EvalPrediction:
         return self.elements[index]
 
 
-Arrays = np.ndarray | tuple[np.ndarray, ...]
-
-
 class EvalLoopOutput(NamedTuple):
     """Returned by `evaluation_loop`."""
 
-    predictions: Arrays | None
-    label_ids: Arrays | None
+    predictions: "Arrays | None"
+    label_ids: "Arrays | None"
     metrics: dict[str, float] | None
     num_samples: int | None
 
@@ -225,8 +225,8 @@ class EvalLoopOutput(NamedTuple):
 class PredictionOutput(NamedTuple):
     """Returned by `predict`."""
 
-    predictions: Arrays | None
-    label_ids: Arrays | None
+    predictions: "Arrays | None"
+    label_ids: "Arrays | None"
     metrics: dict[str, float] | None
 
 
@@ -304,6 +304,8 @@ def coerce_training_arguments(args: Any, cls: type[ArgumentsT]) -> ArgumentsT:
     for name, value in given.items():
         if name not in known:
             setattr(result, name, value)
+    if ours:
+        vars(result)["_sources"] = dict(vars(args).get("_sources", {}))
     return result
 
 

@@ -18,7 +18,7 @@ from finetune.arguments.performance import (
     ReproducibilityArguments,
 )
 from finetune.arguments.reporting import LoggingArguments, TrackingArguments
-from finetune.arguments.resolved import resolved_config, sources_of, write_resolved_config
+from finetune.arguments.resolved import replace_arguments, resolved_config, sources_of, write_resolved_config
 from finetune.arguments.saving import HubArguments, OutputArguments, ProgramArguments, SavingArguments
 from finetune.arguments.training import TrainingArguments
 
@@ -46,6 +46,7 @@ __all__ = [
     "TrainingArguments",
     "arg",
     "parse_arguments",
+    "replace_arguments",
     "resolved_config",
     "sources_of",
     "write_resolved_config",

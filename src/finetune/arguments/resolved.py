@@ -3,11 +3,13 @@
 import dataclasses
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from finetune.arguments.base import parse_bool
 from finetune.arguments.serialize import plain
 from finetune.errors import ArgumentError
+
+ArgumentsT = TypeVar("ArgumentsT")
 
 
 def sources_of(args: Any) -> dict[str, str]:
@@ -40,6 +42,13 @@ def record_sources(args: Any, sources: dict[str, str]) -> None:
             recorded[name] = ", ".join(through_old)
     recorded.update({name: source for name, source in sources.items() if name in names})
     vars(args)["_sources"] = recorded
+
+
+def replace_arguments(args: ArgumentsT, **changes: Any) -> ArgumentsT:
+    """Returns a copy of `args` with `changes`, checked anew; unlike `dataclasses.replace` it keeps the sources."""
+    copy = dataclasses.replace(args, **changes)  # type: ignore[type-var]
+    vars(copy)["_sources"] = {**vars(args).get("_sources", {}), **dict.fromkeys(changes, "code")}
+    return copy
 
 
 def require_no_conflict(values: dict[str, Any], sources: dict[str, str]) -> None:

@@ -10,7 +10,14 @@ from typing import Any, Literal
 import pytest
 import yaml
 
-from finetune.arguments import TrainingArguments, parse_arguments, sources_of, write_resolved_config
+from finetune.arguments import (
+    TrainingArguments,
+    parse_arguments,
+    replace_arguments,
+    sources_of,
+    write_resolved_config,
+)
+from finetune.compat import coerce_training_arguments
 from finetune.sft.config import SFTConfig
 
 
@@ -43,7 +50,8 @@ def test_flags_of_every_kind():
     model, args = parse(
         [ModelArguments, TrainingArguments],
         '--model_name m --columns a b --limit none --extra {"a":1} --dtype float32 --output-dir out --bf16'
-        " --max_steps 1e3 --no_remove_unused_columns --learning_rate 3e-4 --report_to tensorboard --load_best_model_at_end false",
+        " --max_steps 1e3 --no_remove_unused_columns --learning_rate 3e-4 --report_to tensorboard"
+        " --load_best_model_at_end false",
     )
     assert model == ModelArguments("m", "float32", ["a", "b"], {"a": 1}, None)
     assert (args.output_dir, args.bf16, args.max_steps, args.remove_unused_columns) == ("out", True, 1000, False)
@@ -169,6 +177,21 @@ def test_sources_of_arguments_made_in_code(monkeypatch, tmp_path):
     assert sources_of(dataclasses.replace(args, data_seed=1))["data_seed"] == "code"
     config = yaml.safe_load(write_resolved_config(tmp_path / "r.yaml", args).read_text())
     assert config["environment"]["ACCELERATE_MIXED_PRECISION"] == {"value": "no", "source": "environment"}
+
+
+def test_a_changed_copy_keeps_the_sources():
+    (args,) = parse(SFTConfig, "--seed 3 --output_dir out --eval_strategy steps")
+    changed = replace_arguments(args, model_init_kwargs={"dtype": "auto"}, seed=4)
+    assert (changed.seed, args.seed) == (4, 3)
+    sources = sources_of(changed)
+    assert [sources[name] for name in ("output_dir", "seed", "model_init_kwargs", "do_eval", "packing")] == [
+        "flag --output_dir",
+        "code",
+        "code",
+        "derived",
+        "default",
+    ]
+    assert sources_of(coerce_training_arguments(args, SFTConfig))["seed"] == "flag --seed"
 
 
 def test_help_is_quick_to_import_and_complete():

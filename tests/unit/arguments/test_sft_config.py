@@ -37,6 +37,12 @@ def test_precision_is_chosen_from_what_was_given_the_launcher_and_the_device(
     )
 
 
+def test_fp16_under_a_bf16_launcher_is_told_so(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(ArgumentError, match="`fp16=True` disagrees with ACCELERATE_MIXED_PRECISION=bf16"):
+        SFTConfig("out", fp16=True)
+
+
 def test_on_this_cpu_the_run_is_in_float32():
     args = SFTConfig("out", use_cpu=True)
     assert (args.bf16, args.fp16, args.mixed_precision) == (False, False, "no")
