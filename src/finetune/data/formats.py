@@ -1,0 +1,270 @@
+"""Recognise what kind of rows a data set has, and read a batch of them into clean Python values.
+
+Every error names the row, the column and what was found there, so that a bad row among a million can be repaired.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, NoReturn
+
+from finetune.data.chat import is_message_list, parse_json_column
+from finetune.errors import DataFormatError, nearest
+
+Columns = Mapping[str, Sequence[Any]]
+
+ROLE_ALIASES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "ai": "assistant",
+    "model": "assistant",
+    "observation": "tool",
+    "function_response": "tool",
+}
+KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool")
+_CUSTOM_PAIRS = (("instruction", "output"), ("instruction", "response"), ("question", "answer"), ("query", "response"))
+
+
+class Kind(str, Enum):
+    """What one row of a data set is."""
+
+    TEXT = "text"
+    PROMPT_COMPLETION = "prompt-completion"
+    CHAT_PROMPT_COMPLETION = "prompt-completion as messages"
+    CHAT = "messages"
+    TOKENIZED = "tokenized"
+    PACKED = "packed"
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """The kind of the rows and the column that holds text or messages (the prompt's, for prompt-completion)."""
+
+    kind: Kind
+    column: str
+
+    def describe(self, columns: Sequence[str]) -> str:
+        """Returns the line printed at the start, for instance ``columns `a`, `text` read as text (`text`)``."""
+        return f"columns {_ticked(columns)} read as {self.kind.value} (`{self.column}`)"
+
+
+@dataclass
+class Conversations:
+    """A batch of conversations, element i belonging to row i.
+
+    `train[i]` is None, or one bool per *assistant* message of row i saying whether that turn is trained.
+    """
+
+    messages: list[list[dict[str, Any]]]
+    train: list[list[bool] | None]
+    tools: list[list[Any] | None]
+    template_kwargs: list[dict[str, Any] | None]
+
+
+def detect_format(row: Mapping[str, Any], dataset_text_field: str = "text", name: str = "train") -> RowFormat:
+    """Returns the format of a data set whose first row is `row`.
+
+    Tokenized rows win over prompt-completion, which wins over messages, which win over text. Raises `DataFormatError`
+    naming the columns found, the columns expected and the nearest match.
+
+    >>> detect_format({"prompt": "2+2=", "completion": " 4"}).kind.value
+    'prompt-completion'
+    """
+    columns = list(row)
+    if "input_ids" in row:
+        return RowFormat(Kind.PACKED if "seq_lengths" in row else Kind.TOKENIZED, "input_ids")
+    if "prompt" in row and "completion" in row:
+        chat = [_holds_messages(row[key]) for key in ("prompt", "completion")]
+        if chat[0] != chat[1] and None not in (row["prompt"], row["completion"]):
+            raise DataFormatError(
+                f"The {name} data set mixes text and messages: `prompt` is {_type_name(row['prompt'])} and "
+                f"`completion` is {_type_name(row['completion'])}. Give both as text or both as lists of messages."
+            )
+        return RowFormat(Kind.CHAT_PROMPT_COMPLETION if chat[0] else Kind.PROMPT_COMPLETION, "prompt")
+    for column in ("messages", "conversations"):
+        if column in row:
+            return RowFormat(Kind.CHAT, column)
+    if dataset_text_field in row:
+        chat_like = _holds_messages(row[dataset_text_field])
+        return RowFormat(Kind.CHAT if chat_like else Kind.TEXT, dataset_text_field)
+    raise DataFormatError(_unknown_columns(columns, dataset_text_field, name))
+
+
+def _unknown_columns(columns: list[str], text_field: str, name: str) -> str:
+    message = (
+        f"The {name} data set has the columns {_ticked(columns)}. Expected one of: `{text_field}` (the column named by "
+        "`dataset_text_field`), `prompt` and `completion`, `messages`, `conversations`, or `input_ids`."
+    )
+    if "prompt" in columns or "completion" in columns:
+        missing = "completion" if "prompt" in columns else "prompt"
+        return f"{message} `{missing}` is missing: rename the column that holds it."
+    for prompt, completion in _CUSTOM_PAIRS:
+        if prompt in columns and completion in columns:
+            return (
+                f"{message} Rename `{prompt}` to `prompt` and `{completion}` to `completion`, or pass "
+                "`formatting_func` to build one text from each row."
+            )
+    for wanted in (text_field, "messages", "conversations", "prompt", "completion", "input_ids"):
+        close = nearest(wanted, columns)
+        if close:
+            fix = "Set `dataset_text_field` to it" if wanted == text_field else f"Rename it to `{wanted}`"
+            return f"{message}{close} {fix}, or pass `formatting_func`."
+    return f"{message} Set `dataset_text_field` to the column with the text, or pass `formatting_func`."
+
+
+def read_texts(batch: Columns, column: str, rows: Sequence[int], name: str = "train") -> list[str]:
+    """Returns the texts of a column. Raises `DataFormatError` with the row index for anything that is not `str`."""
+    if column not in batch:
+        raise DataFormatError(f"The {name} data set has no column `{column}` from row {rows[0]} on.")
+    texts = list(batch[column])
+    for row, text in zip(rows, texts, strict=True):
+        if type(text) is not str:
+            _fail(row, name, f"`{column}` is {_type_name(text)}, expected text", "Remove or repair the row.")
+    return texts
+
+
+def read_conversations(batch: Columns, column: str, rows: Sequence[int], name: str = "train") -> Conversations:
+    """Returns clean conversations of a column: known roles, no empty values, `train`/`weight` taken out.
+
+    Accepts lists or JSON text, `role`/`content` or `from`/`value`. Raises `DataFormatError` with the row index.
+    """
+    if column not in batch:
+        raise DataFormatError(f"The {name} data set has no column `{column}` from row {rows[0]} on.")
+    read = Conversations([], [], [], [])
+    tools = batch.get("tools") or [None] * len(rows)
+    kwargs = batch.get("chat_template_kwargs") or [None] * len(rows)
+    for row, value, row_tools, row_kwargs in zip(rows, batch[column], tools, kwargs, strict=True):
+        messages, train = _read_messages(value, column, row, name)
+        where = f"row {row} of the {name} data set"
+        read.messages.append(messages)
+        read.train.append(train)
+        read.tools.append(_read_tools(row_tools, where))
+        row_kwargs = parse_json_column(row_kwargs, "chat_template_kwargs", where)
+        read.template_kwargs.append(_drop_none(row_kwargs) if row_kwargs else None)
+    return read
+
+
+def apply_formatting(batch: Columns, rows: Sequence[int], function: Callable[[dict[str, Any]], Any]) -> Columns:
+    """Returns the columns that `formatting_func` makes of a batch: `text`, `messages`, or those of the rows it returns.
+
+    The function gets one row as a dictionary and returns text, a list of messages, or a row.
+    """
+    made: list[dict[str, Any]] = []
+    for position, row in enumerate(rows):
+        result = function({key: values[position] for key, values in batch.items()})
+        if isinstance(result, Mapping):
+            made.append(dict(result))
+        elif is_message_list(result) or is_message_list(result, ("from", "value")):
+            made.append({"messages": result})
+        elif isinstance(result, str):
+            made.append({"text": result})
+        else:
+            raise DataFormatError(
+                f"`formatting_func` returned {_type_name(result)} for row {row}. It is called with one row and must "
+                "return text, a list of messages, or a dictionary."
+            )
+    return {key: [row.get(key) for row in made] for key in (made[0] if made else {})}
+
+
+def _read_messages(value: Any, column: str, row: int, name: str) -> tuple[list[dict[str, Any]], list[bool] | None]:
+    value = parse_json_column(value, column, f"row {row} of the {name} data set")
+    if not isinstance(value, (list, tuple)):
+        _fail(row, name, f"`{column}` is {_type_name(value)}, expected a list of messages", "Repair the row.")
+    if not value:
+        _fail(row, name, f"`{column}` is an empty list, expected at least one message", "Remove the row.")
+    messages: list[dict[str, Any]] = []
+    train: list[bool] = []
+    flagged = False
+    for turn, message in enumerate(value):
+        if not isinstance(message, Mapping):
+            _fail(row, name, f"message {turn} of `{column}` is {_type_name(message)}, expected a dictionary", "")
+        clean, trained = _read_message(message, turn, row, name)
+        messages.append(clean)
+        if clean["role"] == "assistant":
+            train.append(trained is not False)
+            flagged = flagged or trained is not None
+        elif trained and message.get("train"):
+            _fail(row, name, f"message {turn} has `train: true` and the role `{clean['role']}`", _TRAIN_HELP)
+    return messages, train if flagged else None
+
+
+_TRAIN_HELP = "Only assistant messages can be trained; set `train` to false or leave it out."
+
+
+def _read_message(message: Mapping[str, Any], turn: int, row: int, name: str) -> tuple[dict[str, Any], bool | None]:
+    clean = {key: value for key, value in message.items() if value is not None}
+    trained = _read_train_flag(clean, turn, row, name)
+    role = clean.pop("from", None) if "role" not in clean else clean.pop("role")
+    if "content" not in clean and "value" in clean:
+        clean["content"] = clean.pop("value")
+    if not isinstance(role, str):
+        found = f"has the keys {_ticked(list(message))} and no role" if role is None else f"has the role {role!r}"
+        _fail(row, name, f"message {turn} {found}", f"`role` must be one of {_ticked(KNOWN_ROLES)}.")
+    role = ROLE_ALIASES.get(role, role)
+    if role not in KNOWN_ROLES:
+        hint = f"`role` must be one of {_ticked(KNOWN_ROLES)}.{nearest(role, (*KNOWN_ROLES, *ROLE_ALIASES))}"
+        _fail(row, name, f"message {turn} has the role `{role}`", hint)
+    content = clean.get("content")
+    if content is None and not clean.get("tool_calls"):
+        _fail(row, name, f"message {turn} (`{role}`) has no `content`", "Give it text, or `tool_calls`.")
+    if content is not None and not isinstance(content, str) and not _is_block_list(content):
+        _fail(row, name, f"`content` of message {turn} (`{role}`) is {_type_name(content)}", "Expected text.")
+    if "tool_calls" in clean:
+        clean["tool_calls"] = _drop_none(clean["tool_calls"])
+    return {"role": role, **clean}, trained
+
+
+def _read_train_flag(message: dict[str, Any], turn: int, row: int, name: str) -> bool | None:
+    train, weight = message.pop("train", None), message.pop("weight", None)
+    if weight is not None and weight not in (0, 1):
+        _fail(row, name, f"message {turn} has `weight` {weight!r}", "Allowed: 0 (not trained) and 1 (trained).")
+    if train is not None and train not in (True, False):
+        _fail(row, name, f"message {turn} has `train` {train!r}", "Allowed: true and false.")
+    if train is None and weight is None:
+        return None
+    return bool(train if train is not None else True) and bool(weight if weight is not None else True)
+
+
+def _read_tools(value: Any, where: str) -> list[Any] | None:
+    if isinstance(value, str):
+        value = parse_json_column(value, "tools", where)
+    elif value is not None:
+        # Arrow gives every dictionary the keys of all its neighbours; the absent ones come back as None.
+        value = _drop_none(value)
+    if not value:
+        return None
+    if not isinstance(value, list):
+        raise DataFormatError(f"{where}: `tools` is {_type_name(value)}, expected a list of tool schemas.")
+    return value
+
+
+def _drop_none(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _drop_none(item) for key, item in value.items() if item is not None}
+    if isinstance(value, (list, tuple)):
+        return [_drop_none(item) for item in value]
+    return value
+
+
+def _holds_messages(value: Any) -> bool:
+    if isinstance(value, str):
+        return value.lstrip().startswith("[{") and '"role"' in value
+    return is_message_list(value) or is_message_list(value, ("from", "value")) or value == []
+
+
+def _is_block_list(content: Any) -> bool:
+    return isinstance(content, (list, tuple)) and all(isinstance(block, Mapping) for block in content)
+
+
+def _fail(row: int, name: str, found: str, remedy: str) -> NoReturn:
+    raise DataFormatError(f"Row {row} of the {name} data set: {found}. {remedy}".rstrip())
+
+
+def _ticked(names: Sequence[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def _type_name(value: Any) -> str:
+    return "None" if value is None else f"`{type(value).__name__}`"

@@ -1,0 +1,308 @@
+"""Where the assistant's turns lie in a rendered conversation, in characters.
+
+A span [start, end) covers what the model has to generate for one assistant message: the text after the generation
+prompt up to and including the end-of-turn marker. Three ways to find the spans, in this order:
+
+- *markers*: the template has `{% generation %}` blocks, so jinja reports them while rendering.
+- *training template*: `training_templates.py` has an equal template with markers. It is used on a row only if both
+  templates render that row to the same characters.
+- *prefixes*: render the messages before each assistant turn, and the messages up to it; where these texts leave the
+  full text are the bounds. The result is verified on the row, and a row that cannot be verified is an error.
+
+Worked example (`<u>`, `<a>`, `<e>` are markers of a template): for user "Hi", assistant "Yo" the text is
+`<u>Hi<e><a>Yo<e>`. Before the turn, with the generation prompt: `<u>Hi<e><a>`, length 11. So the span is [11, 16),
+"Yo<e>".
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from finetune.data.chat import common_prefix_length
+from finetune.data.formats import Conversations
+from finetune.errors import DataFormatError
+
+Span = tuple[int, int]
+Messages = Sequence[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class RenderedBatch:
+    """Rendered conversations; `spans[i]` are the trained character ranges of row i."""
+
+    texts: list[str]
+    spans: list[list[Span]]
+
+
+class ChatRenderer:
+    """Renders batches of conversations with one chat template and finds their assistant spans.
+
+    `tokenizer` provides the special tokens and, when `template` is None, the template. `training_template` is an
+    equal template with `{% generation %}` markers, or None.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        template: str | None = None,
+        training_template: str | None = None,
+        template_kwargs: dict[str, Any] | None = None,
+        name: str = "train",
+    ) -> None:
+        from finetune.data.templates import has_generation_markers, resolve_template
+
+        self.tokenizer = tokenizer
+        self.name = name
+        self.template = resolve_template(tokenizer, template)
+        self.tool_template = resolve_template(tokenizer, template, tools=True)
+        self.training_template = training_template
+        self.template_kwargs = {**tokenizer.special_tokens_map, **(template_kwargs or {})}
+        self.has_markers = has_generation_markers(self.template)
+
+    @property
+    def method(self) -> str:
+        """`markers`, `training template` or `prefixes`: how the spans are found."""
+        if self.has_markers:
+            return "markers"
+        return "training template" if self.training_template else "prefixes"
+
+    def render(self, batch: Conversations, rows: Sequence[int], *, add_generation_prompt: bool = False) -> list[str]:
+        """Returns the text of each conversation. Raises `DataFormatError` naming the row a template refuses."""
+        texts, _ = self._render(batch, rows, add_generation_prompt=add_generation_prompt)
+        return texts
+
+    def render_with_spans(self, batch: Conversations, rows: Sequence[int]) -> RenderedBatch:
+        """Returns the texts and, per row, the spans of the assistant turns that are trained.
+
+        Raises `DataFormatError` for a row whose spans cannot be found and verified.
+        """
+        if self.has_markers:
+            texts, found = self._render(batch, rows, markers=True)
+            spans = [self._marked_spans(batch, i, rows[i], found[i]) for i in range(len(texts))]
+        else:
+            texts, _ = self._render(batch, rows)
+            spans = self._spans_without_markers(batch, rows, texts)
+        trained = [_apply_train_flags(row_spans, batch.train[i]) for i, row_spans in enumerate(spans)]
+        return RenderedBatch(texts, trained)
+
+    def _spans_without_markers(self, batch: Conversations, rows: Sequence[int], texts: list[str]) -> list[list[Span]]:
+        marked: list[str | None] = [None] * len(texts)
+        found: list[list[Span]] = [[] for _ in texts]
+        if self.training_template is not None:
+            marked, found = self._try_training_template(batch)
+        spans = []
+        for i, text in enumerate(texts):
+            count = sum(message["role"] == "assistant" for message in batch.messages[i])
+            row_spans = _merge_adjacent(found[i])
+            if marked[i] != text or len(row_spans) != count:
+                row_spans = self._spans_by_prefixes(batch, i, rows[i], text)
+            spans.append(row_spans)
+        return spans
+
+    def _try_training_template(self, batch: Conversations) -> tuple[list[str | None], list[list[Span]]]:
+        texts: list[str | None] = []
+        spans: list[list[Span]] = []
+        for i in range(len(batch.messages)):
+            try:
+                text, found = self._render_one(batch, i, template=self.training_template, markers=True)
+            except Exception:  # a row outside what the training template models goes to the prefix method
+                text, found = None, []
+            texts.append(text)
+            spans.append(found)
+        return texts, spans
+
+    def _marked_spans(self, batch: Conversations, i: int, row: int, found: list[Span]) -> list[Span]:
+        spans = _merge_adjacent([span for span in found if span[1] > span[0]])
+        turns = sum(message["role"] == "assistant" for message in batch.messages[i])
+        if turns and not spans:
+            raise DataFormatError(
+                f"Row {row} of the {self.name} data set has {turns} assistant messages, but the chat template marks "
+                "none of their text with `{% generation %}`. Correct the template (`chat_template_path`), or set "
+                "`assistant_only_loss=False`."
+            )
+        if batch.train[i] is not None and len(spans) != turns:
+            raise DataFormatError(
+                f"Row {row} of the {self.name} data set sets `train`/`weight` per message, but its {turns} assistant "
+                f"messages have {len(spans)} `{{% generation %}}` blocks, so they cannot be told apart. Give the "
+                "template (`chat_template_path`) one block per assistant message."
+            )
+        return spans
+
+    def _spans_by_prefixes(self, batch: Conversations, i: int, row: int, text: str) -> list[Span]:
+        messages = batch.messages[i]
+        spans: list[Span] = []
+        problem = ""
+        for turn, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            try:
+                spans.append(self._turn_bounds(batch, i, turn, text))
+            except Exception as error:
+                problem = f"the template refuses the first {turn} messages alone: {error}"
+                break
+        problem = problem or verify_spans(text, messages, spans)
+        if problem:
+            raise DataFormatError(
+                f"Row {row} of the {self.name} data set: the assistant turns cannot be told from the rest of the "
+                f"conversation ({problem}). The chat template has no `{{% generation %}}` markers and writes earlier "
+                "turns differently once later ones follow. Pass a template with markers (`chat_template_path`), or "
+                "set `assistant_only_loss=False`."
+            )
+        return spans
+
+    def _turn_bounds(self, batch: Conversations, i: int, turn: int, text: str) -> Span:
+        messages = batch.messages[i]
+        before, _ = self._render_one(batch, i, messages=messages[:turn], add_generation_prompt=True)
+        start = common_prefix_length(before, text)
+        if start < len(before):
+            # The generation prompt may open what the template leaves out of finished turns (a thinking block), but
+            # the earlier messages must be there unchanged.
+            plain, _ = self._render_one(batch, i, messages=messages[:turn])
+            start = start if start >= common_prefix_length(plain, before) else 0
+        if turn == len(messages) - 1:
+            return start, len(text)
+        upto, _ = self._render_one(batch, i, messages=messages[: turn + 1])
+        if text.startswith(upto):
+            return start, len(upto)
+        return start, self._end_of_answer(text, start, upto, _core(messages[turn]))
+
+    def _end_of_answer(self, text: str, start: int, upto: str, core: str) -> int:
+        """Returns where an answer ends that the template writes differently once other messages follow.
+
+        `upto` is the conversation cut after this answer; what it has after the answer's text begins with the
+        end-of-turn marker, and so does what follows that text in the whole conversation.
+        """
+        if not core:
+            return self._token_boundary(text, common_prefix_length(upto, text))
+        closing = upto[upto.rfind(core) + len(core) :]
+        position = text.find(core, start)
+        while position >= 0:
+            end = position + len(core)
+            shared = common_prefix_length(closing, text[end : end + len(closing)])
+            boundary = end + shared if shared == len(closing) else self._token_boundary(text, end + shared)
+            if boundary > end:
+                return boundary
+            position = text.find(core, position + 1)
+        return start
+
+    def _token_boundary(self, text: str, end: int) -> int:
+        """Returns the end of the last token that lies wholly before `end`: `<|end|>` and `<|user|>` share `<|`."""
+        pieces = self.tokenizer(
+            text[:end] + text[end : end + 32], add_special_tokens=False, return_offsets_mapping=True
+        )
+        ends = [stop for _, stop in pieces["offset_mapping"] if stop <= end]
+        return max(ends, default=end)
+
+    def _render(
+        self,
+        batch: Conversations,
+        rows: Sequence[int],
+        *,
+        markers: bool = False,
+        add_generation_prompt: bool = False,
+    ) -> tuple[list[str], list[list[Span]]]:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        plain = not any(batch.tools) and not any(batch.template_kwargs)
+        if plain:
+            try:
+                return render_jinja_template(  # pyright: ignore[reportReturnType]
+                    conversations=batch.messages,
+                    chat_template=self.template,
+                    return_assistant_tokens_mask=markers,
+                    add_generation_prompt=add_generation_prompt,
+                    **self.template_kwargs,
+                )
+            except Exception:
+                pass
+        texts, spans = [], []
+        for i, row in enumerate(rows):
+            try:
+                text, found = self._render_one(batch, i, markers=markers, add_generation_prompt=add_generation_prompt)
+            except Exception as error:
+                raise DataFormatError(
+                    f"Row {row} of the {self.name} data set: the chat template refuses the conversation with the "
+                    f"roles {[m['role'] for m in batch.messages[i]]}: {type(error).__name__}: {error}. Repair the "
+                    "row, or pass another template (`chat_template_path`)."
+                ) from error
+            texts.append(text)
+            spans.append(found)
+        return texts, spans
+
+    def _render_one(
+        self,
+        batch: Conversations,
+        i: int,
+        *,
+        messages: Messages | None = None,
+        template: str | None = None,
+        markers: bool = False,
+        add_generation_prompt: bool = False,
+    ) -> tuple[str, list[Span]]:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        tools = batch.tools[i]
+        texts, spans = render_jinja_template(
+            conversations=[list(messages if messages is not None else batch.messages[i])],
+            tools=tools,
+            chat_template=template or (self.tool_template if tools else self.template),
+            return_assistant_tokens_mask=markers,
+            add_generation_prompt=add_generation_prompt,
+            **{**self.template_kwargs, **(batch.template_kwargs[i] or {})},
+        )
+        return texts[0], (list(spans[0]) if markers else [])  # pyright: ignore[reportReturnType]
+
+
+def verify_spans(text: str, messages: Messages, spans: Sequence[Span]) -> str:
+    """Returns what is wrong with the spans of a conversation, or an empty string.
+
+    Right means: one span per assistant message, in order and apart, each holding the whole of its message's answer;
+    every other message that the template writes at all stands between the spans.
+    """
+    assistant_turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
+    if len(spans) != len(assistant_turns):
+        return f"{len(assistant_turns)} assistant messages but {len(spans)} spans"
+    previous_end = 0
+    span_of_turn = dict(zip(assistant_turns, spans, strict=True))
+    gap_start = 0
+    for turn, message in enumerate(messages):
+        core = _core(message)
+        if turn in span_of_turn:
+            start, end = span_of_turn[turn]
+            if not previous_end <= start < end:
+                return f"the span of message {turn} is empty or overlaps the one before"
+            if core and core not in text[start:end]:
+                return f"message {turn} is not wholly inside its span"
+            previous_end = gap_start = end
+        elif core:
+            following = [span for later, span in span_of_turn.items() if later > turn]
+            gap_end = following[0][0] if following else len(text)
+            if core not in text[gap_start:gap_end] and core in text:
+                return f"message {turn} ({message['role']}) is inside a trained span"
+    return ""
+
+
+def _core(message: dict[str, Any]) -> str:
+    content = message.get("content")
+    if isinstance(content, list):
+        content = next((block.get("text") for block in content if isinstance(block.get("text"), str)), "")
+    if not isinstance(content, str):
+        return ""
+    # Several templates drop the reasoning of finished turns.
+    return content.split("</think>")[-1].strip()
+
+
+def _merge_adjacent(spans: Sequence[Span]) -> list[Span]:
+    merged: list[Span] = []
+    for start, end in spans:
+        if merged and merged[-1][1] == start:
+            merged[-1] = (merged[-1][0], end)
+        else:
+            merged.append((start, end))
+    return merged
+
+
+def _apply_train_flags(spans: list[Span], train: list[bool] | None) -> list[Span]:
+    if train is None:
+        return spans
+    return [span for span, trained in zip(spans, train, strict=True) if trained]

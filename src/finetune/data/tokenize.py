@@ -1,0 +1,274 @@
+"""Text and rendered conversations -> token ids and 0/1 masks, a batch at a time.
+
+A batch is ragged: the ids of all its rows one after another (N) and `offsets` (B + 1), row i being
+`ids[offsets[i]:offsets[i + 1]]`. Masks are (N) too. A token is masked in (1) when it holds at least one character of
+the trained text, so a token that straddles the border between prompt and completion is trained, and counted.
+
+Worked example, prompt "2+2=" and completion " 4" with EOS `</s>`: ids of "2+2= 4</s>" are [2, +, 2, =, " 4", </s>];
+the completion begins at character 4, which lies in token 4, so `completion_mask` is [0, 0, 0, 0, 1, 1].
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
+
+import numpy as np
+
+from finetune.data.chat import common_prefix_length
+from finetune.data.spans import Span
+from finetune.errors import DataFormatError
+
+TRUNCATED, STOP_EXPECTED, STOP_TRAINED, DOUBLED_BOS = 1, 2, 4, 8
+BOUNDARY_MISMATCH, TEMPLATE_DRIFT, NOTHING_TRAINED, NOTHING_BEFORE_TRUNCATION = 16, 32, 64, 128
+"""Bits of the per-row flags that the audit counts."""
+
+_TAIL_TOKENS = 12
+_TAIL_MARGIN = 6
+
+
+@dataclass
+class TokenBatch:
+    """Token ids and masks of B rows (see the module's docstring). `labels` is set for rows that came with labels."""
+
+    ids: np.ndarray  # (N,) int32
+    offsets: np.ndarray  # (B + 1,) int64
+    completion_mask: np.ndarray | None = None  # (N,) bool
+    assistant_mask: np.ndarray | None = None  # (N,) bool
+    labels: np.ndarray | None = None  # (N,) int32
+    flags: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint8))  # (B,) bits
+
+    def __post_init__(self) -> None:
+        if len(self.flags) != len(self.offsets) - 1:
+            self.flags = np.zeros(len(self.offsets) - 1, np.uint8)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """The number of tokens of each row, (B,)."""
+        return np.diff(self.offsets)
+
+
+class Encoded:
+    """Token ids of one text that can say which token holds a character."""
+
+    def __init__(self, ids: list[int], encoding: Any = None, text: str = "", encoder: "Encoder | None" = None) -> None:
+        self.ids = ids
+        self._encoding = encoding
+        self._text = text
+        self._encoder = encoder
+
+    def token_at(self, character: int) -> int:
+        """Returns the index of the first token that ends after a character position (the token count if none does)."""
+        if self._encoding is None:
+            return self._token_at_by_prefix(character)
+        token = self._encoding.char_to_token(character)
+        if token is not None:
+            return token
+        # Some tokenizers leave white space out of the offsets; then no token claims it.
+        ends = np.fromiter((end for _, end in self._encoding.offsets), np.int64, len(self.ids))
+        after = ends > character
+        return int(after.argmax()) if after.any() else len(self.ids)
+
+    def starts_before(self, token: int, character: int) -> bool:
+        """Returns whether a token begins before a character position and reaches past it."""
+        if self._encoding is None or token >= len(self.ids):
+            return False
+        bounds = self._encoding.token_to_chars(token)
+        return bounds is not None and bounds[0] < character < bounds[1]
+
+    def first_character(self, token: int) -> int | None:
+        """Returns where a token begins in the text, or None for one that the tokenizer added."""
+        bounds = self._encoding.token_to_chars(token) if self._encoding is not None else None
+        return None if bounds is None else bounds[0]
+
+    def _token_at_by_prefix(self, character: int) -> int:
+        assert self._encoder is not None
+        prefix = self._encoder.encode([self._text[:character]], special=False)[0].ids
+        return common_prefix_length(prefix, self.ids)
+
+
+class Encoder:
+    """Batched access to a tokenizer: the Rust backend directly where that gives the same ids, else the tokenizer."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self._backend = _plain_backend(tokenizer)
+
+    def encode(self, texts: Sequence[str], *, special: bool, positions: bool = False) -> list[Encoded]:
+        """Returns the encoding of each text, with special tokens added if `special`; `positions` allows `token_at`."""
+        if self._backend is not None:
+            self._backend.no_truncation()
+            self._backend.no_padding()
+            encode = self._backend.encode_batch if positions else self._backend.encode_batch_fast
+            return [Encoded(e.ids, e) for e in encode(list(texts), add_special_tokens=special)]
+        output = self.tokenizer(list(texts), add_special_tokens=special, return_attention_mask=False)
+        encodings = output.encodings
+        if encodings is not None:
+            return [Encoded(e.ids, e) for e in encodings]
+        return [Encoded(ids, None, text, self) for ids, text in zip(output["input_ids"], texts, strict=True)]
+
+
+def _plain_backend(tokenizer: Any) -> Any:
+    """Returns the Rust tokenizer if the Python class around it adds nothing to `tokenizer(texts)`, else None."""
+    if not getattr(tokenizer, "is_fast", False):
+        return None
+    backend = tokenizer.backend_tokenizer
+    probes = [
+        "",
+        "a b",
+        " Hello, world! ",
+        "x\n\n\ty  é😀",
+        (tokenizer.bos_token or "") + "z" + (tokenizer.eos_token or ""),
+    ]
+    for special in (True, False):
+        backend.no_truncation()
+        backend.no_padding()
+        direct = [e.ids for e in backend.encode_batch_fast(probes, add_special_tokens=special)]
+        if direct != tokenizer(probes, add_special_tokens=special)["input_ids"]:
+            return None
+    return backend
+
+
+def flatten(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (values (N,) int32, offsets (B + 1,) int64) of a list of lists."""
+    offsets = np.zeros(len(rows) + 1, np.int64)
+    np.cumsum([len(row) for row in rows], out=offsets[1:])
+    return np.fromiter(chain.from_iterable(rows), np.int32, int(offsets[-1])), offsets
+
+
+def tokenize_plain(encoder: Encoder, texts: Sequence[str], *, special: bool) -> TokenBatch:
+    """Returns the tokens of texts that are trained whole: text rows (`special`) and rendered conversations."""
+    ids, offsets = flatten([encoded.ids for encoded in encoder.encode(texts, special=special)])
+    batch = TokenBatch(ids, offsets)
+    return drop_doubled_bos(batch, encoder.tokenizer)
+
+
+def tokenize_spans(encoder: Encoder, texts: Sequence[str], spans: Sequence[Sequence[Span]]) -> TokenBatch:
+    """Returns the tokens of rendered conversations with `assistant_mask` set on the tokens of the spans."""
+    encoded = encoder.encode(texts, special=False, positions=True)
+    ids, offsets = flatten([e.ids for e in encoded])
+    batch = TokenBatch(ids, offsets, assistant_mask=span_mask(encoded, spans, offsets, texts))
+    return drop_doubled_bos(batch, encoder.tokenizer)
+
+
+def tokenize_pairs(
+    encoder: Encoder,
+    prompts: Sequence[str],
+    texts: Sequence[str],
+    *,
+    special: bool,
+    spans: Sequence[Sequence[Span]] | None = None,
+) -> TokenBatch:
+    """Returns the tokens of `texts` (prompt + completion) with `completion_mask`, and `assistant_mask` for `spans`.
+
+    The completion begins where prompt and text part. Rows where the tokens of the prompt alone are not the first
+    tokens of the whole get `BOUNDARY_MISMATCH`, rows where its characters are not get `TEMPLATE_DRIFT`; the mask is
+    right in both cases, but the model sees other prompt tokens in training than in use.
+    """
+    encoded = encoder.encode(texts, special=special, positions=True)
+    ids, offsets = flatten([e.ids for e in encoded])
+    borders = [common_prefix_length(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
+    starts = np.array([e.token_at(border) for e, border in zip(encoded, borders, strict=True)], np.int64)
+    position = np.arange(len(ids)) - np.repeat(offsets[:-1], np.diff(offsets))
+    batch = TokenBatch(ids, offsets, completion_mask=position >= np.repeat(starts, np.diff(offsets)))
+    if spans is not None:
+        batch.assistant_mask = span_mask(encoded, spans, offsets, texts)
+    drifted = np.array([border < len(prompt) for border, prompt in zip(borders, prompts, strict=True)], bool)
+    batch.flags[drifted] |= TEMPLATE_DRIFT
+    batch.flags[_mismatched(encoder, prompts, texts, encoded, borders, starts, special) | drifted] |= BOUNDARY_MISMATCH
+    return drop_doubled_bos(batch, encoder.tokenizer)
+
+
+def span_mask(
+    encoded: Sequence[Encoded], spans: Sequence[Sequence[Span]], offsets: np.ndarray, texts: Sequence[str]
+) -> np.ndarray:
+    """Returns (N,) bool, true on every token that holds a character of a span of its row."""
+    change = np.zeros(int(offsets[-1]) + 1, np.int32)
+    for i, row_spans in enumerate(spans):
+        row = encoded[i]
+        for start, end in row_spans:
+            first = row.token_at(start)
+            last = len(row.ids) if end >= len(texts[i]) else row.token_at(end)
+            if last < len(row.ids) and row.starts_before(last, end):
+                last += 1
+            if last <= first:
+                raise DataFormatError(f"No token covers the characters {start} to {end} of {texts[i]!r}.")
+            change[offsets[i] + first] += 1
+            change[offsets[i] + last] -= 1
+    return np.cumsum(change[:-1]) > 0
+
+
+def _mismatched(
+    encoder: Encoder,
+    prompts: Sequence[str],
+    texts: Sequence[str],
+    encoded: Sequence[Encoded],
+    borders: Sequence[int],
+    starts: np.ndarray,
+    special: bool,
+) -> np.ndarray:
+    """Returns (B,) bool: the tokens of the prompt alone differ from those it has before its completion.
+
+    Tokens depend on their neighbourhood only, so the last few of the prompt are tokenized again and compared; a
+    difference is confirmed on the whole prompt, because the cut itself can cause one.
+    """
+    suspects: list[int] = []
+    tails, tail_rows = [], []
+    for i, (row, border, start) in enumerate(zip(encoded, borders, starts.tolist(), strict=True)):
+        if border == 0 or start == 0:
+            continue
+        cut = row.first_character(max(0, start - _TAIL_TOKENS))
+        if row.starts_before(start, border) or cut is None or start <= _TAIL_TOKENS:
+            suspects.append(i)
+        else:
+            tails.append(texts[i][cut:border])
+            tail_rows.append(i)
+    for i, tail in zip(tail_rows, encoder.encode(tails, special=False) if tails else (), strict=True):
+        start = int(starts[i])
+        kept = tail.ids[-_TAIL_MARGIN:]
+        if kept != encoded[i].ids[start - len(kept) : start]:
+            suspects.append(i)
+    result = np.zeros(len(texts), bool)
+    if suspects:
+        alone = encoder.encode([prompts[i][: borders[i]] for i in suspects], special=special)
+        for i, prompt in zip(suspects, alone, strict=True):
+            result[i] = common_prefix_length(prompt.ids, encoded[i].ids) < starts[i]
+    return result
+
+
+def drop_doubled_bos(batch: TokenBatch, tokenizer: Any) -> TokenBatch:
+    """Returns the batch without the first of two BOS tokens at the start of a row, those rows being flagged.
+
+    A template that writes BOS and a tokenizer that adds one give two. Models whose BOS is also their EOS are left
+    alone: there, an empty text is rightly BOS EOS.
+    """
+    bos = tokenizer.bos_token_id
+    if bos is None or bos == tokenizer.eos_token_id:
+        return batch
+    starts = batch.offsets[:-1]
+    doubled = batch.lengths > 1
+    doubled[doubled] = (batch.ids[starts[doubled]] == bos) & (batch.ids[starts[doubled] + 1] == bos)
+    batch.flags[doubled] |= DOUBLED_BOS
+    if not doubled.any():
+        return batch
+    keep = np.ones(len(batch.ids), bool)
+    keep[starts[doubled]] = False
+    return take_tokens(batch, keep)
+
+
+def take_tokens(batch: TokenBatch, keep: np.ndarray) -> TokenBatch:
+    """Returns the batch with the tokens where `keep` (N,) is true; every row stays, possibly empty."""
+    kept_before = np.concatenate(([0], np.cumsum(keep)))
+    offsets = kept_before[batch.offsets].astype(np.int64)
+
+    def select(values: np.ndarray | None) -> np.ndarray | None:
+        return None if values is None else values[keep]
+
+    return TokenBatch(
+        batch.ids[keep],
+        offsets,
+        completion_mask=select(batch.completion_mask),
+        assistant_mask=select(batch.assistant_mask),
+        labels=select(batch.labels),
+        flags=batch.flags,
+    )
