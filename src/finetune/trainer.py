@@ -8,6 +8,7 @@ The facade has four files: this one (training and the loss), and `facade/base.py
 
 import contextlib
 import math
+import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetune.arguments import TrainingArguments
+from finetune.arguments import TrainingArguments, write_resolved_config
 from finetune.checkpoint import manager as checkpoints
 from finetune.compat import TrainOutput
 from finetune.data import loader as loaders
@@ -26,7 +27,7 @@ from finetune.engine.loop import run_training
 from finetune.engine.meter import LossMeter
 from finetune.engine.plan import ResumePoint, StepPlan
 from finetune.engine.run import TrainingRun
-from finetune.errors import ArgumentError
+from finetune.errors import ArgumentError, CheckpointError, NonFiniteLossError
 from finetune.facade.evaluation import EvaluationMethods
 from finetune.facade.saving import SavingMethods
 from finetune.models.traits import check_trainable
@@ -74,6 +75,7 @@ class Trainer(EvaluationMethods, SavingMethods):
             if not self.place_model_on_device and (args.fp16_full_eval or args.bf16_full_eval):
                 self._move_model_to_device(self.model, args.device)
             features.enter(stack, self.model, args, self.processing_class, self.neftune_noise_alpha)
+            stack.enter_context(self._model_features())
             if checkpoint is not None and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
                 self._load_from_checkpoint(checkpoint)
             loop: Callable[..., TrainOutput] = self._inner_training_loop
@@ -83,13 +85,28 @@ class Trainer(EvaluationMethods, SavingMethods):
                 loop = find_executable_batch_size(loop, starting_batch_size=self._train_batch_size)
             else:
                 loop = partial(loop, self._train_batch_size)
-            with checkpoints.report_last_on_error(self._get_output_dir(trial), self._writer):
-                return loop(
-                    args=args,
-                    resume_from_checkpoint=checkpoint,
-                    trial=trial,
-                    ignore_keys_for_eval=ignore_keys_for_eval,
+            stack.enter_context(checkpoints.report_last_on_error(self._get_output_dir(trial), self._writer))
+            stack.enter_context(self._saving_on_exception(trial))
+            return loop(
+                args=args,
+                resume_from_checkpoint=checkpoint,
+                trial=trial,
+                ignore_keys_for_eval=ignore_keys_for_eval,
+            )
+
+    @contextlib.contextmanager
+    def _saving_on_exception(self, trial: Any) -> Iterator[None]:
+        """Within, an error saves a checkpoint (`save_on_exception`) before it goes on to the caller."""
+        try:
+            yield
+        except (Exception, KeyboardInterrupt) as error:
+            unsafe = isinstance(error, (NonFiniteLossError, CheckpointError)) or self._run is None
+            if self.args.save_on_exception and not unsafe:
+                consistent = self._run is not None and not self._run.stepping
+                checkpoints.emergency_save(
+                    lambda: self._save_checkpoint(self.model, trial), error, consistent=consistent
                 )
+            raise
 
     def _inner_training_loop(
         self,
@@ -135,6 +152,8 @@ class Trainer(EvaluationMethods, SavingMethods):
             place = {"rank": args.process_index, "world_size": args.world_size}
             checkpoints.load_stateful(resume_from_checkpoint, self._stateful(), **place)
         header.log_start(self, run)
+        if args.should_save:
+            write_resolved_config(os.path.join(args.output_dir, "resolved_config.yaml"), args)
         run.clear_gradients()
         self._events.fire("on_train_begin")
         if args.eval_on_start:
@@ -291,9 +310,17 @@ class Trainer(EvaluationMethods, SavingMethods):
             compute_loss_func=self.compute_loss_func,
             label_smoother=self.label_smoother,
         )
-        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            loss = step.undo_process_average(loss, self.accelerator.num_processes)
+        loss = self._undo_process_average(loss, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
+
+    def _undo_process_average(self, loss: Tensor, num_items_in_batch: Any) -> Tensor:
+        if num_items_in_batch is None or not self.args.average_tokens_across_devices:
+            return loss
+        return step.undo_process_average(loss, self.accelerator.num_processes)
+
+    def _model_features(self) -> contextlib.AbstractContextManager[Any]:
+        """Returns what a subclass changes on the model while it trains; entered before the model is wrapped."""
+        return contextlib.nullcontext()
 
     @property
     def _passes_num_items(self) -> bool:

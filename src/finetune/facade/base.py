@@ -98,7 +98,7 @@ class TrainerBase:
         self.optimizer_cls_and_kwargs = optimizer_cls_and_kwargs
         self.neftune_noise_alpha = args.neftune_noise_alpha
 
-        reporters = [DefaultFlowCallback, *trackers.callbacks(args.report_to)]
+        reporters = [DefaultFlowCallback, *trackers.callbacks(args.report_to, args.logging_dir)]
         self.callback_handler = CallbackHandler(
             [*reporters, *(callbacks or [])], self.model, processing_class, self.optimizer, self.lr_scheduler
         )

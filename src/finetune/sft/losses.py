@@ -1,0 +1,45 @@
+"""The SFT losses from full logits: the plain path, for heads that cannot be fused and for callers that want logits.
+
+`kernels/linear_cross_entropy.py` computes the same sums without the logits, and says what they are.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from finetune.data.rows import IGNORE_INDEX
+
+
+@dataclass(frozen=True)
+class TokenSums:
+    """Sums over the supervised tokens of one batch, on the device: `loss` (with gradient), `count`, `correct`,
+    `entropy` (nats)."""
+
+    loss: Tensor
+    count: Tensor
+    correct: Tensor
+    entropy: Tensor
+
+
+def token_sums(logits: Tensor, labels: Tensor, *, dft: bool = False, label_smoothing: float = 0.0) -> TokenSums:
+    """Returns the summed loss of `logits` (B, T, V) against unshifted `labels` (B, T): position i predicts label i + 1.
+
+    With `dft` each token's loss is weighted by its own probability, without gradient through the weight
+    (arXiv:2508.05629). `labels = [[-100, 7, 3]]` has two supervised tokens, predicted at positions 0 and 1.
+    """
+    targets = labels[:, 1:].reshape(-1)
+    kept = targets.ne(IGNORE_INDEX)
+    scores = logits[:, :-1].reshape(-1, logits.shape[-1])[kept].float()  # (N, V)
+    targets = targets[kept]
+    log_probs = torch.log_softmax(scores, dim=-1)
+    nll = -log_probs.gather(1, targets[:, None]).squeeze(1)
+    losses = nll
+    if label_smoothing:
+        losses = (1 - label_smoothing) * nll - label_smoothing * log_probs.mean(dim=-1)
+    if dft:
+        losses = losses * torch.exp(-nll).detach()
+    with torch.no_grad():
+        correct = scores.argmax(dim=-1).eq(targets).sum()
+        entropy = -(log_probs.exp() * log_probs).sum()
+    return TokenSums(losses.sum(), kept.sum(), correct, entropy)
