@@ -1,0 +1,287 @@
+"""A fused head must give the loss and the gradients of the model's own forward, and leave no trace when removed."""
+
+import copy
+import functools
+import inspect
+
+import pytest
+import torch
+import transformers as hf
+from accelerate import Accelerator
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from finetune.errors import ArgumentError
+from finetune.kernels.fused_head import LogitTransform, fuse_head, logit_transform, unsupported_reason
+
+COMMON = {
+    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": 2,
+}  # fmt: skip
+
+
+def build(model_class, config_class, common=True, **kwargs) -> nn.Module:
+    torch.manual_seed(0)
+    model = model_class(config_class(**{**(COMMON if common else {}), **kwargs})).train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+MODELS = {
+    "llama": (hf.LlamaForCausalLM, hf.LlamaConfig, {}),
+    "llama, tied": (hf.LlamaForCausalLM, hf.LlamaConfig, {"tie_word_embeddings": True}),
+    "mistral": (hf.MistralForCausalLM, hf.MistralConfig, {}),
+    "qwen3": (hf.Qwen3ForCausalLM, hf.Qwen3Config, {}),
+    "phi, bias": (hf.PhiForCausalLM, hf.PhiConfig, {}),
+    "gemma2, soft cap": (hf.Gemma2ForCausalLM, hf.Gemma2Config, {"final_logit_softcapping": 3.0}),
+    "gemma3": (hf.Gemma3ForCausalLM, hf.Gemma3TextConfig, {}),
+    "granite, divided": (hf.GraniteForCausalLM, hf.GraniteConfig, {"logits_scaling": 7.0}),
+    "cohere, multiplied": (hf.CohereForCausalLM, hf.CohereConfig, {"logit_scale": 0.3}),
+    "mixtral, auxiliary loss": (
+        hf.MixtralForCausalLM, hf.MixtralConfig, {"num_local_experts": 4, "output_router_logits": True}),
+    "olmo2": (hf.Olmo2ForCausalLM, hf.Olmo2Config, {}),
+    "gpt2": (hf.GPT2LMHeadModel, hf.GPT2Config,
+             {"common": False, "vocab_size": 96, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}),
+}  # fmt: skip
+
+
+@functools.cache
+def _original(name: str) -> nn.Module:
+    model_class, config_class, kwargs = MODELS[name]
+    return build(model_class, config_class, **kwargs)
+
+
+def make(name: str = "llama") -> nn.Module:
+    return copy.deepcopy(_original(name))
+
+
+def batch() -> dict[str, torch.Tensor]:
+    ids = torch.randint(3, 96, (2, 12), generator=torch.Generator().manual_seed(1))
+    labels = ids.clone()
+    labels[:, :4] = -100
+    labels[1, 8:] = -100
+    return {"input_ids": ids, "labels": labels}
+
+
+def run(model: nn.Module, **kwargs):
+    model.zero_grad()
+    outputs = model(**{**batch(), **kwargs}, use_cache=False)
+    outputs.loss.backward()
+    return outputs, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_gradients(ours, theirs, tolerance=3e-6) -> None:
+    assert ours.keys() == theirs.keys()
+    for name in theirs:
+        scale = theirs[name].abs().max() + 1e-12
+        assert ((ours[name] - theirs[name]).abs().max() / scale) < tolerance, name
+
+
+@pytest.mark.parametrize("items", [None, torch.tensor(37)])
+@pytest.mark.parametrize("name", MODELS)
+def test_same_loss_and_gradients_without_logits(name: str, items) -> None:
+    model = make(name)
+    expected, gradients = run(model, num_items_in_batch=items)
+    handle = fuse_head(model, chunk_tokens=5)
+    outputs, fused = run(model, num_items_in_batch=items)
+    torch.testing.assert_close(outputs.loss, expected.loss, rtol=1e-6, atol=1e-6)
+    assert outputs.logits is None
+    assert_same_gradients(fused, gradients)
+    assert handle.last is not None and handle.last.count.item() == 12 and not handle.last.loss.requires_grad
+    handle.remove()
+    again, after = run(model, num_items_in_batch=items)
+    assert torch.equal(again.loss, expected.loss) and torch.equal(again.logits, expected.logits)
+    assert all(torch.equal(after[n], gradients[n]) for n in gradients)
+
+
+def test_float64_is_exact() -> None:
+    model = make("gemma2, soft cap").double()
+    expected, gradients = run(model)
+    with fuse_head(model):
+        outputs, fused = run(model)
+    # transformers rounds the logits to float32 before its loss, so this is as close as the two can be.
+    torch.testing.assert_close(outputs.loss, expected.loss.double(), rtol=1e-7, atol=0)
+    assert_same_gradients(fused, gradients, 1e-6)
+
+
+def test_removal_leaves_no_trace() -> None:
+    model = make()
+    before = [(name, sorted(module.__dict__)) for name, module in model.named_modules()]
+    handle = fuse_head(model)
+    handle.remove()
+    handle.remove()
+    with pytest.raises(KeyError), fuse_head(model):
+        raise KeyError
+    assert [(name, sorted(module.__dict__)) for name, module in model.named_modules()] == before
+
+
+def test_evaluation_and_accuracy() -> None:
+    model = make().eval()
+    inputs = batch()
+    with torch.no_grad():
+        expected = model(**inputs)
+        with fuse_head(model, entropy=True) as handle:
+            outputs = model(**inputs)
+    logits, labels = expected.logits[:, :-1], inputs["labels"][:, 1:]
+    kept = labels != -100
+    torch.testing.assert_close(outputs.loss, expected.loss, rtol=1e-6, atol=1e-6)
+    assert handle.last is not None
+    assert handle.last.correct.item() == (logits.argmax(-1) == labels)[kept].sum().item()
+    log_p = logits.log_softmax(-1)
+    torch.testing.assert_close(handle.last.entropy, -(log_p.exp() * log_p).sum(-1)[kept].sum())
+    torch.testing.assert_close(handle.last.nll / handle.last.count, expected.loss)
+
+
+def test_without_labels_nothing_changes() -> None:
+    model = make().eval()
+    ids = batch()["input_ids"]
+    with torch.no_grad():
+        plain, generated = model(ids).logits, model.generate(ids, max_new_tokens=3, do_sample=False)
+        with fuse_head(model) as handle:
+            assert torch.equal(model(ids).logits, plain)
+            assert torch.equal(model.generate(ids, max_new_tokens=3, do_sample=False), generated)
+            with handle.suspended():
+                assert torch.equal(model(**batch()).logits, plain)
+            assert model(**batch()).logits is None
+
+
+def test_shift_labels_and_token_weights() -> None:
+    model = make()
+    inputs = batch()
+    shifted = nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=-100)
+    expected, gradients = run(model)
+    with fuse_head(model):
+        outputs, fused = run(model, labels=None, shift_labels=shifted)
+        ones, _ = run(model, token_weights=torch.ones(2, 12))
+        first_row, _ = run(model, token_weights=torch.tensor([[1.0], [0.0]]).expand(2, 12), num_items_in_batch=1)
+    torch.testing.assert_close(outputs.loss, expected.loss, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(ones.loss, expected.loss, rtol=1e-6, atol=1e-6)
+    assert_same_gradients(fused, gradients)
+    alone = {name: value[:1] for name, value in inputs.items()}
+    torch.testing.assert_close(first_row.loss, model(**alone, num_items_in_batch=1).loss, rtol=1e-6, atol=1e-6)
+
+
+def test_no_supervised_token() -> None:
+    model = make()
+    labels = torch.full((2, 12), -100)
+    with fuse_head(model):
+        outputs, gradients = run(model, labels=labels, num_items_in_batch=5)
+    assert outputs.loss.item() == 0.0 and not any(g.any() for g in gradients.values())
+
+
+def test_tuple_outputs() -> None:
+    model = make()
+    expected = model(**batch()).loss
+    with fuse_head(model):
+        outputs = model(**batch(), return_dict=False, use_cache=False)
+    assert isinstance(outputs, tuple)
+    torch.testing.assert_close(outputs[0], expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_mixed_precision(dtype) -> None:
+    model = make()
+    with torch.autocast("cpu", dtype):
+        expected = model(**batch()).loss
+        with fuse_head(model):
+            fused = model(**batch()).loss
+    assert fused.dtype == torch.float32
+    torch.testing.assert_close(fused, expected, rtol=1e-3, atol=0)
+
+
+def test_accelerate_wraps_and_removal_still_restores() -> None:
+    model = make()
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    handle = fuse_head(model)
+    prepared = accelerator.prepare_model(model)
+    assert prepared(**batch()).logits is None
+    handle.remove()
+    ours, plain = prepared(**batch()), accelerator.prepare_model(make())(**batch())
+    assert torch.equal(ours.loss, plain.loss) and torch.equal(ours.logits, plain.logits)
+
+
+def test_the_signature_stays() -> None:
+    model = make()
+    before = inspect.signature(model.forward)
+    with fuse_head(model):
+        assert inspect.signature(model.forward) == before
+
+
+def test_compiled_model() -> None:
+    model = make()
+    expected = model(**batch()).loss
+    with fuse_head(model):
+        outputs = torch.compile(model, backend="eager")(**batch(), use_cache=False)
+    assert outputs.logits is None
+    torch.testing.assert_close(outputs.loss, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_gradient_checkpointing() -> None:
+    model = make()
+    _, expected = run(model)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    with fuse_head(model):
+        _, gradients = run(model)
+    assert_same_gradients(gradients, expected)
+
+
+def test_adapters_elsewhere_are_fused_and_a_trained_head_gets_its_gradient() -> None:
+    lora = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    model = get_peft_model(make(), lora)
+    expected, gradients = run(model)
+    assert any("lm_head" in name for name in gradients)
+    with fuse_head(model):
+        outputs, fused = run(model)
+    torch.testing.assert_close(outputs.loss, expected.loss, rtol=1e-6, atol=1e-6)
+    assert outputs.logits is None
+    assert_same_gradients(fused, gradients)
+
+
+def test_reasons_not_to_fuse() -> None:
+    on_head = get_peft_model(make(), LoraConfig(r=2, target_modules=["lm_head"]))
+    assert "not a plain nn.Linear" in (unsupported_reason(on_head) or "")
+    with pytest.raises(ArgumentError, match=r"plain nn\.Linear.*plain loss"):
+        fuse_head(on_head)
+    assert "no causal language model" in (unsupported_reason(nn.Linear(2, 2)) or "")
+    t5 = build(hf.T5ForConditionalGeneration, hf.T5Config, False, vocab_size=32, d_model=16, d_ff=16, num_layers=1,
+               num_heads=2, d_kv=8, decoder_start_token_id=0)  # fmt: skip
+    assert "encoder-decoder" in (unsupported_reason(t5) or "")
+    fused = make()
+    with fuse_head(fused):
+        assert "replaced already" in (unsupported_reason(fused) or "")
+    assert unsupported_reason(fused) is None
+
+
+def test_transforms_are_read_from_the_config() -> None:
+    assert logit_transform(make("granite, divided")) == LogitTransform(1 / 7.0, None)
+    assert logit_transform(make("cohere, multiplied")) == LogitTransform(0.3, None)
+    assert logit_transform(make("gemma2, soft cap")) == LogitTransform(1.0, 3.0)
+
+
+def test_an_unknown_convention_stops_instead_of_training_on_other_logits() -> None:
+    class Halved(hf.LlamaForCausalLM):
+        def forward(self, input_ids=None, labels=None, **kwargs):
+            logits = 0.5 * self.lm_head(self.model(input_ids).last_hidden_state).float()
+            return hf.modeling_outputs.CausalLMOutputWithPast(
+                loss=self.loss_function(logits, labels, self.vocab_size), logits=logits
+            )
+
+    class Sorted(hf.LlamaForCausalLM):
+        def forward(self, input_ids=None, labels=None, **kwargs):
+            logits = self.lm_head(self.model(input_ids).last_hidden_state).sort(-1).values
+            return hf.modeling_outputs.CausalLMOutputWithPast(
+                loss=self.loss_function(logits, labels, self.vocab_size), logits=logits
+            )
+
+    model = build(Halved, hf.LlamaConfig)
+    with fuse_head(model), pytest.raises(ArgumentError, match=r"scale=0\.5.*plain loss"):
+        model(**batch())
+    expected = model(**batch()).loss
+    with fuse_head(model, transform=LogitTransform(0.5)):
+        torch.testing.assert_close(model(**batch()).loss, expected, rtol=1e-6, atol=1e-6)
+    model = build(Sorted, hf.LlamaConfig)
+    with fuse_head(model), pytest.raises(ArgumentError, match="applies `sort`"):
+        model(**batch())
