@@ -9,9 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from finetune.features.garbage import garbage_control
-from finetune.features.neftune import neftune
-from finetune.kernels.liger import apply_liger
 from finetune.models.activation import activation_checkpointing, use_cache
 from finetune.models.tokens import align_special_tokens
 
@@ -28,6 +25,8 @@ def enter(
 ) -> None:
     """Enters on `stack` what `args` ask for: Liger kernels before anything wraps the model, then the hooks."""
     if args.use_liger_kernel:
+        from finetune.kernels.liger import apply_liger
+
         handle = apply_liger(model, args.liger_kernel_config)
         stack.callback(handle.remove)
     stack.enter_context(use_cache(model, bool(args.use_cache)))
@@ -37,5 +36,6 @@ def enter(
     if processing_class is not None:
         align_special_tokens(model, processing_class)
     if neftune_noise_alpha is not None:
+        from finetune.features.neftune import neftune
+
         stack.enter_context(neftune(model, neftune_noise_alpha))
-    stack.enter_context(garbage_control(args.torch_empty_cache_steps))

@@ -1,0 +1,59 @@
+"""Trains a tiny model with the given JSON options and writes what happened; started by the tests, once or per process.
+
+    python run_trainer.py OUT '{"model": "llama", "rows": 18, "arguments": {...}}'
+"""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+spec = importlib.util.spec_from_file_location("fixtures", Path(__file__).parents[1] / "conftest.py")
+assert spec is not None and spec.loader is not None
+fixtures: Any = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(fixtures)
+
+
+def main(out: Path, options: dict[str, Any]) -> None:
+    import finetune
+
+    if options["model"] == "llama":
+        model = fixtures.make_tiny_llama()
+        dataset = fixtures.make_padded_dataset(options["rows"])
+    else:
+        from datasets import Dataset
+
+        model = fixtures.make_tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+        ids = torch.randint(5, 128, (options["rows"], 12), generator=torch.Generator().manual_seed(0)).tolist()
+        dataset = Dataset.from_dict({"input_ids": ids, "labels": [i % 3 for i in range(options["rows"])]})
+
+    def compute_metrics(prediction: Any) -> dict[str, float]:
+        return {"rows": float(len(prediction.label_ids)), "labels": float(prediction.label_ids.clip(0).sum())}
+
+    trainer = finetune.Trainer(
+        model=model,
+        args=finetune.TrainingArguments(str(out), **options["arguments"]),
+        train_dataset=dataset,
+        eval_dataset=dataset.select(range(options.get("eval_rows", options["rows"]))),
+        compute_metrics=compute_metrics if options.get("metrics") else None,
+    )
+    result = trainer.train(resume_from_checkpoint=options.get("resume"))
+    metrics = trainer.evaluate()
+    trainer.save_model(str(out / "model"))
+    if trainer.is_world_process_zero():
+        report = {
+            "history": trainer.state.log_history,
+            "loss": result.training_loss,
+            "eval": metrics,
+            "processes": trainer.accelerator.num_processes,
+            "kind": str(trainer.accelerator.distributed_type),
+        }
+        (out / "report.json").write_text(json.dumps(report))
+    trainer.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]))

@@ -1,0 +1,93 @@
+"""Two processes are one process with twice the accumulation: losses, gradient norms, weights, evaluation."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+SCRIPT = Path(__file__).with_name("run_trainer.py")
+ARGUMENTS: dict[str, Any] = {
+    "per_device_train_batch_size": 2,
+    "per_device_eval_batch_size": 4,
+    "num_train_epochs": 2,
+    "learning_rate": 1e-3,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "use_cpu": True,
+    "seed": 5,
+}
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def launch(processes: int, out: Path, model: str, accumulation: int, **options: Any) -> dict[str, Any]:
+    """Runs the script on `processes` processes and returns its report."""
+    arguments = {**ARGUMENTS, "gradient_accumulation_steps": accumulation, **options.pop("arguments", {})}
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={free_port()}"]
+    payload = json.dumps({"model": model, "arguments": arguments, **options})
+    out.mkdir(parents=True, exist_ok=True)
+    done = subprocess.run(
+        [*command, str(SCRIPT), str(out), payload],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads((out / "report.json").read_text())
+
+
+def assert_equal_runs(one: dict[str, Any], two: dict[str, Any], out_one: Path, out_two: Path) -> None:
+    assert (one["processes"], two["processes"]) == (1, 2)
+    for first, second in zip(one["history"], two["history"], strict=True):
+        assert first["step"] == second["step"]
+        for name in ("loss", "grad_norm", "learning_rate", "epoch", "eval_loss"):
+            assert first.get(name) == pytest.approx(second.get(name), rel=1e-5), name
+    expected = load_file(out_one / "model" / "model.safetensors")
+    for name, tensor in load_file(out_two / "model" / "model.safetensors").items():
+        assert (tensor - expected[name]).abs().max() <= 1e-5, name
+
+
+@pytest.mark.parametrize(("model", "rows"), [("llama", 24), ("bert", 24)])
+def test_same_run(model: str, rows: int, tmp_path: Path) -> None:
+    one = launch(1, tmp_path / "one", model, accumulation=2, rows=rows)
+    two = launch(2, tmp_path / "two", model, accumulation=1, rows=rows)
+    assert_equal_runs(one, two, tmp_path / "one", tmp_path / "two")
+
+
+def test_evaluation_counts_every_row_once(tmp_path: Path) -> None:
+    """13 rows on 2 processes in batches of 4: accelerate repeats 3 rows, and none of them may be counted."""
+    options: dict[str, Any] = {"rows": 16, "eval_rows": 13, "arguments": {"max_steps": 1}}
+    one = launch(1, tmp_path / "one", "bert", accumulation=2, metrics=True, **options)
+    two = launch(2, tmp_path / "two", "bert", accumulation=1, metrics=True, **options)
+    only_loss = launch(2, tmp_path / "loss", "bert", accumulation=1, **options)
+    assert two["eval"]["eval_rows"] == one["eval"]["eval_rows"] == 13
+    assert two["eval"]["eval_labels"] == one["eval"]["eval_labels"]
+    assert two["eval"]["eval_loss"] == pytest.approx(one["eval"]["eval_loss"], rel=1e-6)
+    assert only_loss["eval"]["eval_loss"] == pytest.approx(one["eval"]["eval_loss"], rel=1e-6)
+
+
+def test_resuming_on_one_process_what_two_began(tmp_path: Path) -> None:
+    whole = launch(2, tmp_path / "whole", "llama", 1, rows=24, arguments={"save_strategy": "steps", "save_steps": 4})
+    checkpoint = tmp_path / "whole" / "checkpoint-4"
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= {p.name for p in checkpoint.iterdir()}
+    alone = launch(1, tmp_path / "alone", "llama", 2, rows=24, resume=str(checkpoint))
+    assert alone["eval"]["eval_loss"] == pytest.approx(whole["eval"]["eval_loss"], rel=1e-5)
+    expected = load_file(tmp_path / "whole" / "model" / "model.safetensors")
+    for name, tensor in load_file(tmp_path / "alone" / "model" / "model.safetensors").items():
+        assert (tensor - expected[name]).abs().max() <= 1e-5, name
