@@ -192,7 +192,9 @@ def real_rows(loader: Any, num_rows: int, process_index: int) -> int:
     the last processes. With 5 rows, 2 processes and batches of 2, the second process's second batch has 0 (its two
     rows come from the start) and the first one's has 1.
     """
-    if not getattr(loader, "end_of_dataloader", False) or getattr(loader, "remainder", -1) <= 0:
+    filled_up = getattr(getattr(loader, "batch_sampler", None), "even_batches", True)
+    at_end = getattr(loader, "end_of_dataloader", False) and getattr(loader, "remainder", -1) > 0
+    if not (filled_up and at_end):
         return num_rows
     return min(max(loader.remainder - process_index * num_rows, 0), num_rows)
 

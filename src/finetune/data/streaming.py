@@ -151,6 +151,9 @@ class StreamLoader(DataLoader[Any]):
     def set_epoch(self, epoch: int) -> None:
         """Chooses the epoch of the next iteration; reaches workers that are already running."""
         self.iteration = epoch
+        if self._position["epoch"] != epoch:  # a loaded position counts in its own epoch only
+            self._batches.start, self._batches.num_skipped_workers, self._expected = None, 0, None
+            self._position = self._at_start()
         self._batches.epoch.fill_(epoch)
         self._batches._set_epoch(epoch)
 
@@ -159,7 +162,6 @@ class StreamLoader(DataLoader[Any]):
         self.end_of_dataloader, self.remainder = False, -1
         if self._batches.start is None:
             self._position = self._at_start()
-        self._position["epoch"] = self.iteration
         if self.gradient_state is not None:
             self.gradient_state._add_dataloader(self)
         try:
@@ -256,8 +258,8 @@ class StreamLoader(DataLoader[Any]):
             logger.warning("Reading %d rows of the stream again to resume exactly: %s.", num_rows, reason)
             for worker in workers:
                 worker["dataset"] = None
-        self.set_epoch(state["epoch"])
         self._position = {key: state[key] for key in ("epoch", "batches", "turn")} | {"workers": workers}
+        self.set_epoch(state["epoch"])
         self._batches.start = [dict(worker) for worker in workers]
         self._batches.num_skipped_workers = state["turn"] % num_workers
         same_layout = list(state["layout"]) == [self.rank, self.batch_size, self.world_size]
