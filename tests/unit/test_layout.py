@@ -24,7 +24,7 @@ ALLOWED = {
     "galore_torch": [],
     "peft": ["models/adapters.py", "checkpoint/weights.py"],
     "liger_kernel": ["kernels/liger.py"],
-    "bitsandbytes": ["optim/builders.py", "models/load.py"],
+    "bitsandbytes": ["optim/builders.py", "optim/galore_rules.py", "models/load.py"],
     "deepspeed": ["distributed/", "checkpoint/backends.py", "arguments/distributed.py"],
 }
 # Too slow to import before they are used.

@@ -49,8 +49,12 @@ def _load_split(script_args: ScriptArguments, argument: str) -> Any:
     except Exception as error:
         raise _read_error(name, split, argument, error) from error
     if hasattr(dataset, "__len__") and len(dataset) == 0:
-        raise DataFormatError(f"the split {split!r} of {name!r} has no rows. Choose another with `--{argument}`.")
+        raise _empty(name, split, argument)
     return dataset
+
+
+def _empty(name: str, split: str, argument: str) -> DataFormatError:
+    return DataFormatError(f"the split {split!r} of {name!r} has no rows. Choose another with `--{argument}`.")
 
 
 def _read(name: str, config: str | None, split: str, argument: str, streaming: bool) -> Any:
@@ -115,6 +119,8 @@ def _read_error(name: str, split: str, argument: str, error: Exception) -> Finet
     said = said if len(said) <= 300 else said[:297] + "..."
     if "Unknown split" in said or ("split" in said.lower() and "not found" in said.lower()):
         return ArgumentError(f"`{argument}` is {split!r}, which {name!r} does not have: {said}")
+    if "corresponds to no data" in said:
+        return _empty(name, split, argument)
     local = Path(name).expanduser().exists()
     remedy = (
         "Check that every line or row has the same columns."

@@ -1,0 +1,81 @@
+"""What goes to the launcher, what to the program, and what the shipped configurations say."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from finetune.cli import launch
+from finetune.errors import ArgumentError
+
+NAMES = [
+    "cpu", "ddp", "ddp_multi_node", "fsdp1", "fsdp2", "fsdp2_offload", "single_gpu", "zero1", "zero2", "zero3",
+    "zero3_offload",
+]  # fmt: skip
+
+
+def test_arguments_are_split_between_launcher_and_program() -> None:
+    launcher, program = launch.split_arguments(
+        ["--accelerate_config", "ddp", "--seed", "1", "--num_processes=2", "--packing", "--output_dir", "x"]
+    )
+    assert launcher == {"accelerate_config": "ddp", "num_processes": "2"}
+    assert program == ["--seed", "1", "--packing", "--output_dir", "x"]
+
+
+@pytest.mark.parametrize("words", [["--num_processes"], ["--num_processes", "--seed"], ["--accelerate_config="]])
+def test_a_launcher_argument_without_value_is_an_error(words: list[str]) -> None:
+    with pytest.raises(ArgumentError, match="needs a value"):
+        launch.split_arguments(words)
+
+
+def test_the_configurations_are_those_announced() -> None:
+    assert launch.config_names() == NAMES
+
+
+def test_a_configuration_is_found_by_name_by_trls_name_and_by_path(tmp_path: Path) -> None:
+    assert launch.config_path("fsdp2").name == "fsdp2.yaml"
+    assert launch.config_path("zero3.yaml").name == "zero3.yaml"
+    assert launch.config_path("multi_gpu").name == "ddp.yaml"
+    own = tmp_path / "own.yaml"
+    own.touch()
+    assert launch.config_path(str(own)) == own
+    with pytest.raises(ArgumentError, match="Did you mean `fsdp2`"):
+        launch.config_path("fsdp3")
+    with pytest.raises(ArgumentError, match="does not exist"):
+        launch.config_path("somewhere/own.yaml")
+
+
+def test_trls_own_names_are_accepted() -> None:
+    trl = pytest.importorskip("trl")
+    names = [path.stem for path in (Path(trl.__file__).parent / "accelerate_configs").glob("*.yaml")]
+    assert names
+    for name in names:
+        assert launch.config_path(name).is_file()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_configuration_is_read_by_accelerate_and_says_when_to_use_it(name: str) -> None:
+    from accelerate.commands.config import load_config_from_file
+
+    text = launch.config_path(name).read_text()
+    assert ("When:" in text and "Needs:" in text and "Change:" in text) or name == "ddp_multi_node"
+    values = yaml.safe_load(text)
+    config = load_config_from_file(str(launch.config_path(name)))
+    assert config.num_processes == values["num_processes"]
+    kind = "MULTI_GPU" if name in ("cpu", "ddp", "ddp_multi_node") else "NO" if name == "single_gpu" else None
+    kind = kind or ("FSDP" if name.startswith("fsdp") else "DEEPSPEED")
+    assert str(config.distributed_type).rsplit(".", 1)[-1] == kind
+    # A configuration with `use_cpu` makes accelerate start one process, whatever it says.
+    assert values["use_cpu"] is False
+    if kind == "DEEPSPEED":
+        assert config.deepspeed_config["zero_stage"] == int(name[4])
+        assert (config.deepspeed_config.get("offload_optimizer_device") == "cpu") == name.endswith("offload")
+    if kind == "FSDP":
+        assert config.fsdp_config["fsdp_version"] == int(name[4])
+        assert config.fsdp_config["fsdp_offload_params"] == name.endswith("offload")
+
+
+def test_a_wrong_configuration_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert launch.run("sft", ["--accelerate_config", "ddpp", "--output_dir", "x"]) == 2
+    error = capsys.readouterr().err
+    assert "Did you mean `ddp`" in error and error.count("\n") == 1

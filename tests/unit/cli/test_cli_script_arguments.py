@@ -1,0 +1,81 @@
+"""Model and adapter flags: names and defaults of TRL, and the configurations they become."""
+
+import dataclasses
+
+import pytest
+
+from finetune.cli.script_arguments import (
+    ModelConfig,
+    ScriptArguments,
+    get_peft_config,
+    get_quantization_config,
+    with_model_options,
+)
+from finetune.errors import ArgumentError
+
+
+@pytest.mark.parametrize("cls", [ModelConfig, ScriptArguments])
+def test_fields_and_defaults_are_those_of_trl(cls: type) -> None:
+    trl = pytest.importorskip("trl")
+    theirs = {field.name: field.default for field in dataclasses.fields(getattr(trl, cls.__name__))}
+    assert {field.name: field.default for field in dataclasses.fields(cls)} == theirs
+
+
+def test_adapter_flags_become_the_configuration_that_trl_makes() -> None:
+    trl = pytest.importorskip("trl")
+    flags = {
+        "use_peft": True,
+        "lora_r": 4,
+        "lora_alpha": 8,
+        "lora_dropout": 0.1,
+        "lora_target_modules": ["q_proj", "v_proj"],
+        "lora_modules_to_save": ["lm_head"],
+        "use_rslora": True,
+    }
+    ours, theirs = get_peft_config(ModelConfig(**flags)), trl.get_peft_config(trl.ModelConfig(**flags))
+    assert ours is not None and ours.to_dict() == theirs.to_dict()
+    assert get_peft_config(ModelConfig()) is None
+
+
+def test_one_target_is_a_pattern_and_not_a_list() -> None:
+    config = get_peft_config(ModelConfig(use_peft=True, lora_target_modules=["all-linear"]))
+    assert config is not None and config.target_modules == "all-linear"
+
+
+def test_quantization_flags_become_the_configuration_that_trl_makes() -> None:
+    trl = pytest.importorskip("trl")
+    flags = {"load_in_4bit": True, "use_bnb_nested_quant": True, "dtype": "bfloat16", "use_peft": True}
+    ours = get_quantization_config(ModelConfig(**flags))
+    assert ours is not None and ours.to_dict() == trl.get_quantization_config(trl.ModelConfig(**flags)).to_dict()
+    eight = get_quantization_config(ModelConfig(load_in_8bit=True, use_peft=True))
+    assert eight is not None and eight.load_in_8bit
+    assert get_quantization_config(ModelConfig()) is None
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"load_in_4bit": True, "load_in_8bit": True, "use_peft": True},
+        {"load_in_4bit": True},
+        {"use_peft": True, "lora_r": 0},
+    ],
+)
+def test_flags_that_contradict_each_other_are_errors(flags: dict) -> None:
+    with pytest.raises(ArgumentError):
+        ModelConfig(**flags)
+
+
+def test_model_options_are_added_to_a_copy() -> None:
+    @dataclasses.dataclass
+    class Arguments:
+        model_init_kwargs: dict | None = None
+
+    args = Arguments({"dtype": "bfloat16", "low_cpu_mem_usage": True})
+    changed = with_model_options(args, ModelConfig(attn_implementation="eager"))
+    assert args.model_init_kwargs == {"dtype": "bfloat16", "low_cpu_mem_usage": True}
+    assert changed.model_init_kwargs == {
+        "dtype": "bfloat16",
+        "low_cpu_mem_usage": True,
+        "attn_implementation": "eager",
+        "revision": "main",
+    }
