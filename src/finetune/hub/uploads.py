@@ -225,16 +225,20 @@ class PushQueue:
                 upload, future = self._waiting.popleft()
             if future.set_running_or_notify_cancel():
                 self._finish(upload, future)
-            upload.done()
+            else:
+                upload.done()
 
     def _finish(self, upload: Upload, future: "Future[Any]") -> None:
+        # Clean up first: whoever waits for the future may look at the folder next.
         try:
             commit = self._attempts(upload)
         except Exception as error:
             self._note_failure(upload, error)
+            upload.done()
             future.set_exception(error)
         else:
             self._failed.pop(upload.path_in_repo, None)
+            upload.done()
             future.set_result(commit)
 
     def _attempts(self, upload: Upload) -> Any:
