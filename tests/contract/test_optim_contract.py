@@ -11,6 +11,7 @@ from transformers.optimization import get_scheduler
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
+from finetune.arguments.optimization import REGISTERED_OPTIMIZERS
 from finetune.errors import ArgumentError
 from finetune.optim.groups import decay_parameter_names, parameter_groups
 from finetune.optim.registry import build_optimizer, optimizer_cls_and_kwargs, optimizer_names
@@ -89,6 +90,10 @@ def test_every_optimizer_name_of_transformers_is_registered():
     assert {name.value for name in OptimizerNames} <= set(optimizer_names())
 
 
+def test_registered_names_are_accepted_by_the_arguments():
+    assert set(optimizer_names()) <= REGISTERED_OPTIMIZERS | {name.value for name in OptimizerNames}
+
+
 PLAIN = [
     "adamw_torch",
     "adamw_torch_fused",
@@ -120,6 +125,45 @@ def test_class_and_keywords_are_those_of_transformers(name, tmp_path):
         pytest.importorskip("bitsandbytes")
     args = hf_args(tmp_path, optim=name, learning_rate=3e-4, adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-7)
     assert optimizer_cls_and_kwargs(args, None) == Trainer.get_optimizer_cls_and_kwargs(args, None)
+
+
+EXTERNAL = {
+    "schedule_free_radam": "schedulefree",
+    "schedule_free_adamw": "schedulefree",
+    "schedule_free_sgd": "schedulefree",
+    "grokadamw": "grokadamw",
+    "stable_adamw": "optimi",
+    "lomo": "lomo_optim",
+    "adamw_torch_4bit": "torchao",
+    "adamw_torch_8bit": "torchao",
+}
+
+
+@pytest.mark.parametrize("name", EXTERNAL)
+def test_optimizers_of_other_packages_agree_and_learn(name, tmp_path):
+    pytest.importorskip(EXTERNAL[name])
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64))
+    args = hf_args(tmp_path, optim=name, learning_rate=1e-2, weight_decay=0.1, adam_beta1=0.8)
+    cls, kwargs = optimizer_cls_and_kwargs(args, model)
+    their_cls, their_kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
+    assert cls is their_cls
+    # Triton is preferred by the package wherever it is installed, and fails where there is no GPU.
+    assert {k: v for k, v in kwargs.items() if k != "triton"} == their_kwargs
+    optimizer = build_optimizer(args, model)
+    if name.startswith("schedule_free"):
+        optimizer.train()
+    x, losses = torch.randn(32, 64), []
+    for _ in range(6):
+        loss = (model(x) - 1).square().mean()
+        if name == "lomo":
+            optimizer.fused_backward(loss, 1e-2)
+        else:
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
 
 
 @pytest.mark.parametrize(

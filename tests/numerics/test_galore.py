@@ -362,7 +362,6 @@ def test_describe_counts_weights_and_bytes():
         ("galore_adamw", "rank=0", {}, ["`rank=0`"]),
         ("galore_adamw", "proj_type=sdt", {}, ["Did you mean `std`"]),
         ("galore_adamw", "rnak=4", {}, ["`rnak`", "`rank`"]),
-        ("galore_adafactor", "rotate_moments=true", {}, ["`rotate_moments=true`"]),
         ("galore_adamw", None, {"optim_target_modules": None}, ["`optim_target_modules`"]),
         ("galore_adamw", None, {"optim_target_modules": ["hiden_tall"]}, ["Did you mean `hidden_tall`"]),
         ("galore_adamw", None, {"deepspeed": "x.json"}, ["`deepspeed`", "galore_adamw_layerwise"]),
@@ -389,3 +388,52 @@ def test_a_checkpoint_of_another_rank_is_refused():
     _, other = build("galore_adamw", rank=5)
     with pytest.raises(CheckpointError, match="`rank=4`"):
         other.load_state_dict(optimizer.state_dict())
+
+
+def turned(basis_of, state):
+    """The same space with its directions permuted and some of them reversed: what another SVD could have returned."""
+    old = basis_of(state)
+    r = (old.left.shape[1] if old.left is not None else old.right.shape[0]) if old else 0
+    order = torch.randperm(r, generator=torch.Generator().manual_seed(1))
+    signs = torch.tensor([1.0, -1.0]).repeat(r)[:r]
+    left = None if old.left is None else (old.left * signs)[:, order]
+    right = None if old.right is None else (old.right * signs.unsqueeze(1))[order]
+    return old, type(old)(left, right)
+
+
+@pytest.mark.parametrize("name", ["galore_adamw", "galore_adafactor", "galore_adamw_8bit"])
+@pytest.mark.parametrize("proj_type", ["left", "right", "full"])
+def test_rotated_moments_give_the_same_update_in_another_basis_of_the_space(name, proj_type):
+    from finetune.optim.galore import _basis_in
+    from finetune.optim.galore_basis import project, project_back
+
+    width, rank = (192, 80) if "8bit" in name else (12, 4)
+    if "8bit" in name:
+        pytest.importorskip("bitsandbytes")
+    model = Net(width)
+    text = f"rank={rank}, update_proj_gap=100, scale=1.0, proj_type={proj_type}, rotate_moments=true"
+    optimizer = build_optimizer(arguments(name, text, adam_epsilon=1e-3), model)
+    train(model, optimizer, batches(3, width))
+    group = next(g for g in optimizer.param_groups if "rank" in g)
+    p = group["params"][0]
+    state = optimizer.state[p]
+    gradient = torch.randn(p.shape, generator=torch.Generator().manual_seed(2)) * 0.05
+    old, new = turned(_basis_in, state)
+    before = {key: value.clone() for key, value in state.items()}
+    expected = project_back(optimizer.update_from(project(gradient, old), p, state, group), old)
+    state.clear()
+    state.update(before)
+    optimizer.rotate(state, old, new)
+    update = project_back(optimizer.update_from(project(gradient, new), p, state, group), new)
+    tolerance = 0.1 if "8bit" in name else 1e-4
+    assert (update - expected).norm() < tolerance * expected.norm()
+
+
+def test_squares_of_unseen_directions_start_at_the_average():
+    from finetune.optim.galore_rules import turn_squares
+
+    # The first new direction is the second old one; the second new one was not in the old space at all.
+    turn = torch.tensor([[0.0, 1.0], [0.0, 0.0]])
+    square = torch.tensor([[2.0, 20.0], [4.0, 40.0]])
+    assert turn_squares(turn, square).tolist() == [[4.0, 40.0], [3.0, 30.0]]
+    assert turn_squares(turn, square[:, 0]).tolist() == [4.0, 3.0]

@@ -216,6 +216,8 @@ def lomo(request: OptimizerRequest) -> ClassAndArguments:
     """Returns LOMO or AdaLOMO, which update inside backward: the trainer passes `learning_rate` to it."""
     module = import_or_explain("lomo_optim", "pip install lomo-optim", request)
     cls = module.AdaLomo if request.name == "adalomo" else module.Lomo
+    if request.name == "adalomo" and not torch.cuda.is_available():
+        raise ArgumentError("`optim=adalomo` needs a CUDA device: the package allocates there. Use `optim=lomo`.")
     return _with_options(cls, {"lr": request.args.learning_rate, "model": request.require_model()}, request)
 
 
@@ -243,4 +245,7 @@ def stable_adamw(request: OptimizerRequest) -> ClassAndArguments:
         "max_lr": None if max_lr != max_lr else max_lr,
         "kahan_sum": {"true": True, "false": False, "auto": None}[kahan],
     }
+    if not torch.cuda.is_available():
+        # The package prefers Triton wherever it is installed, also where there is no driver for it.
+        kwargs["triton"] = False
     return _with_options(cls, kwargs, request)

@@ -177,8 +177,8 @@ class GaLoreOptimizer(Optimizer):
         return generator.manual_seed((self.seed * 1_000_003 + self._index[p]) * 1_000_003 + step)
 
     def rotate(self, state: dict[str, Any], old: Basis, new: Basis) -> None:
-        """Expresses the moments in the new basis; only where a subclass knows how."""
-        raise ArgumentError("`optim_args`: `rotate_moments=true` works with `optim=galore_adamw` only.")
+        """Expresses the moments in the new basis."""
+        raise NotImplementedError
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops gradients, and projections that no step has consumed."""

@@ -46,17 +46,32 @@ class GaLoreAdamW(GaLoreOptimizer):
         return (mean / square.sqrt().add_(group["eps"])).mul_(adam_step_size(group, int(state["step"].item())))
 
     def rotate(self, state: dict[str, Any], old: Basis, new: Basis) -> None:
-        """Expresses both moments in the new basis: the mean exactly, the squares as if coordinates were independent."""
-        if "exp_avg" not in state:
-            return
-        mean, square = state["exp_avg"], state["exp_avg_sq"]
-        if old.left is not None and new.left is not None:
-            turn = new.left.t() @ old.left  # (r, r)
-            mean, square = turn @ mean, turn.square() @ square
-        if old.right is not None and new.right is not None:
-            turn = old.right @ new.right.t()  # (r, r)
-            mean, square = mean @ turn, square @ turn.square()
-        state["exp_avg"], state["exp_avg_sq"] = mean.contiguous(), square.contiguous()
+        """Expresses both moments in the new basis."""
+        if "exp_avg" in state:
+            state["exp_avg"], state["exp_avg_sq"] = turn_moments(state["exp_avg"], state["exp_avg_sq"], old, new)
+
+
+def turn_moments(mean: Tensor, square: Tensor, old: Basis, new: Basis) -> tuple[Tensor, Tensor]:
+    """Returns both moments in the coordinates of the new basis: the mean exactly, the squares by `turn_squares`."""
+    if old.left is not None and new.left is not None:
+        turn = new.left.t() @ old.left  # (r, r)
+        mean, square = turn @ mean, turn_squares(turn, square)
+    if old.right is not None and new.right is not None:
+        turn = new.right @ old.right.t()  # (r, r)
+        mean, square = mean @ turn.t(), turn_squares(turn, square.t()).t()
+    return mean.contiguous(), square.contiguous()
+
+
+def turn_squares(turn: Tensor, square: Tensor) -> Tensor:
+    """Returns squared coordinates (r, n) or (r,) after `turn` (r, r), as if the old coordinates were independent.
+
+    The part of a new direction that lies outside the old space gets the average of the old squares: zero would make
+    Adam overshoot there for as long as the second moment remembers.
+    """
+    weights = turn.square()
+    outside = (1.0 - weights.sum(dim=1)).clamp_(min=0.0)  # (r,)
+    average = square.mean(dim=0, keepdim=True)  # (1, n) or (1,)
+    return weights @ square + (outside.unsqueeze(1) * average if square.dim() == 2 else outside * average)
 
 
 def adam_step_size(group: ParameterGroup, step: int) -> float:
@@ -127,8 +142,22 @@ class GaLoreAdamW8bit(GaLoreAdamW):
         return self._maps[device]
 
     def rotate(self, state: dict[str, Any], old: Basis, new: Basis) -> None:
-        """Refuses: 8-bit codes cannot be turned without decoding them."""
-        GaLoreOptimizer.rotate(self, state, old, new)
+        """Decodes both moments, expresses them in the new basis and encodes them again."""
+        if "exp_avg_scale" not in state:
+            super().rotate(state, old, new)
+            return
+        from bitsandbytes.functional import dequantize_blockwise, quantize_blockwise
+
+        names = ("exp_avg", "exp_avg_sq")
+        maps = dict(zip(names, self._code_maps(state["exp_avg"].device), strict=True))
+        decoded = [
+            dequantize_blockwise(state[name], absmax=state[f"{name}_scale"], code=maps[name], blocksize=_BLOCK)
+            for name in names
+        ]
+        wide_old, wide_new = (Basis(*(None if t is None else t.float() for t in basis)) for basis in (old, new))
+        for name, turned in zip(names, turn_moments(decoded[0], decoded[1], wide_old, wide_new), strict=True):
+            state[name], code = quantize_blockwise(turned, code=maps[name], blocksize=_BLOCK)
+            state[f"{name}_scale"] = code.absmax
 
 
 class GaLoreAdafactor(GaLoreOptimizer):
@@ -175,6 +204,21 @@ class GaLoreAdafactor(GaLoreOptimizer):
             mean.mul_(group["beta1"]).add_(update, alpha=1.0 - group["beta1"])
             update = mean.clone()
         return update
+
+    def rotate(self, state: dict[str, Any], old: Basis, new: Basis) -> None:
+        """Expresses the moments in the new basis; averages over the projected dimension do not change."""
+        if "exp_avg_sq_row" not in state:
+            return
+        if old.left is not None and new.left is not None:
+            turn = new.left.t() @ old.left  # (r, r)
+            state["exp_avg_sq_row"] = turn_squares(turn, state["exp_avg_sq_row"])
+            if "exp_avg" in state:
+                state["exp_avg"] = turn @ state["exp_avg"]
+        if old.right is not None and new.right is not None:
+            turn = new.right @ old.right.t()  # (r, r)
+            state["exp_avg_sq_col"] = turn_squares(turn, state["exp_avg_sq_col"])
+            if "exp_avg" in state:
+                state["exp_avg"] = state["exp_avg"] @ turn.t()
 
     def apply(self, p: Tensor, update: Tensor, group: ParameterGroup) -> None:
         """Decays the weight, then subtracts `update`, both in float32."""

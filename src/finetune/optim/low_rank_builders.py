@@ -57,11 +57,6 @@ def _own_galore(request: OptimizerRequest, model: nn.Module, targets: list[Tenso
     if in_backward:
         _prepare_projection_in_backward(request, model)
     rule = request.name.removesuffix("_layerwise")
-    if settings.rotate_moments and rule != "galore_adamw":
-        raise ArgumentError(
-            f"`optim_args`: `rotate_moments=true` works with `optim=galore_adamw` and its layerwise form, not with "
-            f"`optim={request.name}`."
-        )
     kwargs: dict[str, Any] = {
         "targets": targets,
         "settings": settings,

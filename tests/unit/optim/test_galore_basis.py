@@ -66,7 +66,7 @@ def test_randomized_captures_nearly_the_optimal_energy_cold_and_warm(shape, powe
     _, best = exact_basis(later, rank, side)
     _, warm = randomized_basis(later, rank, side, previous=basis, generator=generator(1))
     stale = project(later, basis).square().sum() / later.square().sum()
-    assert warm >= 0.98 * best
+    assert warm >= 0.99 * best
     assert stale < warm
 
 
