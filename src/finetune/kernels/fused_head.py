@@ -88,6 +88,8 @@ def unsupported_reason(model: nn.Module) -> str | None:
     # A model without a loss type (GPT-2) falls back to the causal loss.
     if LOSS_MAPPING.get(getattr(base, "loss_type", None) or "ForCausalLM") is not ForCausalLMLoss:
         return f"its loss is {base.loss_type!r}, not the causal one"
+    if getattr(base.forward, "__module__", "").startswith("liger_kernel"):
+        return "Liger's `fused_linear_cross_entropy` owns its head already"
     if "_loss_function" in base.__dict__:
         return "its loss function was replaced by the user"
     try:

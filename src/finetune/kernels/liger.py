@@ -1,0 +1,157 @@
+"""Liger's Triton kernels on one model, by name, through a handle that takes them off again.
+
+Liger replaces methods on the instance and also names in transformers' modeling module (rotary embedding, class names)
+and, for `cross_entropy`, in `torch.nn.functional`. The handle notes every replacement and undoes each.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from finetune.errors import ArgumentError, nearest
+
+_MISSING = object()
+_INSTALL = "Install it with `pip install finetune[liger]`, or set `use_liger_kernel=False`."
+
+
+class LigerHandle:
+    """What was replaced, and how to undo it. `kernels` are the names that were switched on."""
+
+    def __init__(self, kernels: tuple[str, ...], changes: list[tuple[Any, str, Any, Any]]) -> None:
+        self.kernels = kernels
+        self._changes = changes
+
+    @property
+    def owns_head(self) -> bool:
+        """Whether Liger computes the loss from hidden states, so that no other fused loss may."""
+        return "fused_linear_cross_entropy" in self.kernels
+
+    def remove(self) -> None:
+        """Puts back every replaced attribute that still is Liger's. Safe to call twice."""
+        changes, self._changes = self._changes, []
+        for owner, name, old, new in reversed(changes):
+            if vars(owner).get(name, _MISSING) is not new:
+                continue
+            if isinstance(owner, nn.Module):
+                if old is _MISSING:
+                    del owner.__dict__[name]
+                else:
+                    owner.__dict__[name] = old
+            elif old is _MISSING:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, old)
+
+    def __enter__(self) -> LigerHandle:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+
+def apply_liger(model: nn.Module, config: Mapping[str, bool] | None = None) -> LigerHandle:
+    """Switches on the kernels that `config` names for `model` (a PEFT wrapper is looked through); returns the handle.
+
+    `config` is `args.liger_kernel_config`, for example `{"rope": True, "rms_norm": False}`; kernels it does not name
+    follow Liger's defaults for the architecture. `cross_entropy=True` turns off Liger's fused head, because the two
+    exclude each other.
+
+    Raises:
+        ArgumentError: Liger is not installed, there is no GPU, it has no kernels for this architecture, or `config`
+            names a kernel that the architecture does not have.
+    """
+    functions = _functions()
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore
+    model_type = str(getattr(getattr(base, "config", None), "model_type", None))
+    if model_type not in functions:
+        raise ArgumentError(
+            f"`use_liger_kernel` is set, but Liger has no kernels for {type(base).__name__} (model type "
+            f"{model_type!r}).{nearest(model_type, functions)} Set `use_liger_kernel=False`; the fused loss and "
+            "packed attention of this package need no kernels."
+        )
+    _check_device(model)
+    apply = functions[model_type]
+    kernels = resolve_kernels(apply, config, model_type)
+    watched = list(_watched(base))
+    before = [(owner, dict(vars(owner))) for owner in watched]
+    try:
+        apply(model=base, **kernels)
+    finally:
+        changes = [
+            (owner, name, old.get(name, _MISSING), value)
+            for owner, old in before
+            for name, value in vars(owner).items()
+            if old.get(name, _MISSING) is not value
+        ]
+        handle = LigerHandle(tuple(name for name, on in kernels.items() if on), changes)
+        if sys.exc_info()[0] is not None:
+            handle.remove()
+    return handle
+
+
+def resolve_kernels(apply: Any, config: Mapping[str, bool] | None, model_type: str) -> dict[str, bool]:
+    """Returns every kernel of one architecture with whether it is on: Liger's default, overridden by `config`.
+
+    Raises `ArgumentError` for a name that the architecture does not have, with the names it has.
+    """
+    parameters = inspect.signature(apply).parameters
+    defaults = {name: bool(p.default) for name, p in parameters.items() if isinstance(p.default, bool)}
+    given = dict(config or {})
+    unknown = [name for name in given if name not in defaults]
+    if unknown:
+        raise ArgumentError(
+            f"`liger_kernel_config` names {unknown[0]!r}, which Liger does not have for {model_type!r}."
+            f"{nearest(unknown[0], defaults)} Allowed: {', '.join(sorted(defaults))}."
+        )
+    if given.get("cross_entropy") and given.get("fused_linear_cross_entropy"):
+        raise ArgumentError(
+            "`liger_kernel_config` asks for `cross_entropy` and `fused_linear_cross_entropy`, which replace the same "
+            "loss. Keep one."
+        )
+    kernels = {**defaults, **given}
+    if kernels.get("cross_entropy") and kernels.get("fused_linear_cross_entropy"):
+        kernels["cross_entropy" if given.get("fused_linear_cross_entropy") else "fused_linear_cross_entropy"] = False
+    return kernels
+
+
+def _functions() -> Mapping[str, Any]:
+    try:
+        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+    except ImportError as error:
+        raise ArgumentError(
+            f"`use_liger_kernel` is set but the package liger-kernel cannot be imported: {error}. {_INSTALL}"
+        ) from error
+    return MODEL_TYPE_TO_APPLY_LIGER_FN
+
+
+def _check_device(model: nn.Module) -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return
+    kind = getattr(torch.accelerator.current_accelerator(), "type", None) if torch.accelerator.is_available() else None
+    if kind in (None, "mps"):
+        raise ArgumentError(
+            "`use_liger_kernel` is set, but Liger's Triton kernels need a GPU and there is none here. Set "
+            "`use_liger_kernel=False` (or TRITON_INTERPRET=1 to test their arithmetic, very slowly)."
+        )
+
+
+def _watched(base: nn.Module) -> Iterator[Any]:
+    """Yields everything in which Liger may replace an attribute: the instance's modules, modeling code, functions."""
+    yield from base.modules()
+    for name, module in list(sys.modules.items()):
+        if name.startswith("transformers.models.") and ".modeling_" in name:
+            yield module
+            yield from (value for value in vars(module).values() if _is_own_class(value, name))
+    yield torch.nn.functional
+    yield sys.modules["transformers.loss.loss_utils"]
+
+
+def _is_own_class(value: Any, module_name: str) -> bool:
+    return isinstance(value, type) and value.__module__ == module_name
