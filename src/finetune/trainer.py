@@ -1,7 +1,7 @@
 """`Trainer`: every override point of `transformers.Trainer`, each a few lines over one function of a leaf module.
 
-The facade has four files: this one (training and the loss), and `facade/base.py` (construction, data, optimizer),
-`facade/evaluation.py`, `facade/saving.py`. Nothing is decided in them. Reading order of a run: `train` ->
+The facade has six files: this one (training and the loss), and in `facade/` the constructor (`base.py`), `data.py`,
+`optimization.py`, `evaluation.py` and `saving.py`. Nothing is decided in them. Reading order of a run: `train` ->
 `_inner_training_loop` -> `engine/loop.py`, which calls back `get_batch_samples`, `training_step`,
 `_clip_grad_norm` and `_maybe_log_save_evaluate`.
 """
@@ -29,12 +29,13 @@ from finetune.engine.plan import ResumePoint, StepPlan
 from finetune.engine.run import TrainingRun
 from finetune.errors import ArgumentError, CheckpointError, NonFiniteLossError
 from finetune.facade.evaluation import EvaluationMethods
+from finetune.facade.optimization import OptimizerMethods
 from finetune.facade.saving import SavingMethods
 from finetune.models.traits import check_trainable
 from finetune.reporting import flops, header, speed
 
 
-class Trainer(EvaluationMethods, SavingMethods):
+class Trainer(EvaluationMethods, OptimizerMethods, SavingMethods):
     """Trains and evaluates a PyTorch model; a drop-in for `transformers.Trainer` (5.23).
 
     Same constructor, same attributes, same override points called at the same times. What differs on purpose is

@@ -12,12 +12,12 @@ from finetune.checkpoint import manager as checkpoints
 from finetune.compat import EvalLoopOutput, PredictionOutput
 from finetune.distributed import prepare as preparation
 from finetune.engine import evaluation, prediction, step
-from finetune.facade.base import TrainerBase
+from finetune.facade.data import DataMethods
 from finetune.optim import schedules
 from finetune.reporting import speed
 
 
-class EvaluationMethods(TrainerBase):
+class EvaluationMethods(DataMethods):
     """Evaluation and prediction. Use `Trainer`."""
 
     def evaluate(
