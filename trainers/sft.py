@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}")
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
-    trainer.accelerator.end_training()
+    trainer.end()
 
 
 if __name__ == "__main__":

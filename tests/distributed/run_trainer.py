@@ -52,7 +52,7 @@ def main(out: Path, options: dict[str, Any]) -> None:
             "kind": str(trainer.accelerator.distributed_type),
         }
         (out / "report.json").write_text(json.dumps(report))
-    trainer.accelerator.end_training()
+    trainer.end()
 
 
 if __name__ == "__main__":

@@ -50,12 +50,13 @@ class DataMethods(TrainerBase):
         dataloader_key: str | None = None,
     ) -> DataLoader[Any]:
         """Returns a prepared loader over the columns the model takes. Called by the three `get_*_dataloader`."""
-        collate = self.data_collator
+        # Samplers read the column of lengths, which the model does not take.
+        collate, with_lengths = self.data_collator, dataset
         if hasattr(dataset, "remove_columns"):
             dataset = self._remove_unused_columns(dataset, description=description)
         if getattr(dataset, "column_names", None) is None:
             collate = self._get_collator_with_removed_columns(collate, description=description)
-        sampler = sampler_fn(dataset) if sampler_fn is not None and not loaders.is_stream(dataset) else None
+        sampler = sampler_fn(with_lengths) if sampler_fn is not None and not loaders.is_stream(dataset) else None
         loader = loaders.build_dataloader(
             dataset,
             args=self.args,

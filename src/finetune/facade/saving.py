@@ -1,5 +1,6 @@
 """The saving half of the facade: checkpoints, weights, and the Hub."""
 
+import gc
 import os
 from typing import Any
 
@@ -125,6 +126,20 @@ class SavingMethods(TrainerBase):
 
     def _load_callback_state(self) -> None:
         self._events.restore()
+
+    def end(self) -> None:
+        """Finishes trackers and background work and leaves the process group. Call it last, on every process.
+
+        The wrapped model goes first: if DDP held the last reference to the process group, the interpreter could wait
+        for a thread that waits for the interpreter.
+        """
+        self._writer.wait()
+        self._finish_current_push()
+        self._run, self.model_wrapped = None, self.model
+        self._eval_loaders.clear()
+        self.accelerator.free_memory()
+        gc.collect()
+        self.accelerator.end_training()
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any = None) -> bool:
         """Returns whether this evaluation is the best so far, and notes it in `state`."""

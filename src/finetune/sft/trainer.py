@@ -8,9 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from finetune.compat import coerce_training_arguments
-from finetune.data.audit import Audit
+from finetune.data.audit import SupervisionAudit, audit_table
 from finetune.data.collate import DataCollatorForLanguageModeling
-from finetune.data.pipeline import DataSettings, first_row, prepare_dataset
+from finetune.data.packing import pack_dataset, packing_report
+from finetune.data.pipeline import first_row, is_stream, prepare_split
+from finetune.data.settings import DataSettings
+from finetune.data.templates import clone_chat_template, load_chat_template
 from finetune.engine import setup
 from finetune.engine.meter import MetricBag
 from finetune.errors import ArgumentError
@@ -91,7 +94,7 @@ class SFTTrainer(Trainer):
         self._formatting_func = formatting_func
         setup.seed_everything(args)
         model, processing_class = self._load(args, model, processing_class, quantization_config, peft_config)
-        self.audits: dict[str, Audit] = {}
+        self.audits: dict[str, SupervisionAudit] = {}
         self._collator_is_ours = data_collator is None
         if data_collator is None:
             data_collator = DataCollatorForLanguageModeling(
@@ -123,6 +126,8 @@ class SFTTrainer(Trainer):
         self._plain_loss_reason = self._why_not_fused()
         self._metrics = {"train": MetricBag(), "eval": MetricBag()}
         self._tokens = TokenCounter()
+        if self.audits and self.is_world_process_zero():
+            print(audit_table(self.audits), flush=True)
 
     # ---- Construction ----
 
@@ -159,10 +164,16 @@ class SFTTrainer(Trainer):
             )
         if args.eos_token is not None:
             choose_eos_token(processing_class, args.eos_token, model)
+        added: list[int] = []
+        if args.chat_template_path is not None:
+            if args.chat_template_path.endswith((".jinja", ".j2")):
+                processing_class.chat_template = load_chat_template(args.chat_template_path)
+            else:
+                model, processing_class, added = clone_chat_template(model, processing_class, args.chat_template_path)
         if peft_config is not None:
             checkpointing = bool(args.gradient_checkpointing)
             model = prepare_quantized(model, activation_checkpointing=checkpointing)
-            model = add_adapters(model, peft_config, activation_checkpointing=checkpointing)
+            model = add_adapters(model, peft_config, added_token_ids=added, activation_checkpointing=checkpointing)
         return model, processing_class
 
     def _prepare_dataset(
@@ -175,7 +186,26 @@ class SFTTrainer(Trainer):
         dataset_name: str,
     ) -> Any:
         """Returns the rows as token ids and labels, packed if asked. Called for the training and each eval data set."""
-        raise NotImplementedError
+        if self._plan.skip_prepare:
+            return dataset
+        if isinstance(dataset, list):
+            from datasets import Dataset
+
+            dataset = Dataset.from_list(dataset)
+        if args.shuffle_dataset and dataset_name == "train":
+            dataset = dataset.shuffle(seed=args.seed)
+        settings = DataSettings.from_args(args, packing=packing, formatting_func=formatting_func)
+        split = prepare_split(dataset, processing_class, settings, name=dataset_name)
+        split.audit.check(max_length=args.max_length)
+        rows, audit = split.dataset, split.audit
+        if packing and "seq_lengths" not in (rows.column_names or ()):
+            options = {} if is_stream(rows) else {"desc": f"Packing {dataset_name} rows"}
+            packed = pack_dataset(rows, args.max_length or 0, args.packing_strategy, options)
+            if not is_stream(rows):
+                audit = audit.with_packing(packing_report(rows, packed, args.max_length or 0).efficiency)
+            rows = packed
+        self.audits[dataset_name] = audit
+        return rows
 
     def _prepare_eval(self, eval_dataset: Any, processing_class: Any, args: SFTConfig) -> Any:
         """Returns one prepared evaluation data set, or a dict of them."""
@@ -194,7 +224,10 @@ class SFTTrainer(Trainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
-            self._signature_columns = ["input_ids", "labels", "seq_lengths", "completion_mask", "assistant_masks"]
+            self._signature_columns = [
+                *("input_ids", "labels", "seq_lengths", "completion_mask", "assistant_masks", "attention_mask"),
+                *([self.args.length_column_name] if self._collator_is_ours else []),
+            ]
 
     # ---- Loss ----
 

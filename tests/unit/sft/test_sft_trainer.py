@@ -1,0 +1,131 @@
+"""`SFTTrainer` from rows to a trained model."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+
+import finetune
+
+TEXTS = ["the cat sat on a mat", "the red sun went down over hills", "birds sang to rivers that ran past"]
+ROWS: dict[str, list[dict[str, Any]]] = {
+    "text": [{"text": text} for text in TEXTS * 4],
+    "prompt-completion": [{"prompt": text[:8], "completion": text[8:]} for text in TEXTS * 4],
+    "messages": [
+        {"messages": [{"role": "user", "content": text[:8]}, {"role": "assistant", "content": text[8:]}]}
+        for text in TEXTS * 4
+    ],
+}
+
+
+def config(out: Path, **overrides: Any) -> finetune.SFTConfig:
+    defaults = {
+        "per_device_train_batch_size": 4,
+        "num_train_epochs": 8,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "max_length": 64,
+    }
+    return finetune.SFTConfig(str(out), **{**defaults, **overrides})
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_each_kind_of_rows_trains(kind: str, tiny_llama: Any, chat_tokenizer: Any, tmp_path: Path) -> None:
+    trainer = finetune.SFTTrainer(
+        model=tiny_llama(vocab_size=512),
+        args=config(tmp_path),
+        train_dataset=Dataset.from_list(ROWS[kind]),
+        processing_class=chat_tokenizer,
+    )
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < 0.7 * losses[0]
+    assert {"mean_token_accuracy", "entropy", "num_tokens"} <= trainer.state.log_history[0].keys()
+    batch = next(iter(trainer.get_train_dataloader()))
+    eos = chat_tokenizer.eos_token_id
+    assert all(eos in row.tolist() for row in batch["labels"]), "the stop token must be supervised in every row"
+
+
+def test_one_line_from_a_folder(tiny_llama: Any, chat_tokenizer: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    tiny_llama(vocab_size=512).save_pretrained(tmp_path / "model")
+    chat_tokenizer.save_pretrained(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    trainer = finetune.SFTTrainer(model=str(tmp_path / "model"), train_dataset=Dataset.from_list(ROWS["text"]))
+    trainer.train()
+    assert trainer.args.output_dir == "model-SFT"
+    trainer.save_model()
+    from transformers import AutoModelForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained("model-SFT").state_dict()
+    for name, tensor in trainer.model.state_dict().items():
+        assert torch.equal(loaded[name], tensor), name
+
+
+def test_the_head_is_given_back(tiny_llama: Any, chat_tokenizer: Any, tmp_path: Path) -> None:
+    model = tiny_llama(vocab_size=512)
+    before = {name: value for name, value in vars(model).items() if name in ("forward", "_loss_function")}
+    inputs = {"input_ids": torch.arange(8)[None]}
+    rows = Dataset.from_list(ROWS["text"])
+    trainer = finetune.SFTTrainer(model, config(tmp_path, max_steps=1), None, rows, rows, chat_tokenizer)
+    trainer.train()
+    trainer.evaluate()
+    assert {name: value for name, value in vars(model).items() if name in ("forward", "_loss_function")} == before
+    assert model(**inputs).logits.shape == (1, 8, 512)
+
+
+@pytest.mark.parametrize("options", [{"packing": True}, {"packing": True, "packing_strategy": "wrapped"}])
+def test_packing_trains(options: dict[str, Any], tiny_llama: Any, chat_tokenizer: Any, tmp_path: Path) -> None:
+    trainer = finetune.SFTTrainer(
+        tiny_llama(vocab_size=512),
+        config(tmp_path, max_length=48, **options),
+        train_dataset=Dataset.from_list(ROWS["text"]),
+        processing_class=chat_tokenizer,
+    )
+    assert trainer.audits["train"].packing_efficiency is not None
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+
+
+def test_no_supervised_token_is_an_error_before_training(tiny_llama: Any, chat_tokenizer: Any, tmp_path: Path) -> None:
+    with pytest.raises(finetune.DataFormatError, match="max_length"):
+        finetune.SFTTrainer(
+            tiny_llama(vocab_size=512),
+            config(tmp_path, max_length=4),
+            train_dataset=Dataset.from_list(ROWS["prompt-completion"]),
+            processing_class=chat_tokenizer,
+        )
+
+
+def test_broken_rules_come_together(tiny_llama: Any, chat_tokenizer: Any, tmp_path: Path) -> None:
+    with pytest.raises(finetune.ArgumentError, match=r"(?s)assistant_only_loss.*completion_only_loss"):
+        finetune.SFTTrainer(
+            tiny_llama(vocab_size=512),
+            config(tmp_path, assistant_only_loss=True, completion_only_loss=True),
+            train_dataset=Dataset.from_list(ROWS["text"]),
+            processing_class=chat_tokenizer,
+        )
+
+
+def test_tokens_are_counted_across_a_resume(tiny_llama: Any, chat_tokenizer: Any, tmp_path: Path) -> None:
+    def build(out: Path) -> finetune.SFTTrainer:
+        return finetune.SFTTrainer(
+            tiny_llama(vocab_size=512),
+            config(out, save_strategy="steps", save_steps=2, num_train_epochs=2),
+            train_dataset=Dataset.from_list(ROWS["text"]),
+            processing_class=chat_tokenizer,
+        )
+
+    whole = build(tmp_path / "a")
+    whole.train()
+    again = build(tmp_path / "b")
+    again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-4"))
+    tokens = [entry["num_tokens"] for entry in whole.state.log_history if "num_tokens" in entry]
+    assert tokens == sorted(tokens)
+    assert [entry["num_tokens"] for entry in again.state.log_history if "num_tokens" in entry] == tokens
