@@ -210,8 +210,8 @@ def make_tokenizer(vocabulary: int) -> Any:
     return wrapped
 
 
-class PretrainingRows:
-    """A data set whose row `index` is made when it is asked for, from its own seed."""
+class PretrainingText:
+    """A data set of `length` stretches of 128 tokens: rows one after the other, made from the stretch's own seed."""
 
     def __init__(self, tokenizer: Any, length: int, seed: int) -> None:
         self.tokenizer, self.length, self.seed = tokenizer, length, seed
@@ -220,19 +220,12 @@ class PretrainingRows:
         return self.length
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
-        question, answer = pretraining_row(random.Random(f"{self.seed}-{index}"))
-        text = f"<|user|>{question}<|end|><|assistant|>{answer}<|end|>"
-        return {"input_ids": self.tokenizer(text, add_special_tokens=False)["input_ids"]}
-
-
-def collate(rows: list[dict[str, list[int]]]) -> dict[str, Any]:
-    """Returns one padded batch; every token is trained on."""
-    import torch
-
-    longest = max(len(row["input_ids"]) for row in rows)
-    ids = torch.tensor([row["input_ids"] + [0] * (longest - len(row["input_ids"])) for row in rows])
-    mask = torch.tensor([[1] * len(row["input_ids"]) + [0] * (longest - len(row["input_ids"])) for row in rows])
-    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+        draw, ids = random.Random(f"{self.seed}-{index}"), []
+        while len(ids) < 128:
+            question, answer = pretraining_row(draw)
+            text = f"<|user|>{question}<|end|><|assistant|>{answer}<|end|>"
+            ids += self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return {"input_ids": ids[:128], "labels": ids[:128]}
 
 
 def pretrain(options: argparse.Namespace, tokenizer: Any) -> Any:
@@ -259,7 +252,7 @@ def pretrain(options: argparse.Namespace, tokenizer: Any) -> Any:
     args = TrainingArguments(
         str(options.output_dir / "pretraining"),
         max_steps=options.steps,
-        per_device_train_batch_size=48,
+        per_device_train_batch_size=16,
         learning_rate=3e-3,
         lr_scheduler_type="cosine",
         warmup_steps=options.steps // 20,
@@ -272,8 +265,8 @@ def pretrain(options: argparse.Namespace, tokenizer: Any) -> Any:
         use_cpu=True,
         seed=options.seed,
     )
-    rows: Any = PretrainingRows(tokenizer, 48 * options.steps, options.seed)
-    trainer = Trainer(model=model, args=args, train_dataset=rows, data_collator=collate)
+    text: Any = PretrainingText(tokenizer, 16 * options.steps, options.seed)
+    trainer = Trainer(model=model, args=args, train_dataset=text)
     trainer.train(resume_from_checkpoint="auto")
     return trainer.model
 

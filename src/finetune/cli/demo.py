@@ -1,17 +1,12 @@
 """`finetune demo`: fine-tune the embedded model on the embedded instructions, and measure what it learned."""
 
-from __future__ import annotations
-
 import json
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from finetune.cli.programs import PACKAGE, finished_run, write_problem
 from finetune.errors import ArgumentError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DEMO = PACKAGE / "demo"
 MODEL, TRAIN, TEST = DEMO / "model", DEMO / "train.jsonl", DEMO / "test.jsonl"
@@ -96,7 +91,7 @@ def run_demo(output_dir: Path, *, seed: int = 42, max_steps: int = -1) -> dict[s
     return metrics
 
 
-def answers(model: PreTrainedModel | Any, tokenizer: PreTrainedTokenizerBase | Any, rows: list[Row]) -> list[str]:
+def answers(model: Any, tokenizer: Any, rows: list[Row]) -> list[str]:
     """Returns the most likely answer to each row's prompt, written token by token (greedy), 50 rows at a time."""
     import torch
 
