@@ -1,0 +1,277 @@
+"""A packed row must equal its samples computed one by one: logits, losses, gradients, for every kind of score."""
+
+import copy
+import functools
+
+import pytest
+import torch
+import transformers as hf
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from finetune.errors import ArgumentError
+from finetune.kernels.attention import ATTENTION_NAME, packed_unsupported_reason, use_packed_attention
+from finetune.kernels.isolation import probe_isolation, require_isolation
+from finetune.kernels.packed_scores import _plan
+
+LENGTHS = (9, 1, 14, 3, 8, 40, 6)
+COMMON = {
+    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": 2, "attention_dropout": 0.0,
+}  # fmt: skip
+SLIDING = {"layer_types": ["sliding_attention", "full_attention"]}
+MODELS = {
+    "llama, grouped heads": (hf.LlamaForCausalLM, hf.LlamaConfig, {}),
+    "mistral, window": (hf.MistralForCausalLM, hf.MistralConfig, {"sliding_window": 5}),
+    "qwen2, some layers windowed": (
+        hf.Qwen2ForCausalLM, hf.Qwen2Config, {"use_sliding_window": True, "sliding_window": 4, **SLIDING}),
+    "gemma2, soft cap and window": (
+        hf.Gemma2ForCausalLM, hf.Gemma2Config,
+        {"attn_logit_softcapping": 0.5, "sliding_window": 5, "query_pre_attn_scalar": 8, **SLIDING}),
+    "gemma3, tied": (hf.Gemma3ForCausalLM, hf.Gemma3TextConfig, {"sliding_window": 6, **SLIDING}),
+    "gpt-oss, sinks": (
+        hf.GptOssForCausalLM, hf.GptOssConfig,
+        {"num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 5, "rope_parameters":
+         {"rope_type": "default", "rope_theta": 1e4}, **SLIDING}),
+    "gpt2, learned positions": (
+        hf.GPT2LMHeadModel, hf.GPT2Config,
+        {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "attn_pdrop": 0.0, "embd_pdrop": 0.0,
+         "resid_pdrop": 0.0}),
+}  # fmt: skip
+
+
+@functools.cache
+def _original(name: str) -> nn.Module:
+    model_class, config_class, kwargs = MODELS[name]
+    common = {"vocab_size": 96} if config_class is hf.GPT2Config else COMMON
+    torch.manual_seed(0)
+    # Explicit scores are the reference: they honour windows, caps and sinks alike.
+    model = model_class._from_config(config_class(**{**common, **kwargs}), attn_implementation="eager").train()
+    for parameter in model.parameters():
+        if parameter.ndim == 1 and not parameter.any():
+            nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def make(name: str = "llama, grouped heads") -> nn.Module:
+    return copy.deepcopy(_original(name))
+
+
+def samples() -> list[torch.Tensor]:
+    make = torch.Generator().manual_seed(1)
+    return [torch.randint(3, 96, (n,), generator=make) for n in LENGTHS]
+
+
+def packed() -> dict:
+    rows = samples()
+    labels = torch.cat([torch.cat([torch.tensor([-100]), row[1:]]) for row in rows])[None]
+    ends = torch.tensor([0, *LENGTHS]).cumsum(0).int()
+    return {
+        "input_ids": torch.cat(rows)[None],
+        "labels": labels,
+        "position_ids": torch.cat([torch.arange(n) for n in LENGTHS])[None],
+        "cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": max(LENGTHS), "max_length_k": max(LENGTHS),
+    }  # fmt: skip
+
+
+def padded() -> dict:
+    rows = samples()
+    pad = functools.partial(nn.utils.rnn.pad_sequence, batch_first=True)
+    return {
+        "input_ids": pad(rows, padding_value=0),
+        "labels": pad(rows, padding_value=-100),
+        "attention_mask": pad([torch.ones_like(row) for row in rows]),
+    }
+
+
+def one_by_one(model: nn.Module) -> tuple[torch.Tensor, dict]:
+    """The reference: each sample alone, the sum of losses over the count of all."""
+    model.zero_grad()
+    count = sum(n - 1 for n in LENGTHS)
+    logits = []
+    for row in samples():
+        out = model(input_ids=row[None], labels=row[None], num_items_in_batch=count, use_cache=False)
+        logits.append(out.logits[0])
+        out.loss.backward()
+    return torch.cat(logits).detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def in_one_row(model: nn.Module, **kwargs) -> tuple[torch.Tensor, dict]:
+    model.zero_grad()
+    out = model(**packed(), num_items_in_batch=sum(n - 1 for n in LENGTHS), **kwargs)
+    out.loss.backward()
+    return out.logits[0].detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(ours, theirs, tolerance: float) -> None:
+    torch.testing.assert_close(ours[0], theirs[0], rtol=tolerance, atol=tolerance)
+    assert ours[1].keys() == theirs[1].keys()
+    largest = max(gradient.abs().max() for gradient in theirs[1].values())
+    for name, expected in theirs[1].items():
+        difference = (ours[1][name] - expected).abs().max()
+        assert difference < 1e-6 * largest, (name, difference / largest)
+        assert difference < 1e-5 * expected.abs().max() + 1e-9, (name, difference / expected.abs().max())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_packed_equals_one_by_one(name: str) -> None:
+    model = make(name)
+    expected = one_by_one(model)
+    with use_packed_attention(model):
+        assert_same(in_one_row(model), expected, 3e-6)
+        assert probe_isolation(model).isolated
+
+
+@pytest.mark.parametrize("name", ["llama, grouped heads", "gemma2, soft cap and window"])
+def test_float64(name: str) -> None:
+    model = make(name).double()
+    expected = one_by_one(model)
+    with use_packed_attention(model):
+        logits, gradients = in_one_row(model)
+    # Rotary tables and norms are float32 inside these models, whatever the weights are.
+    assert_same((logits, gradients), expected, 1e-6)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_padded_batches_and_generation_are_untouched(name: str) -> None:
+    model = make(name).eval()
+    inputs = padded()
+    kept = inputs["attention_mask"].bool()
+    prompt = {"input_ids": inputs["input_ids"][5:6, :8], "attention_mask": inputs["attention_mask"][5:6, :8]}
+    with torch.no_grad():
+        expected = model(**inputs)
+        tokens = model.generate(**prompt, max_new_tokens=4, do_sample=False)
+        with use_packed_attention(model):
+            found = model(**inputs)
+            assert torch.equal(model.generate(**prompt, max_new_tokens=4, do_sample=False), tokens)
+    torch.testing.assert_close(found.loss, expected.loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.logits[kept], expected.logits[kept], rtol=3e-5, atol=3e-6)
+
+
+def test_a_cache_does_not_open_the_walls() -> None:
+    model = make()
+    expected = one_by_one(model)
+    with use_packed_attention(model):
+        assert_same(in_one_row(model, use_cache=True), expected, 3e-6)
+
+
+def test_recomputed_activations() -> None:
+    model = make("mistral, window")
+    expected = one_by_one(model)
+    for reentrant in (False, True):
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        with use_packed_attention(model):
+            assert_same(in_one_row(model), expected, 3e-6)
+
+
+def test_adapters() -> None:
+    model = get_peft_model(make(), LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    expected = one_by_one(model)
+    with use_packed_attention(model):
+        assert_same(in_one_row(model), expected, 3e-6)
+
+
+def test_bfloat16_autocast() -> None:
+    model = make()
+    expected, _ = one_by_one(model)
+    with use_packed_attention(model), torch.autocast("cpu", torch.bfloat16):
+        logits = model(**packed()).logits[0]
+    assert (logits.float() - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+def test_removal_restores() -> None:
+    model = make()
+    before = [(config, config._attn_implementation) for config in (model.config,)]
+    hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
+    expected = model(**padded()).logits
+    with pytest.raises(KeyError), use_packed_attention(model):
+        assert model.config._attn_implementation == ATTENTION_NAME
+        raise KeyError
+    handle = use_packed_attention(model)
+    handle.remove()
+    handle.remove()
+    assert [(config, config._attn_implementation) for config in (model.config,)] == before
+    assert [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()] == hooks
+    assert torch.equal(model(**padded()).logits, expected)
+
+
+def test_an_exception_inside_a_row_does_not_leak_into_the_next_batch() -> None:
+    model = make()
+    with use_packed_attention(model):
+        with pytest.raises(IndexError):
+            model(**{**packed(), "input_ids": packed()["input_ids"] + 1000})
+        with torch.no_grad():
+            found = model(**padded()).loss
+    torch.testing.assert_close(found, make()(**padded()).loss.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_masks_and_rows_do_not_mix() -> None:
+    model = make()
+    with use_packed_attention(model), pytest.raises(ArgumentError, match="attention_mask"):
+        model(**packed(), attention_mask=torch.ones(1, sum(LENGTHS)))
+
+
+def test_buckets() -> None:
+    plan = _plan((0, 3, 4, 6))
+    assert plan.buckets == ((3, 2, 1),)
+    assert plan.gather.tolist() == [0, 1, 2, 4, 5, 5, 3, 3, 3]
+    assert plan.scatter.tolist() == [0, 1, 2, 6, 3, 4]
+    long = _plan((0, 100, 190, 230, 262))
+    assert long.buckets == ((100, 90), (40, 32)) and long.sizes == [200, 80]
+    assert _plan((0, 2, 2, 3)).buckets == ((2, 1),)
+
+
+def test_bidirectional_models() -> None:
+    torch.manual_seed(0)
+    config = hf.BertConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+                           intermediate_size=64, max_position_embeddings=64, attention_probs_dropout_prob=0.0,
+                           hidden_dropout_prob=0.0)  # fmt: skip
+    model = hf.BertForTokenClassification(config)
+    expected = torch.cat([model(row[None]).logits[0] for row in samples()])
+    row = {name: value for name, value in packed().items() if name != "labels"}
+    with use_packed_attention(model):
+        torch.testing.assert_close(model(**row).logits[0], expected, rtol=1e-5, atol=1e-6)
+        assert probe_isolation(model).isolated
+
+
+def test_the_probe_sees_a_leak() -> None:
+    model = make()
+    with use_packed_attention(model):
+        assert require_isolation(model).influence <= 1e-6
+        modes = [module.training for module in model.modules()]
+        attention = model.model.layers[0].self_attn
+
+        def leak(module, args, output):
+            mixed = output[0] + 1e-2 * output[0].mean(1, keepdim=True)
+            return (mixed, *output[1:])
+
+        hook = attention.register_forward_hook(leak)
+        found = probe_isolation(model)
+        assert not found.isolated and found.influence > found.limit and found.sample_changed != found.sample_moved
+        with pytest.raises(ArgumentError, match=r"changing sample \d moved.*padding_free=False"):
+            require_isolation(model)
+        hook.remove()
+        assert [module.training for module in model.modules()] == modes
+    # One causal row without boundaries: later samples see earlier ones.
+    model.config._attn_implementation = "sdpa"
+    original = model.model.forward
+    model.model.forward = lambda **kw: original(input_ids=kw["input_ids"])
+    assert not probe_isolation(model).isolated
+
+
+def test_the_probe_does_not_pass_a_model_that_reacts_to_nothing() -> None:
+    model = make()
+    nn.init.zeros_(model.get_input_embeddings().weight)
+    with pytest.raises(ArgumentError, match="nothing can be proven"):
+        probe_isolation(model)
+
+
+def test_models_that_cannot() -> None:
+    assert "no transformers model" in (packed_unsupported_reason(nn.Linear(1, 1)) or "")
+    t5 = hf.T5ForConditionalGeneration(hf.T5Config(vocab_size=32, d_model=16, d_ff=16, num_layers=1, num_heads=2,
+                                                   d_kv=8, decoder_start_token_id=0))  # fmt: skip
+    assert "encoder-decoder" in (packed_unsupported_reason(t5) or "")
+    mamba = hf.MambaForCausalLM(hf.MambaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, state_size=4))
+    with pytest.raises(ArgumentError, match="padding_free=False"):
+        use_packed_attention(mamba)
