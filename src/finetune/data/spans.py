@@ -20,9 +20,9 @@ from typing import Any
 
 from finetune.data.chat import common_prefix_length
 from finetune.data.formats import Conversations
+from finetune.data.span_check import Span, answer_core, verify_spans
 from finetune.errors import DataFormatError
 
-Span = tuple[int, int]
 Messages = Sequence[dict[str, Any]]
 
 
@@ -100,6 +100,18 @@ class ChatRenderer:
         return spans
 
     def _try_training_template(self, batch: Conversations) -> tuple[list[str | None], list[list[Span]]]:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        if not any(batch.tools) and not any(batch.template_kwargs):
+            try:
+                return render_jinja_template(  # pyright: ignore[reportReturnType]
+                    conversations=batch.messages,
+                    chat_template=self.training_template,
+                    return_assistant_tokens_mask=True,
+                    **self.template_kwargs,
+                )
+            except Exception:
+                pass
         texts: list[str | None] = []
         spans: list[list[Span]] = []
         for i in range(len(batch.messages)):
@@ -164,7 +176,7 @@ class ChatRenderer:
         upto, _ = self._render_one(batch, i, messages=messages[: turn + 1])
         if text.startswith(upto):
             return start, len(upto)
-        return start, self._end_of_answer(text, start, upto, _core(messages[turn]))
+        return start, self._end_of_answer(text, start, upto, answer_core(messages[turn]))
 
     def _end_of_answer(self, text: str, start: int, upto: str, core: str) -> int:
         """Returns where an answer ends that the template writes differently once other messages follow.
@@ -251,45 +263,6 @@ class ChatRenderer:
             **{**self.template_kwargs, **(batch.template_kwargs[i] or {})},
         )
         return texts[0], (list(spans[0]) if markers else [])  # pyright: ignore[reportReturnType]
-
-
-def verify_spans(text: str, messages: Messages, spans: Sequence[Span]) -> str:
-    """Returns what is wrong with the spans of a conversation, or an empty string.
-
-    Right means: one span per assistant message, in order and apart, each holding the whole of its message's answer;
-    every other message that the template writes at all stands between the spans.
-    """
-    assistant_turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
-    if len(spans) != len(assistant_turns):
-        return f"{len(assistant_turns)} assistant messages but {len(spans)} spans"
-    previous_end = 0
-    span_of_turn = dict(zip(assistant_turns, spans, strict=True))
-    gap_start = 0
-    for turn, message in enumerate(messages):
-        core = _core(message)
-        if turn in span_of_turn:
-            start, end = span_of_turn[turn]
-            if not previous_end <= start < end:
-                return f"the span of message {turn} is empty or overlaps the one before"
-            if core and core not in text[start:end]:
-                return f"message {turn} is not wholly inside its span"
-            previous_end = gap_start = end
-        elif core:
-            following = [span for later, span in span_of_turn.items() if later > turn]
-            gap_end = following[0][0] if following else len(text)
-            if core not in text[gap_start:gap_end] and core in text:
-                return f"message {turn} ({message['role']}) is inside a trained span"
-    return ""
-
-
-def _core(message: dict[str, Any]) -> str:
-    content = message.get("content")
-    if isinstance(content, list):
-        content = next((block.get("text") for block in content if isinstance(block.get("text"), str)), "")
-    if not isinstance(content, str):
-        return ""
-    # Several templates drop the reasoning of finished turns.
-    return content.split("</think>")[-1].strip()
 
 
 def _merge_adjacent(spans: Sequence[Span]) -> list[Span]:

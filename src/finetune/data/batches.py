@@ -1,0 +1,191 @@
+"""One batch of rows through the whole preparation: format, template, tokens, masks, labels, truncation."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from finetune.data.formats import (
+    Columns,
+    Kind,
+    RowFormat,
+    apply_formatting,
+    detect_format,
+    read_conversations,
+    read_texts,
+)
+from finetune.data.labels import LabelledBatch, StopTokens, label_batch
+from finetune.data.pretokenized import read_tokenized
+from finetune.data.settings import DataSettings
+from finetune.data.spans import ChatRenderer
+from finetune.data.templates import stop_token_ids, try_training_template
+from finetune.data.tokenize import Encoder, TokenBatch, tokenize_pairs, tokenize_plain, tokenize_spans
+from finetune.errors import DataFormatError
+
+
+class BatchProcessor:
+    """Turns batches of raw rows of one data set into `LabelledBatch`es. Built once per split from its first row.
+
+    Raises `DataFormatError` when the rows cannot be what the settings ask for (messages for `assistant_only_loss`,
+    completions for `completion_only_loss`), before any work is done.
+    """
+
+    def __init__(
+        self, processing_class: Any, settings: DataSettings, first_row: Mapping[str, Any], name: str = "train"
+    ) -> None:
+        self.tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        self.settings = settings
+        self.name = name
+        sample: Columns = {key: [value] for key, value in first_row.items()}
+        self.formats = settings.formatting_func is not None and "input_ids" not in first_row
+        field = settings.dataset_text_field
+        if self.formats:
+            assert settings.formatting_func is not None
+            sample = apply_formatting(sample, [0], settings.formatting_func)
+            field = "text" if "text" in sample else field
+        row = {key: values[0] for key, values in sample.items()}
+        self.format: RowFormat = detect_format(row, field, name)
+        self._check_row(row)
+        self.assistant_only = settings.assistant_only_loss or self._has_train_flags(row)
+        self.completion_only = self._resolve_completion_only(row)
+        self.encoder = Encoder(self.tokenizer)
+        template = settings.chat_template
+        self.stop_ids = stop_token_ids(processing_class, template)
+        if settings.eos_token is not None:
+            self.stop_ids |= {self.tokenizer.convert_tokens_to_ids(settings.eos_token)}
+        self._stops = StopTokens(self.tokenizer, self.stop_ids)
+        self.renderer: ChatRenderer | None = None
+        if self.format.kind in (Kind.CHAT, Kind.CHAT_PROMPT_COMPLETION):
+            training = try_training_template(processing_class, template) if self.assistant_only else None
+            self.renderer = ChatRenderer(
+                processing_class, template, training, dict(settings.chat_template_kwargs), name
+            )
+        else:
+            self._eos = self._resolve_eos()
+
+    @property
+    def mask_method(self) -> str:
+        """How the trained tokens are chosen: `all`, `completion`, `labels`, or how assistant turns are found."""
+        if self.format.kind is Kind.TOKENIZED:
+            return "given"
+        if self.assistant_only and self.renderer is not None:
+            return f"assistant turns by {self.renderer.method}"
+        return "completion" if self.completion_only else "all"
+
+    @property
+    def boundary_known(self) -> bool:
+        """Whether rows have a border between prompt and completion that can mismatch."""
+        return self.format.kind in (Kind.PROMPT_COMPLETION, Kind.CHAT_PROMPT_COMPLETION)
+
+    def process(self, batch: Columns, rows: Sequence[int], *, truncate: bool = True) -> LabelledBatch:
+        """Returns the labelled tokens of rows with the given indices; `truncate=False` leaves them whole."""
+        if self.formats:
+            assert self.settings.formatting_func is not None
+            batch = apply_formatting(batch, rows, self.settings.formatting_func)
+        expects_stop: np.ndarray | bool = True
+        if self.format.kind is Kind.TOKENIZED:
+            tokens = read_tokenized(batch, rows, self.tokenizer, self.name)
+            expects_stop = False
+        elif self.format.kind is Kind.TEXT:
+            texts = [self._with_eos(text) for text in read_texts(batch, self.format.column, rows, self.name)]
+            tokens = tokenize_plain(self.encoder, texts, special=True)
+        elif self.format.kind is Kind.PROMPT_COMPLETION:
+            tokens = self._tokenize_completions(batch, rows)
+        elif self.format.kind is Kind.CHAT:
+            tokens, expects_stop = self._tokenize_chats(batch, rows)
+        else:
+            tokens, expects_stop = self._tokenize_chat_completions(batch, rows)
+        limit = self.settings.max_length if truncate and self.settings.truncate else None
+        return label_batch(
+            tokens,
+            completion_only=self.completion_only,
+            max_length=limit,
+            truncation_mode=self.settings.truncation_mode,
+            stop_tokens=self._stops,
+            expects_stop=expects_stop,
+        )
+
+    def _tokenize_completions(self, batch: Columns, rows: Sequence[int]) -> TokenBatch:
+        prompts = read_texts(batch, "prompt", rows, self.name)
+        completions = read_texts(batch, "completion", rows, self.name)
+        texts = [prompt + self._with_eos(answer) for prompt, answer in zip(prompts, completions, strict=True)]
+        return tokenize_pairs(self.encoder, prompts, texts, special=True)
+
+    def _tokenize_chats(self, batch: Columns, rows: Sequence[int]) -> tuple[TokenBatch, np.ndarray]:
+        assert self.renderer is not None
+        chats = read_conversations(batch, self.format.column, rows, self.name)
+        ends = np.array([messages[-1]["role"] == "assistant" for messages in chats.messages], bool)
+        if any(train is not None for train in chats.train) and not self.assistant_only:
+            raise DataFormatError(
+                f"The {self.name} data set sets `train`/`weight` in the messages of some rows but not in the first "
+                "one. Set `assistant_only_loss=True`, or give every row these keys."
+            )
+        if not self.assistant_only:
+            return tokenize_plain(self.encoder, self.renderer.render(chats, rows), special=False), ends
+        rendered = self.renderer.render_with_spans(chats, rows)
+        answered = [train[-1] if train else True for train in chats.train]
+        return tokenize_spans(self.encoder, rendered.texts, rendered.spans), ends & np.array(answered, bool)
+
+    def _tokenize_chat_completions(self, batch: Columns, rows: Sequence[int]) -> tuple[TokenBatch, np.ndarray]:
+        assert self.renderer is not None
+        prompts = read_conversations(batch, "prompt", rows, self.name)
+        chats = read_conversations({**batch, "messages": _join(batch)}, "messages", rows, self.name)
+        ends = np.array([messages[-1]["role"] == "assistant" for messages in chats.messages], bool)
+        prompt_texts = self.renderer.render(prompts, rows, add_generation_prompt=True)
+        if not self.assistant_only:
+            texts, spans = self.renderer.render(chats, rows), None
+        else:
+            rendered = self.renderer.render_with_spans(chats, rows)
+            texts, spans = rendered.texts, rendered.spans
+        return tokenize_pairs(self.encoder, prompt_texts, texts, special=False, spans=spans), ends
+
+    def _with_eos(self, text: str) -> str:
+        return text if text.endswith(self._eos) else text + self._eos
+
+    def _resolve_eos(self) -> str:
+        if self.format.kind is Kind.TOKENIZED:
+            return ""
+        eos = self.settings.eos_token or self.tokenizer.eos_token
+        if eos is None:
+            raise DataFormatError(
+                "The tokenizer has no end-of-sequence token, so the model could not learn to stop. Set `eos_token` to "
+                "a token of its vocabulary."
+            )
+        # A tokenizer that adds EOS itself would end the row with two.
+        ids = self.tokenizer("a")["input_ids"]
+        adds_eos = len(ids) > 1 and ids[-1] == self.tokenizer.convert_tokens_to_ids(eos)
+        return "" if adds_eos else eos
+
+    def _check_row(self, row: Mapping[str, Any]) -> None:
+        kind, settings = self.format.kind, self.settings
+        found = self.format.describe(list(row))
+        masked = kind is Kind.TOKENIZED and ("labels" in row or "assistant_masks" in row)
+        if settings.assistant_only_loss and kind in (Kind.TEXT, Kind.PROMPT_COMPLETION, Kind.TOKENIZED) and not masked:
+            raise DataFormatError(
+                f"`assistant_only_loss=True` needs conversations, but the {self.name} data set has {found}. Set "
+                "`assistant_only_loss=False`, or give the rows `messages`."
+            )
+        split = self.boundary_known or (kind is Kind.TOKENIZED and ("labels" in row or "completion_mask" in row))
+        if settings.completion_only_loss and not split:
+            raise DataFormatError(
+                f"`completion_only_loss=True` needs `prompt` and `completion` (or a `completion_mask`), but the "
+                f"{self.name} data set has {found}. Set `completion_only_loss=None`, or use `assistant_only_loss=True` "
+                "for conversations."
+            )
+
+    def _resolve_completion_only(self, row: Mapping[str, Any]) -> bool:
+        if self.settings.completion_only_loss is not None:
+            return self.settings.completion_only_loss
+        return self.boundary_known or "completion_mask" in row
+
+    def _has_train_flags(self, row: Mapping[str, Any]) -> bool:
+        columns = ("prompt", "completion") if self.boundary_known else (self.format.column,)
+        messages = [m for column in columns if isinstance(row[column], (list, tuple)) for m in row[column]]
+        return any(isinstance(m, Mapping) and ("train" in m or "weight" in m) for m in messages)
+
+
+def _join(batch: Columns) -> list[Any]:
+    return [
+        [*prompt, *completion] if isinstance(prompt, list) and isinstance(completion, list) else completion
+        for prompt, completion in zip(batch["prompt"], batch["completion"], strict=True)
+    ]

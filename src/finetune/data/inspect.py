@@ -1,0 +1,168 @@
+"""Show rows as the model is trained on them: what is learned, what is only read, what `max_length` cuts off."""
+
+import html
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from finetune.data.batches import BatchProcessor
+from finetune.data.labels import truncate
+from finetune.data.pipeline import first_row, is_stream
+from finetune.data.rows import IGNORE_INDEX
+from finetune.data.settings import DataSettings
+from finetune.data.tokenize import NOTHING_TRAINED, TokenBatch
+
+State = Literal["trained", "not trained", "truncated"]
+
+_ANSI = {"trained": "\033[32m", "not trained": "\033[90m", "truncated": "\033[9;31m", "boundary": "\033[1;33m"}
+_PLAIN = {"trained": ("«", "»"), "not trained": ("", ""), "truncated": ("~~", "~~")}
+_RESET = "\033[0m"
+_BOUNDARY = "┃"
+_CSS = """body{font:14px/1.5 system-ui,sans-serif;margin:2em;max-width:70em}
+pre{white-space:pre-wrap;word-break:break-word;padding:1em;border:1px solid #8884;border-radius:6px}.trained{background:#2da44e33;color:#116329}.not{color:#777}
+.truncated{color:#cf222e;text-decoration:line-through}.boundary{color:#bf8700;font-weight:bold}
+@media(prefers-color-scheme:dark){body{background:#111;color:#ddd}.trained{color:#56d364}}"""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A run of tokens in one state; `completion_starts` says that the completion begins with it."""
+
+    text: str
+    state: State
+    num_tokens: int
+    completion_starts: bool = False
+
+
+@dataclass(frozen=True)
+class PreviewRow:
+    """One row cut into pieces. `dropped` says that nothing of it is trained, so it is left out."""
+
+    index: int
+    pieces: tuple[Piece, ...]
+    dropped: bool
+
+    def count(self, state: State) -> int:
+        """Returns the number of tokens in a state."""
+        return sum(piece.num_tokens for piece in self.pieces if piece.state == state)
+
+    def describe(self) -> str:
+        """Returns the line above the row, for instance ``row 0: 24 tokens, 4 trained, 0 truncated``."""
+        total = sum(piece.num_tokens for piece in self.pieces)
+        line = f"row {self.index}: {total} tokens, {self.count('trained')} trained, {self.count('truncated')} truncated"
+        return line + (" (left out: nothing to learn)" if self.dropped else "")
+
+
+@dataclass(frozen=True)
+class Preview:
+    """The first rows of a split, to print (`to_terminal`) or to write to the run folder (`to_html`)."""
+
+    name: str
+    format: str
+    mask_method: str
+    rows: tuple[PreviewRow, ...]
+
+    def to_terminal(self, *, color: bool = True) -> str:
+        """Returns the rows as text: green trained, grey not trained, red struck out truncated, a yellow bar where the
+        completion begins. Without color, trained text stands in «», truncated text in ~~."""
+        lines = [
+            f"{self.name}: {self.format}, trained: {self.mask_method}" + ("" if color else "   «trained»  ~~cut~~")
+        ]
+        for row in self.rows:
+            lines += [row.describe(), "".join(_in_terminal(piece, color) for piece in row.pieces)]
+        return "\n".join(lines)
+
+    def to_html(self) -> str:
+        """Returns a page that needs no other file."""
+        title = html.escape(f"{self.name}: {self.format}, trained: {self.mask_method}")
+        rows = "".join(
+            f"<h3>{html.escape(row.describe())}</h3><pre>{''.join(_in_html(piece) for piece in row.pieces)}</pre>"
+            for row in self.rows
+        )
+        legend = (
+            '<p><span class="trained">trained</span> <span class="not">not trained</span> '
+            f'<span class="truncated">truncated</span> <span class="boundary">{_BOUNDARY}</span> completion begins</p>'
+        )
+        return (
+            f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{_CSS}</style>'
+            f"<h2>{title}</h2>{legend}{rows}</html>\n"
+        )
+
+
+def preview(
+    dataset: Any, processing_class: Any, settings: DataSettings, *, num_rows: int = 2, name: str = "train"
+) -> Preview:
+    """Returns the first `num_rows` rows of a raw or prepared data set or stream, as training would see them.
+
+    Raises `DataFormatError` like `prepare_split`.
+    """
+    processor = BatchProcessor(processing_class, settings, first_row(dataset, name), name)
+    raw = (
+        list(dataset.take(num_rows)) if is_stream(dataset) else [dataset[i] for i in range(min(num_rows, len(dataset)))]
+    )
+    batch = {column: [row.get(column) for row in raw] for column in raw[0]}
+    indices = list(range(len(raw)))
+    whole = processor.process(batch, indices, truncate=False).tokens
+    limit = settings.max_length if settings.truncate else None
+    kept = _kept(whole, limit, settings)
+    dropped = (processor.process(batch, indices).tokens.flags & NOTHING_TRAINED) != 0
+    rows = tuple(_preview_row(processor.tokenizer, whole, kept, i, bool(dropped[i])) for i in indices)
+    return Preview(name, processor.format.kind.value, processor.mask_method, rows)
+
+
+def _kept(whole: TokenBatch, limit: int | None, settings: DataSettings) -> np.ndarray:
+    """Returns (N,) bool: the tokens that truncation leaves."""
+    if limit is None:
+        return np.ones(len(whole.ids), bool)
+    numbered = TokenBatch(np.arange(len(whole.ids)), whole.offsets)
+    kept = np.zeros(len(whole.ids), bool)
+    kept[truncate(numbered, limit, settings.truncation_mode).ids] = True
+    return kept
+
+
+def _preview_row(tokenizer: Any, batch: TokenBatch, kept: np.ndarray, i: int, dropped: bool) -> PreviewRow:
+    assert batch.labels is not None
+    start, end = int(batch.offsets[i]), int(batch.offsets[i + 1])
+    ids = batch.ids[start:end].tolist()
+    states = np.where(batch.labels[start:end] != IGNORE_INDEX, "trained", "not trained")
+    states = np.where(kept[start:end], states, "truncated")
+    border = -1
+    if batch.completion_mask is not None and batch.completion_mask[start:end].any():
+        border = int(batch.completion_mask[start:end].argmax())
+    cuts = [0, *(np.flatnonzero(states[1:] != states[:-1]) + 1).tolist(), len(ids)]
+    cuts = sorted({*cuts, border} - {-1})
+    texts = _texts(tokenizer, ids, cuts)
+    pieces = [
+        Piece(text, states[a].item(), b - a, completion_starts=a == border)
+        for text, a, b in zip(texts, cuts[:-1], cuts[1:], strict=True)
+    ]
+    return PreviewRow(i, tuple(pieces), dropped)
+
+
+def _texts(tokenizer: Any, ids: list[int], cuts: Sequence[int]) -> list[str]:
+    # Decoding a run alone can lose its leading space, so each is what it adds to the text before it.
+    decoded = [tokenizer.decode(ids[:cut], clean_up_tokenization_spaces=False) for cut in cuts]
+    return [after[len(before) :] for before, after in itertools.pairwise(decoded)]
+
+
+def _in_terminal(piece: Piece, color: bool) -> str:
+    lines = [_visible(line) for line in piece.text.split("\n")]
+    if not color:
+        left, right = _PLAIN[piece.state]
+        return (_BOUNDARY if piece.completion_starts else "") + left + "\n".join(lines) + right
+    bar = f"{_ANSI['boundary']}{_BOUNDARY}{_RESET}" if piece.completion_starts else ""
+    # Each line is coloured by itself: pagers lose a colour at the end of a line.
+    return bar + "\n".join(f"{_ANSI[piece.state]}{line}{_RESET}" for line in lines)
+
+
+def _in_html(piece: Piece) -> str:
+    bar = f'<span class="boundary">{_BOUNDARY}</span>' if piece.completion_starts else ""
+    return f'{bar}<span class="{piece.state.split()[0]}">{html.escape(piece.text)}</span>'
+
+
+def _visible(text: str) -> str:
+    # A control character of the data must not steer the terminal.
+    return "".join(c if c.isprintable() or c == "\t" else repr(c)[1:-1] for c in text)

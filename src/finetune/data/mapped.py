@@ -1,0 +1,102 @@
+"""The functions that `Dataset.map` calls, and the columns they make."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from finetune.data.batches import BatchProcessor
+from finetune.data.labels import LabelledBatch
+from finetune.data.settings import DataSettings
+from finetune.data.tokenize import NOTHING_TRAINED, TokenBatch
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+LENGTH = "length"
+SOURCE_LENGTH, SUPERVISED, FLAGS = "_source_length", "_supervised", "_flags"
+COUNT_COLUMNS = (SOURCE_LENGTH, SUPERVISED, FLAGS)
+"""Per-row numbers that are stored with the prepared rows for the audit, and taken off before training."""
+
+
+class MapFunction:
+    """The mapped function: a batch of raw columns to an Arrow table with tokens and per-row counts; picklable."""
+
+    def __init__(self, processor: BatchProcessor, keep: Sequence[str]) -> None:
+        self.processor = processor
+        self.keep = list(keep)
+
+    def __call__(self, batch: Mapping[str, Any], indices: Sequence[int]) -> "pa.Table | dict[str, Any]":
+        labelled = self.processor.process(batch, indices)
+        arrays = _arrays(labelled, self.processor)
+        if not self.keep:
+            import pyarrow as pa
+
+            return pa.table(arrays)
+        return {**{key: list(batch[key]) for key in self.keep}, **{key: v.to_pylist() for key, v in arrays.items()}}
+
+
+class StreamFunction:
+    """The same for streams: plain lists, without the rows that train nothing and without the counts."""
+
+    def __init__(self, processor: BatchProcessor, keep: Sequence[str]) -> None:
+        self.processor = processor
+        self.keep = list(keep)
+
+    def __call__(self, batch: Mapping[str, Any], indices: Sequence[int]) -> dict[str, Any]:
+        labelled = self.processor.process(batch, indices)
+        trained = np.flatnonzero((labelled.tokens.flags & NOTHING_TRAINED) == 0).tolist()
+        columns: dict[str, list[Any]] = {key: list(batch[key]) for key in self.keep}
+        for key, values in _arrays(labelled, self.processor).items():
+            if key not in COUNT_COLUMNS:
+                columns[key] = values.to_pylist()
+        return {key: [values[i] for i in trained] for key, values in columns.items()}
+
+
+def _arrays(labelled: LabelledBatch, processor: BatchProcessor) -> dict[str, Any]:
+    import pyarrow as pa
+
+    tokens = labelled.tokens
+    offsets = pa.array(tokens.offsets.astype(np.int32))
+
+    def lists(values: np.ndarray) -> Any:
+        return pa.ListArray.from_arrays(offsets, pa.array(values))
+
+    assert tokens.labels is not None
+    arrays = {"input_ids": lists(tokens.ids), "labels": lists(tokens.labels)}
+    arrays[LENGTH] = pa.array(tokens.lengths.astype(np.int32))
+    for key, mask in _masks(tokens, processor).items():
+        arrays[key] = lists(mask.astype(np.int8))
+    arrays[SOURCE_LENGTH] = pa.array(labelled.source_lengths)
+    arrays[SUPERVISED] = pa.array(labelled.supervised)
+    arrays[FLAGS] = pa.array(tokens.flags)
+    return arrays
+
+
+def _masks(tokens: TokenBatch, processor: BatchProcessor) -> dict[str, np.ndarray]:
+    if not processor.settings.emit_masks:
+        return {}
+    masks = {"completion_mask": tokens.completion_mask, "assistant_masks": tokens.assistant_mask}
+    return {key: mask for key, mask in masks.items() if mask is not None}
+
+
+def output_features(processor: BatchProcessor, kept: Mapping[str, Any], *, stream: bool = False) -> Any:
+    """Returns the `datasets.Features` of the columns made, after those of the columns kept."""
+    from datasets import Features, Sequence, Value
+
+    types: dict[str, Any] = dict(kept)
+    types |= {"input_ids": Sequence(Value("int32")), "labels": Sequence(Value("int32")), LENGTH: Value("int32")}
+    if processor.settings.emit_masks:
+        if processor.boundary_known:
+            types["completion_mask"] = Sequence(Value("int8"))
+        if processor.assistant_only and processor.renderer is not None:
+            types["assistant_masks"] = Sequence(Value("int8"))
+    if not stream:
+        types |= {SOURCE_LENGTH: Value("int32"), SUPERVISED: Value("int32"), FLAGS: Value("uint8")}
+    return Features(types)
+
+
+def kept_columns(settings: DataSettings, columns: Iterable[str]) -> list[str]:
+    """Returns which of the raw columns are passed on."""
+    made = ("input_ids", "labels", LENGTH, "completion_mask", "assistant_masks", *COUNT_COLUMNS)
+    return [c for c in columns if c not in made and (settings.keep_columns == "all" or c in settings.keep_columns)]

@@ -1,0 +1,268 @@
+"""Raw rows -> `input_ids`, `labels` and `length`, in one batched map per split.
+
+Map-style data sets and streams take the same path (`batches.BatchProcessor`); a stream is prepared while it is read.
+Prepared rows are cached under a key of their own (`cache.py`). Processes that start together do not wait at a
+barrier: one takes a file lock and works, the others find the rows in the cache when they get the lock.
+
+Columns of the result: `input_ids` and `labels` (lists of int32, half the memory of int64; collators cast), `length`
+(int32, so that grouping by length reads one column), `completion_mask`/`assistant_masks` with `emit_masks`, and
+`keep_columns`. Everything else is dropped.
+"""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from finetune.data import cache
+from finetune.data.audit import SupervisionAudit, audit_rows, count_rows
+from finetune.data.batches import BatchProcessor
+from finetune.data.formats import Kind
+from finetune.data.mapped import (
+    COUNT_COLUMNS,
+    FLAGS,
+    LENGTH,
+    SOURCE_LENGTH,
+    SUPERVISED,
+    MapFunction,
+    StreamFunction,
+    kept_columns,
+    output_features,
+)
+from finetune.data.settings import DataSettings
+from finetune.data.tokenize import NOTHING_BEFORE_TRUNCATION, NOTHING_TRAINED
+from finetune.data.watchdog import map_with_workers
+from finetune.errors import DataFormatError
+
+Say = Callable[[str], None]
+
+_STREAM_AUDIT_ROWS = 64
+
+
+@dataclass(frozen=True)
+class PreparedSplit:
+    """A prepared data set, what is known about it, and where it came from.
+
+    `cache` is the line that was printed: a hit, a miss with its reason, or why nothing is cached.
+    """
+
+    dataset: Any
+    audit: SupervisionAudit
+    cache: str
+
+
+def prepare_dataset(
+    dataset: Any,
+    processing_class: Any,
+    settings: DataSettings,
+    *,
+    name: str = "train",
+    num_proc: int | None = None,
+    say: Say | None = None,
+) -> Any:
+    """Returns `prepare_split(...).dataset`; of a dictionary of data sets, the same dictionary prepared."""
+    if num_proc is not None:
+        settings = replace(settings, num_proc=num_proc)
+    if isinstance(dataset, Mapping):
+        kind: Any = type(dataset)  # `dict`, `DatasetDict` or `IterableDatasetDict`
+        prepared = {
+            key: prepare_split(split, processing_class, settings, name=key, say=say) for key, split in dataset.items()
+        }
+        return kind({key: split.dataset for key, split in prepared.items()})
+    return prepare_split(dataset, processing_class, settings, name=name, say=say).dataset
+
+
+def prepare_split(
+    dataset: Any, processing_class: Any, settings: DataSettings, *, name: str = "train", say: Say | None = None
+) -> PreparedSplit:
+    """Returns the data set prepared for training, with its audit.
+
+    `dataset` is a `datasets.Dataset` or `IterableDataset`; what is already prepared comes back unchanged. Rows that
+    would train nothing are left out and counted in the audit. The audit is not checked here (`audit.check`). `say`
+    gets one line about format and cache; by default the main process prints it.
+
+    Raises `DataFormatError` for an empty data set, unknown columns, and bad rows, naming the row.
+    """
+    say = say or say_on_main_process
+    row = first_row(dataset, name)
+    columns = list(row)
+    if is_stream(dataset):
+        return _prepare_stream(dataset, processing_class, settings, row, name, say)
+    if dataset.format["type"] == "custom":
+        raise DataFormatError(
+            f"The {name} data set uses `set_transform`, which would be run once and frozen into the tokens. Apply it "
+            "with `map` first, or pass `dataset_kwargs={'skip_prepare_dataset': True}`."
+        )
+    ready = _already_prepared(dataset, columns, settings, name)
+    if ready is not None:
+        return ready
+    processor = BatchProcessor(processing_class, settings, row, name)
+    prepared, cached = _map(dataset.with_format(None), processor, processing_class, name, say)
+    say(f"{name}: {processor.format.describe(columns)}; cache {cached}")
+    return PreparedSplit(*_finish(prepared, processor), cached)
+
+
+def first_row(dataset: Any, name: str = "train") -> dict[str, Any]:
+    """Returns the first row of a data set or stream without consuming it. Raises `DataFormatError` if there is none."""
+    row = next(iter(dataset), None)
+    if row is None:
+        raise DataFormatError(f"The {name} data set is empty. Give it at least one row.")
+    if not isinstance(row, Mapping):
+        raise DataFormatError(f"The rows of the {name} data set are `{type(row).__name__}`, expected dictionaries.")
+    return dict(row)
+
+
+def is_stream(dataset: Any) -> bool:
+    """Returns whether a data set can only be read in order (`datasets.IterableDataset`)."""
+    from datasets import IterableDataset
+
+    return isinstance(dataset, IterableDataset)
+
+
+def say_on_main_process(message: str) -> None:
+    """Prints a line, in the process of rank 0 only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, flush=True)
+
+
+def _map(dataset: Any, processor: BatchProcessor, processing_class: Any, name: str, say: Say) -> tuple[Any, str]:
+    settings = processor.settings
+    template = processor.renderer.template if processor.renderer is not None else None
+    parts = cache.key_parts(dataset, processing_class, settings, template)
+    key = cache.fingerprint(parts)
+    path = cache.cache_file(dataset, key, settings.cache_dir)
+    keep = kept_columns(settings, dataset.column_names)
+    options = {
+        "with_indices": True,
+        "batched": True,
+        "batch_size": settings.batch_size,
+        "remove_columns": dataset.column_names,
+        "features": output_features(processor, {column: dataset.features[column] for column in keep}),
+        "new_fingerprint": key,
+        "desc": f"Preparing {name} rows",
+    }
+
+    def run(function: Callable[..., Any], num_proc: int | None) -> Any:
+        return dataset.map(function, num_proc=num_proc, cache_file_name=path, **options)
+
+    function = MapFunction(processor, keep)
+    workers = settings.num_proc if settings.num_proc and settings.num_proc > 1 else None
+    if path is None:
+        reason = "off (the rows live in memory)" if not dataset.cache_files else "off (caching is disabled)"
+        return _run(run, function, workers, settings, say), reason
+    if cache.is_cached(path):
+        return run(function, workers), "HIT"
+    with _lock(path, name, say):
+        if cache.is_cached(path):
+            return run(function, workers), "HIT (another process prepared the rows)"
+        reason = cache.explain_miss(path, parts)
+        prepared = _run(run, function, workers, settings, say)
+        cache.remember(path, parts)
+    return prepared, f"MISS ({reason})"
+
+
+def _run(run: Callable[..., Any], function: Any, workers: int | None, settings: DataSettings, say: Say) -> Any:
+    if workers is None:
+        return run(function, None)
+    return map_with_workers(run, function, workers, settings.stall_seconds, say)
+
+
+@contextmanager
+def _lock(path: str, name: str, say: Say) -> Any:
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path + ".lock")
+    while True:
+        try:
+            lock.acquire(timeout=60)
+            break
+        except Timeout:
+            say(f"{name}: another process is preparing the same rows; waiting for it ({path}.lock)")
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _finish(prepared: Any, processor: BatchProcessor) -> tuple[Any, SupervisionAudit]:
+    """Returns the data set without its dropped rows and counts, and the audit made of the counts."""
+
+    def column(key: str) -> np.ndarray:
+        return prepared.data.column(key).to_numpy()
+
+    flags = column(FLAGS)
+    audit = audit_rows(
+        flags,
+        column(LENGTH),
+        column(SOURCE_LENGTH),
+        column(SUPERVISED),
+        name=processor.name,
+        format=processor.format.kind.value,
+        mask_method=processor.mask_method,
+    )
+    kept = np.flatnonzero((flags & NOTHING_TRAINED) == 0)
+    prepared = prepared.remove_columns(list(COUNT_COLUMNS))
+    return (prepared if len(kept) == len(flags) else prepared.select(kept)), audit
+
+
+def _already_prepared(dataset: Any, columns: Sequence[str], settings: DataSettings, name: str) -> PreparedSplit | None:
+    """Returns the data set as it is if it is packed, or has labels and needs neither truncation nor dropping."""
+    if "seq_lengths" not in columns and not {"input_ids", "labels"} <= set(columns):
+        return None
+    if "labels" not in columns:
+        raise DataFormatError(
+            f"The {name} data set is packed (`seq_lengths`) but has no `labels`. Pack rows that have them."
+        )
+    lengths, supervised = count_rows(dataset)
+    packed = "seq_lengths" in columns
+    limit = settings.max_length if settings.truncate else None
+    if not packed and ((limit is not None and (lengths > limit).any()) or (supervised == 0).any()):
+        return None
+    if not packed and LENGTH not in columns:
+        return None
+    kind = Kind.PACKED if packed else Kind.TOKENIZED
+    flags = np.where(supervised == 0, NOTHING_TRAINED | NOTHING_BEFORE_TRUNCATION, 0).astype(np.uint8)
+    audit = audit_rows(flags, lengths, lengths, supervised, name=name, format=kind.value)
+    return PreparedSplit(dataset, audit, "already prepared")
+
+
+def _prepare_stream(
+    dataset: Any, processing_class: Any, settings: DataSettings, row: Mapping[str, Any], name: str, say: Say
+) -> PreparedSplit:
+    columns = list(row)
+    if "seq_lengths" in row:
+        audit = audit_rows(*[np.zeros(0, np.int32)] * 4, name=name, format=Kind.PACKED.value, sampled=True)
+        return PreparedSplit(dataset, audit, "already prepared")
+    processor = BatchProcessor(processing_class, settings, row, name)
+    keep = kept_columns(settings, columns)
+    known = dataset.features or {}
+    features = None
+    if all(column in known for column in keep):
+        features = output_features(processor, {column: known[column] for column in keep}, stream=True)
+    prepared = dataset.map(
+        StreamFunction(processor, keep),
+        with_indices=True,
+        batched=True,
+        batch_size=min(settings.batch_size, 256),
+        remove_columns=columns,
+        features=features,
+    )
+    sample = list(dataset.take(_STREAM_AUDIT_ROWS))
+    batch = {column: [example.get(column) for example in sample] for column in columns}
+    labelled = processor.process(batch, range(len(sample)))
+    audit = audit_rows(
+        labelled.tokens.flags,
+        labelled.tokens.lengths,
+        labelled.source_lengths,
+        labelled.supervised,
+        name=name,
+        format=processor.format.kind.value,
+        mask_method=processor.mask_method,
+        sampled=True,
+    )
+    line = f"off (a stream is prepared as it is read; audited are its first {len(sample)} rows)"
+    say(f"{name}: {processor.format.describe(columns)}; cache {line}")
+    return PreparedSplit(prepared, audit, line)

@@ -1,0 +1,81 @@
+"""Rows that come with `input_ids`: checked and read into the ragged form the pipeline works on."""
+
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any, NoReturn
+
+import numpy as np
+
+from finetune.data.formats import Columns
+from finetune.data.rows import IGNORE_INDEX
+from finetune.data.tokenize import DOUBLED_BOS, TokenBatch
+from finetune.errors import DataFormatError
+
+
+def read_tokenized(batch: Columns, rows: Sequence[int], tokenizer: Any, name: str = "train") -> TokenBatch:
+    """Returns the tokens of rows with `input_ids` and, where present, `labels`, `completion_mask`, `assistant_masks`.
+
+    Raises `DataFormatError` with the row index for lists of other lengths, values that are no integers, and ids that
+    the vocabulary does not have (they would crash a GPU without saying why).
+    """
+    ids, offsets = _flat(batch["input_ids"], "input_ids", rows, name)
+    limit = len(tokenizer)
+    if len(ids) and (ids.min() < 0 or ids.max() >= limit):
+        bad = int(np.flatnonzero((ids < 0) | (ids >= limit))[0])
+        row = rows[int(np.searchsorted(offsets, bad, side="right")) - 1]
+        _fail(
+            row, name, f"`input_ids` holds {ids[bad]}; the vocabulary has 0 to {limit - 1}", "Use the same tokenizer."
+        )
+    tokens = TokenBatch(ids.astype(np.int32), offsets)
+    if "labels" in batch:
+        labels = _column(batch, "labels", rows, offsets, name)
+        wrong = np.flatnonzero((labels != IGNORE_INDEX) & ((labels < 0) | (labels >= limit)))
+        if len(wrong):
+            row = rows[int(np.searchsorted(offsets, wrong[0], side="right")) - 1]
+            _fail(row, name, f"`labels` holds {labels[wrong[0]]}", f"Allowed: ids, and {IGNORE_INDEX} where untrained.")
+        tokens.labels = labels.astype(np.int32)
+    else:
+        if "completion_mask" in batch:
+            tokens.completion_mask = _column(batch, "completion_mask", rows, offsets, name) != 0
+        if "assistant_masks" in batch:
+            tokens.assistant_mask = _column(batch, "assistant_masks", rows, offsets, name) != 0
+    _flag_doubled_bos(tokens, tokenizer)
+    return tokens
+
+
+def _flag_doubled_bos(tokens: TokenBatch, tokenizer: Any) -> None:
+    bos = tokenizer.bos_token_id
+    if bos is None or bos == tokenizer.eos_token_id:
+        return
+    starts, doubled = tokens.offsets[:-1], tokens.lengths > 1
+    doubled[doubled] = (tokens.ids[starts[doubled]] == bos) & (tokens.ids[starts[doubled] + 1] == bos)
+    tokens.flags[doubled] |= DOUBLED_BOS
+
+
+def _column(batch: Columns, column: str, rows: Sequence[int], offsets: np.ndarray, name: str) -> np.ndarray:
+    values, own = _flat(batch[column], column, rows, name)
+    if not np.array_equal(own, offsets):
+        i = int(np.flatnonzero(np.diff(own) != np.diff(offsets))[0])
+        found = f"`{column}` has {own[i + 1] - own[i]} values for {offsets[i + 1] - offsets[i]} `input_ids`"
+        _fail(rows[i], name, found, "Make them equally long.")
+    return values
+
+
+def _flat(values: Sequence[Any], column: str, rows: Sequence[int], name: str) -> tuple[np.ndarray, np.ndarray]:
+    for row, value in zip(rows, values, strict=True):
+        if not isinstance(value, (list, tuple, np.ndarray)):
+            found = "None" if value is None else f"`{type(value).__name__}`"
+            _fail(row, name, f"`{column}` is {found}, expected a list of integers", "Remove or repair the row.")
+    offsets = np.zeros(len(values) + 1, np.int64)
+    np.cumsum([len(value) for value in values], out=offsets[1:])
+    try:
+        return np.fromiter(chain.from_iterable(values), np.int64, int(offsets[-1])), offsets
+    except (TypeError, ValueError):
+        for row, value in zip(rows, values, strict=True):
+            if any(not isinstance(item, (int, np.integer)) for item in value):
+                _fail(row, name, f"`{column}` holds values that are no integers", "Give one flat list of integers.")
+        raise
+
+
+def _fail(row: int, name: str, found: str, remedy: str) -> NoReturn:
+    raise DataFormatError(f"Row {row} of the {name} data set: {found}. {remedy}")
