@@ -39,7 +39,7 @@ class DataCollatorForLanguageModeling:
     Padding-free (one row; every sample restarts at position 0, and nobody predicts its first token):
 
     >>> batch = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)(
-    ...     [{"input_ids": [1, 2, 3]}, {"input_ids": [4, 5, 6], "seq_lengths": [2, 1]}])
+    ...     [{"input_ids": [1, 2, 3], "seq_lengths": [3]}, {"input_ids": [4, 5, 6], "seq_lengths": [2, 1]}])
     >>> batch["input_ids"], batch["position_ids"]
     (tensor([[1, 2, 3, 4, 5, 6]]), tensor([[0, 1, 2, 0, 1, 0]]))
     >>> batch["labels"]
@@ -76,7 +76,7 @@ class DataCollatorForLanguageModeling:
         """Returns the batch, see the class."""
         ids = _flat(examples, "input_ids")
         labels = _labels(examples, ids)
-        packed = "seq_lengths" in examples[0]
+        packed = _has(examples, "seq_lengths")
         samples = _sample_lengths(examples, ids.lengths) if packed else ids.lengths
         if self.padding_free:
             return self._flattened(ids.values, labels, samples)
@@ -148,13 +148,18 @@ def _flat(rows: Sequence[Mapping[str, Any]], name: str) -> _Flat:
     return _Flat(values, lengths)
 
 
+def _has(rows: Sequence[Mapping[str, Any]], name: str) -> bool:
+    """Returns whether any row has the column; one that lacks it is then an error, never a guess."""
+    return any(name in row for row in rows)
+
+
 def _labels(rows: Sequence[Mapping[str, Any]], ids: _Flat) -> np.ndarray:
     """Returns the labels of all rows, joined: `labels`, else `input_ids` under the masks that are there. (N,)"""
-    if "labels" in rows[0]:
+    if _has(rows, "labels"):
         return _same_length(_flat(rows, "labels"), ids, "labels").values
     labels = ids.values.copy()
     for name in _MASKS:
-        if name in rows[0]:
+        if _has(rows, name):
             labels[_same_length(_flat(rows, name), ids, name).values == 0] = IGNORE_INDEX
     return labels
 

@@ -82,6 +82,7 @@ def best_fit_decreasing(lengths: np.ndarray, seq_length: int) -> tuple[np.ndarra
     """
     if len(lengths) == 0:
         return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
+    assert lengths.min() > 0 and lengths.max() <= seq_length
     by_length = np.argsort(-lengths, kind="stable")
     distinct, counts = np.unique(lengths, return_counts=True)
     waiting: dict[int, deque[int]] = {}  # free space -> bins that have exactly that much left

@@ -157,7 +157,7 @@ def rank_batches(
     batch. With `even_batches` the last round is filled up from the start of the epoch. Pure index arithmetic.
 
     >>> list(rank_batches(np.arange(5), 2, num_processes=2, process_index=1))
-    [[2, 3], [0, 1]]
+    [[2, 3], [1, 2]]
     """
     num_rows = len(order)
     if num_processes == 1:

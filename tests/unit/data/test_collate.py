@@ -22,12 +22,13 @@ def random_rows(seed, packed):
 
 
 @pytest.mark.parametrize("multiple", [None, 1, 4, 8])
-@pytest.mark.parametrize("mode", ["padded", "padding_free", "return_position_ids"])
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("mode", "packed"),  # packed and padded is refused here, see test_packed_rows_are_not_padded
+    [("padded", False)]
+    + [(mode, packed) for mode in ("padding_free", "return_position_ids") for packed in (False, True)],
+)
 def test_output_equals_trl(mode, multiple, packed):
     reference = pytest.importorskip("trl.trainer.sft_trainer").DataCollatorForLanguageModeling
-    if packed and mode == "padded":
-        pytest.skip("refused here, see test_packed_rows_are_not_padded")
     kwargs = {} if mode == "padded" else {mode: True}
     for seed in range(25):
         rows = random_rows(seed, packed)
@@ -100,6 +101,9 @@ def test_packed_rows_are_not_padded():
         ([{"input_ids": [1, None]}], "list of integers"),
         ([{"input_ids": None}], "list of integers"),
         ([{"input_ids": [1], "labels": [1]}, {"input_ids": [1]}], "no `labels`"),
+        ([{"input_ids": [1]}, {"input_ids": [1], "labels": [-100]}], "no `labels`"),
+        ([{"input_ids": [1]}, {"input_ids": [1, 2], "seq_lengths": [1, 1]}], "no `seq_lengths`"),
+        ([{"input_ids": [1]}, {"input_ids": [1], "completion_mask": [0]}], "no `completion_mask`"),
         ([{"input_ids": [1, 2], "seq_lengths": [2, 1]}], "has 2 tokens, but its `seq_lengths` sum to 3"),
     ],
 )

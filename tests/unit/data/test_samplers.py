@@ -96,6 +96,8 @@ def test_rebalanced_micro_batches_are_those_of_transformers():
     rng = np.random.default_rng(1)
     for case in range(40):
         lengths = rng.integers(1, 60, rng.integers(1, 200)).tolist()
+        if case % 4 == 3:  # a few rows cost more than many: whole slots are settled early
+            lengths = (rng.lognormal(2, 2, 150).astype(int) + 1).tolist()
         ranks, accumulation = int(rng.integers(1, 4)), int(rng.integers(1, 4))
         size = ranks * accumulation * int(rng.integers(1, 6))
         for rank in range(ranks):

@@ -6,6 +6,7 @@ import torch
 from datasets import Dataset
 from torch.utils.data import IterableDataset, get_worker_info
 
+from finetune.data.packing import pack_dataset
 from finetune.data.streaming import StreamLoader, has_shuffle_buffer, why_not_resumable
 from finetune.errors import CheckpointError
 
@@ -53,8 +54,14 @@ def hub_stream(num_rows=37, num_shards=4, buffer=None):
     return stream if buffer is None else stream.shuffle(seed=3, buffer_size=buffer)
 
 
+def packable():
+    return Dataset.from_dict({"x": [[i] * (i % 5 + 1) for i in range(60)]}).to_iterable_dataset(num_shards=2)
+
+
 def collate(rows):
-    return {"x": torch.tensor([row["x"] if isinstance(row, dict) else row for row in rows])}
+    """A packed row is told by its first token."""
+    values = [row["x"] if isinstance(row, dict) else row for row in rows]
+    return {"x": torch.tensor([int(value[0]) if hasattr(value, "__len__") else value for value in values])}
 
 
 def loader(stream, batch_size=3, **kwargs):
@@ -69,6 +76,7 @@ STREAMS = {
     "stateful": lambda: Stateful(37),
     "datasets": hub_stream,
     "shuffled": lambda: hub_stream(buffer=8),
+    "packed": lambda: pack_dataset(packable(), 8, map_kwargs={"batch_size": 7}),
     "mapped": lambda: hub_stream().map(lambda b: {"x": [v * 2 for v in b["x"]]}, batched=True, batch_size=5),
 }
 
@@ -77,7 +85,7 @@ STREAMS = {
 def test_interrupted_equals_uninterrupted_at_every_batch(name):
     whole = loader(STREAMS[name]())
     epochs = [rows(whole), rows(whole)]
-    assert (epochs[0] == epochs[1]) == (name in ("datasets", "mapped"))
+    assert (epochs[0] == epochs[1]) == (name in ("datasets", "mapped", "packed"))
     for epoch in (0, 1):
         for stop in range(len(epochs[epoch])):
             first = loader(STREAMS[name]())
@@ -157,18 +165,18 @@ def test_a_position_of_another_epoch_is_dropped():
 
 
 def test_stream_without_state_is_refused_unless_told_to_read_again(caplog):
-    first = loader(Plain(20))
+    first = loader(Plain(20), batch_size=4)
     batches = iter(first)
     for _ in range(3):
         next(batches)
     state = first.state_dict()
-    second = loader(Plain(20))
+    second = loader(Plain(20), batch_size=4)
     with pytest.raises(CheckpointError, match=r"batch 3: `Plain` has no `state_dict`.*ignore_data_skip"):
         second.load_state_dict(state)
     with caplog.at_level(logging.WARNING):
         second.load_state_dict(state, reiterate=True)
-    assert "Reading 9 rows" in caplog.text
-    assert rows(second) == rows(loader(Plain(20)))[3:]
+    assert "Reading 12 rows" in caplog.text
+    assert rows(second) == rows(loader(Plain(20), batch_size=4))[3:]
 
 
 def test_reading_a_shuffled_stream_again_is_said(caplog):
@@ -208,7 +216,7 @@ def test_another_number_of_workers_is_refused():
     next(batches)
     state = first.state_dict()
     batches.close()
-    with pytest.raises(CheckpointError, match="2 worker.*asks for 1"):
+    with pytest.raises(CheckpointError, match=r"2 worker.*asks for 1"):
         loader(hub_stream()).load_state_dict(state)
 
 
