@@ -1,9 +1,11 @@
 """Writing and reading single files: only tensors and plain values, on disk when said so, hashed, never unpickled."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import shutil
 import zipfile
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator
@@ -87,8 +89,10 @@ def save_plain(value: Any, path: str | os.PathLike[str]) -> None:
     """
     path = Path(path)
     plain = to_plain(value, path.name)
-    with writing(path):
+    try:
         torch.save(plain, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as any of many `RuntimeError`
+        raise write_error(path, error) from error
     # Tensor subclasses pass `to_plain`; whether a safe load knows them only the file can tell.
     unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     if unknown:
@@ -143,7 +147,7 @@ def is_write_failure(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return True
     text = str(error)
-    marks = ("PytorchStreamWriter", "file write failed", "unexpected pos", "cannot be opened", "I/O error", "os error")
+    marks = ("StreamWriter", "inline_container", "Parent directory", "write failed", "iostream error", "os error")
     return (isinstance(error, RuntimeError) and any(mark in text for mark in marks)) or (
         type(error).__name__ == "SafetensorError" and "error" in text.lower()
     )
@@ -153,9 +157,10 @@ def write_error(path: Path, error: BaseException) -> CheckpointError:
     """Returns the error to raise when `path` could not be written, with the free space of its disk."""
     reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error).splitlines()[0]
     with contextlib.suppress(OSError):
-        usage = os.statvfs(nearest_existing(path))
-        free = usage.f_bavail * usage.f_frsize
-        reason += f"; {readable(free)} are free there"
+        free = shutil.disk_usage(nearest_existing(path)).free
+        # What torch says about a full disk ("unexpected pos 576 vs 534") helps nobody.
+        full = not isinstance(error, OSError) and free < _CHUNK
+        reason = f"{os.strerror(errno.ENOSPC) if full else reason}; {readable(free)} are free there"
     return CheckpointError(
         f"The checkpoint could not be written to `{path}`: {reason}. Checkpoints saved before are untouched. Free "
         "space or fix the permissions, or choose another `output_dir`; a smaller `save_total_limit` keeps fewer."

@@ -23,6 +23,7 @@ INCOMPLETE_SENTINEL = "checkpoint-is-incomplete.txt"
 # Ours.
 MANIFEST = "manifest.json"
 STAGING = ".staging"
+STAGED = ".staged"  # in a staging folder since it was made: a folder that vanished and came back has lost it
 LATEST, BEST = "latest", "best"
 
 CHECKPOINT_PREFIX = "checkpoint"

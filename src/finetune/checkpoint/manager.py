@@ -29,10 +29,11 @@ from finetune.checkpoint.optimizer import (
     save_scaler,
 )
 from finetune.checkpoint.resume import load_best_model, load_model, load_state, resolve_resume
+from finetune.checkpoint.retention import Retention
 from finetune.checkpoint.stateful import Stateful, load_stateful, save_stateful
-from finetune.checkpoint.store import CheckpointStore, Retention, require_writable
+from finetune.checkpoint.store import CheckpointStore, require_writable
 from finetune.checkpoint.weights import save_model, write_model
-from finetune.checkpoint.writer import CheckpointWriter, SaveReport, agreeing, meet
+from finetune.checkpoint.writer import CheckpointWriter, SaveReport, agreeing, meet, num_writers
 from finetune.control.callbacks import Events
 from finetune.control.state import TrainerState
 from finetune.distributed import ranks
@@ -130,7 +131,7 @@ def _save(
             store.require_space(bytes_needed(model, optimizer, weights_only=args.save_only_model))
             store.stage(state.global_step)
     with _discarding(store, staging, args), writer.collecting():
-        with agreeing():
+        with agreeing(), files.writing(staging):
             _write_all(hooks, staging, run_dir, args, events, stateful)
         report = SaveReport(Path(run_dir) / staging.name, state.global_step, in_background=writer.collects)
         finish = _committer(store, staging, report, args, state, started)
@@ -145,8 +146,7 @@ def _write_all(
     hooks: SaveHooks, staging: Path, run_dir: str, args: Any, events: Events, stateful: Mapping[str, Stateful]
 ) -> None:
     """Writes everything into `staging`, or hands it to the writer. Late-bound: overrides in subclasses run."""
-    with files.writing(staging):
-        staging.mkdir(parents=True, exist_ok=True)  # on a node that does not share the folder
+    staging.mkdir(parents=True, exist_ok=True)  # on a node that does not share the folder
     folder = str(staging)
     hooks.save_model(folder, _internal_call=True)
     _note_best(events.state, run_dir)
@@ -156,8 +156,7 @@ def _write_all(
         hooks._save_rng_state(folder)
     save_stateful(staging, stateful, rank=args.process_index, world_size=args.world_size)
     if args.should_save:
-        with files.writing(staging):
-            events.save(staging / layout.TRAINER_STATE)
+        events.save(staging / layout.TRAINER_STATE)
 
 
 def _committer(
@@ -173,20 +172,25 @@ def _committer(
         if error is not None:
             if args.should_save:
                 store.discard(staging)
-            raise error
+            with files.writing(staging):
+                raise error
         if not args.should_save:
             return
         checkpoint = store.commit(
-            staging, world_size=args.world_size, model_only=args.save_only_model, metric=metric,
+            staging,
+            world_size=args.world_size,
+            parts=num_writers(args),
+            model_only=args.save_only_model,
+            metric=metric,
             greater_is_better=args.greater_is_better is not False,
-        )  # fmt: skip
+        )
         if best:
             store.mark_best(Path(best).name)
         deleted = store.rotate(keep, best)
         report.num_bytes = checkpoint.manifest.num_bytes if checkpoint.manifest else 0
         report.write_seconds = time.perf_counter() - started
         logger.info(
-            "Saved `%s` (%s) in %.2f s%s.", report.folder, files.readable(report.num_bytes), report.write_seconds,
+            "Saved `%s` (%s) in %.2f s%s.", report.path, files.readable(report.num_bytes), report.write_seconds,
             f"; deleted {', '.join(deleted)}" if deleted else "",
         )  # fmt: skip
 

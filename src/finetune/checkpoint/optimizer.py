@@ -82,8 +82,10 @@ def load_optimizer(folder: Path, model: nn.Module, optimizer: Any) -> None:
     """
     names = folder / OPTIMIZER_LAYOUT
     if names.is_file():
-        saved, here = json.loads(names.read_text(encoding="utf-8")), parameter_layout(model, optimizer)
-        if saved != json.loads(json.dumps(here)):
+        here = parameter_layout(model, optimizer)
+        with backends.restoring(names):
+            saved = json.loads(names.read_text(encoding="utf-8"))
+        if saved != here:
             raise CheckpointError(
                 f"The optimizer state in `{folder}` is of other parameters: {_first_difference(saved, here)}. Resume "
                 "with the same model, adapters, frozen layers and `optim`, or start without `resume_from_checkpoint`."

@@ -74,7 +74,8 @@ def load_state(checkpoint: str, args: Any) -> TrainerState:
     Arguments that changed the meaning of steps since the checkpoint are named in a warning.
     """
     path = Path(checkpoint) / layout.TRAINER_STATE
-    state = TrainerState.load_from_json(path)
+    with backends.restoring(path):
+        state = TrainerState.load_from_json(path)
     if not isinstance(state.global_step, int) or not isinstance(state.log_history, list):
         raise CheckpointError(f"`{path}` is damaged: it has no step or no history. Pass another checkpoint.")
     best = state.best_model_checkpoint

@@ -54,7 +54,7 @@ def restore_rng(states: dict[str, Any]) -> None:
                 logger.warning("The checkpoint has no random state of `%s`: dropout will differ.", device)
         for device in set(states) & set(DEVICES) - set(here):
             logger.warning("The checkpoint has a random state of `%s`, which is not here.", device)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (LookupError, TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise CheckpointError(
             f"The random state in the checkpoint is malformed ({type(error).__name__}: {error}); pass another "
             "`resume_from_checkpoint`."

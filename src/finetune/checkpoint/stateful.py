@@ -29,7 +29,7 @@ def save_stateful(folder: Path, stateful: Mapping[str, Stateful], *, rank: int, 
     files.save_plain(content, folder / layout.stateful_name(rank, world_size))
 
 
-def load_stateful(checkpoint: str, stateful: Mapping[str, Stateful], *, rank: int, world_size: int) -> list[str]:
+def load_stateful(checkpoint: str | Path, stateful: Mapping[str, Stateful], *, rank: int, world_size: int) -> list[str]:
     """Restores `stateful` from `checkpoint`. Returns the names that were in it; the others keep their state.
 
     transformers' checkpoints have none. With another number of processes than before, an object gets all states if it
@@ -38,17 +38,21 @@ def load_stateful(checkpoint: str, stateful: Mapping[str, Stateful], *, rank: in
     Raises:
         CheckpointError: a state cannot be re-divided over the processes of this run.
     """
-    contents = [files.load_plain(path) for path in layout.stateful_files(Path(checkpoint))]
-    states = [content["states"] for content in contents]
+    folder = Path(checkpoint)
+    own = folder / layout.stateful_name(rank, world_size)
+    with backends.restoring(folder):
+        content: dict[str, Any] = files.load_plain(own) if own.is_file() else {"world_size": 0}
+        if content["world_size"] == world_size:
+            return _load_own(dict(content["states"]), stateful)
+        contents = [files.load_plain(path) for path in layout.stateful_files(folder)]
+        states = [dict(content["states"]) for content in contents]
     restored: list[str] = []
     for name, item in stateful.items():
         found = [state[name] for state in states if name in state]
         if not found:
             continue
-        with backends.restoring(Path(checkpoint)):
-            if len(states) == world_size:
-                item.load_state_dict(found[rank])
-            elif hasattr(item, "load_state_dicts"):
+        with backends.restoring(folder):
+            if hasattr(item, "load_state_dicts"):
                 item.load_state_dicts(found)  # pyright: ignore[reportAttributeAccessIssue]
             elif all(_equal(found[0], other) for other in found[1:]):
                 item.load_state_dict(found[0])
@@ -59,6 +63,13 @@ def load_stateful(checkpoint: str, stateful: Mapping[str, Stateful], *, rank: in
                 )
         restored.append(name)
     return restored
+
+
+def _load_own(states: dict[str, Any], stateful: Mapping[str, Stateful]) -> list[str]:
+    present = [name for name in stateful if name in states]
+    for name in present:
+        stateful[name].load_state_dict(states[name])
+    return present
 
 
 def _equal(left: Any, right: Any) -> bool:

@@ -13,67 +13,17 @@ import dataclasses
 import logging
 import os
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.checkpoint import files, layout
 from finetune.checkpoint.lock import folder_lock
-from finetune.checkpoint.manifest import Manifest, describe, find_problem, read_manifest
+from finetune.checkpoint.manifest import describe, find_problem, read_manifest
+from finetune.checkpoint.retention import Checkpoint, Retention
 from finetune.errors import ArgumentError, CheckpointError
 
 logger = logging.getLogger(__name__)
 
 _REPLACED, _DELETED = "replaced-", "deleted-"
-
-
-@dataclass(frozen=True)
-class Retention:
-    """Which checkpoints stay. The newest and the best always do.
-
-    Either `total_limit` (transformers' `save_total_limit`: so many in all, the best among them), or `keep_last`
-    newest ones plus `keep_best` best ones by metric. None of them: all stay.
-    """
-
-    total_limit: int | None = None
-    keep_last: int | None = None
-    keep_best: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.total_limit and (self.keep_last or self.keep_best):
-            raise ArgumentError(
-                "`save_total_limit` cannot be combined with `keep_last` or `keep_best`; use one of the two policies."
-            )
-
-    def to_delete(self, checkpoints: "list[Checkpoint]", best: str | None) -> "list[Checkpoint]":
-        """Returns which of `checkpoints` (oldest first) go. `best` is the name of the best one.
-
-        >>> steps = [Checkpoint(Path(f"checkpoint-{s}"), s, None) for s in (1, 2, 3, 4)]
-        >>> [c.step for c in Retention(total_limit=2).to_delete(steps, best="checkpoint-1")]
-        [2, 3]
-        """
-        protected = {c.path.name for c in checkpoints[-1:]} | {best}
-        if self.keep_last or self.keep_best:
-            protected |= {c.path.name for c in checkpoints[-self.keep_last :]} if self.keep_last else set()
-            measured = [(c.manifest, c) for c in checkpoints if c.manifest and c.manifest.metric is not None]
-            measured.sort(key=lambda pair: pair[0].metric or 0.0, reverse=True)
-            if measured and not measured[-1][0].greater_is_better:
-                measured.reverse()
-            protected |= {c.path.name for _, c in measured[: self.keep_best or 0]}
-            return [c for c in checkpoints if c.path.name not in protected]
-        if not self.total_limit or self.total_limit < 0:
-            return []
-        others = [c for c in checkpoints if c.path.name not in protected]
-        surplus = len(checkpoints) - max(self.total_limit, len(checkpoints) - len(others))
-        return others[: max(surplus, 0)]
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """One checkpoint folder. `manifest` is None for one that transformers wrote."""
-
-    path: Path
-    step: int
-    manifest: Manifest | None
 
 
 class CheckpointStore:
@@ -156,16 +106,27 @@ class CheckpointStore:
             try:
                 self._recover_locked()
                 staging.mkdir(parents=True)
+                (staging / layout.STAGED).touch()
             except BaseException:
                 folder_lock(self.root).release()
                 raise
         return staging
 
     def commit(
-        self, staging: Path, *, world_size: int = 1, model_only: bool = False, metric: float | None = None,
+        self,
+        staging: Path,
+        *,
+        world_size: int = 1,
+        parts: int | None = None,
+        model_only: bool = False,
+        metric: float | None = None,
         greater_is_better: bool = True,
-    ) -> Checkpoint:  # fmt: skip
+    ) -> Checkpoint:
         """Certifies the files in `staging` and moves it into place. Returns the checkpoint.
+
+        Args:
+            parts: how many processes write into this folder; None means all.
+            world_size, model_only, metric, greater_is_better: see `Manifest`.
 
         Raises:
             CheckpointError: a file is malformed or the disk refused; nothing but the staging folder has changed.
@@ -174,8 +135,7 @@ class CheckpointStore:
         assert step is not None
         try:
             with files.writing(staging):
-                if not staging.is_dir():
-                    raise FileNotFoundError(2, os.strerror(2), str(staging))
+                _require_all(staging, world_size if parts is None else parts)
                 manifest = describe(
                     staging, step=step, world_size=world_size, model_only=model_only, metric=metric,
                     greater_is_better=greater_is_better,
@@ -282,6 +242,17 @@ class CheckpointStore:
             files.write_durably(self.root / pointer, f"{name}\n")
         except OSError as error:  # The checkpoint itself is complete; a pointer is a convenience.
             logger.warning("The pointer `%s` could not be written: %s", self.root / pointer, error)
+
+
+def _require_all(staging: Path, expected: int) -> None:
+    """Raises unless `staging` is still the folder that was made, with the part of every process in it."""
+    (staging / layout.STAGED).unlink()
+    parts = len(layout.stateful_files(staging))
+    if 0 < parts < expected:
+        raise CheckpointError(
+            f"Only {parts} of {expected} processes wrote into `{staging}`: they do not share this folder. Use an "
+            "`output_dir` that all of them see, or `save_on_each_node`."
+        )
 
 
 def require_writable(output_dir: str | os.PathLike[str]) -> None:

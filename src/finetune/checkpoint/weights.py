@@ -1,10 +1,11 @@
 """Model weights: written as transformers writes them, loaded, and compared with the file after loading."""
 
+import contextlib
 import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -93,13 +94,29 @@ def write_model(
 def _write_weights(target: Any, folder: Path, state_dict: dict[str, Tensor] | None, is_writer: bool) -> None:
     with files.writing(folder):
         if hasattr(target, "save_pretrained"):
-            target.save_pretrained(str(folder), state_dict=state_dict, is_main_process=is_writer)
+            with _without_progress_bar():
+                target.save_pretrained(str(folder), state_dict=state_dict, is_main_process=is_writer)
         elif is_writer:
             from safetensors.torch import save_file
 
             assert state_dict is not None
             tensors, aliases = without_aliases(state_dict)
             save_file(tensors, folder / layout.WEIGHTS, metadata={"format": "pt", **aliases})
+
+
+@contextlib.contextmanager
+def _without_progress_bar() -> Iterator[None]:
+    """Keeps transformers from drawing a bar of written shards into that of the training."""
+    from transformers.utils import logging as library
+
+    shown = library.is_progress_bar_enabled()
+    if shown:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            library.enable_progress_bar()
 
 
 def plain_arguments(args: Any) -> dict[str, Any]:

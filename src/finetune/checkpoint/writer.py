@@ -21,7 +21,7 @@ class SaveReport:
     """What a save cost. `stall_seconds`: training stood still. `write_seconds`: until it was on the disk, 0.0 while
     that still runs in the background. `num_bytes`: of the whole checkpoint, 0 until then."""
 
-    folder: Path
+    path: Path
     step: int
     stall_seconds: float = 0.0
     write_seconds: float = 0.0
@@ -148,7 +148,12 @@ def agreeing() -> Iterator[None]:
     raise_together(error)
 
 
-def _meet(
+def num_writers(args: Any) -> int:
+    """Returns how many processes write into one folder: all, or those of this node with `save_on_each_node`."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or args.world_size) if args.save_on_each_node else args.world_size
+
+
+def meet(
     staging: Path, args: Any, error: BaseException | None, timeout_seconds: float = 1800.0
 ) -> BaseException | None:
     """Waits in the background for the other processes that write into this folder. Returns the first failure.
@@ -161,7 +166,7 @@ def _meet(
     own.with_suffix(f"{own.suffix}.tmp").rename(own)
     if not args.should_save:
         return error
-    expected = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if args.save_on_each_node else args.world_size
+    expected = num_writers(args)
     deadline = time.monotonic() + timeout_seconds
     while len(marks := [p for p in staging.parent.glob(f"{mark.name}*") if not p.name.endswith(".tmp")]) < expected:
         if time.monotonic() > deadline:
