@@ -92,7 +92,6 @@ class Repository:
                 commit_message=upload.message,
                 token=self._token,
                 revision=upload.revision,
-                ignore_patterns=list(upload.ignore),
                 # What the folder no longer has (a shard less, a process less) must not be found on the next resume.
                 delete_patterns=["*"] if upload.replaces_folder else None,
             )
@@ -141,7 +140,10 @@ class Repository:
 
 @dataclass(frozen=True)
 class Upload:
-    """One folder on its way to the Hub. `source` is the folder that outlives it, for the command that repeats it."""
+    """One folder on its way to the Hub.
+
+    `source` is the folder that outlives it and `ignore` what to leave out of that, for the command that repeats it.
+    """
 
     folder: Path
     source: Path

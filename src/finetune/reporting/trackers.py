@@ -87,13 +87,9 @@ def callbacks(report_to: str | Sequence[str] | None, logging_dir: str | None = N
 def _is_installed(name: str) -> bool:
     if name == "kubeflow":
         return "KUBEFLOW_TRAINER_SERVER_URL" in os.environ
-    # A parent package has to be found before its child may be looked up.
-    return any(all(_can_import(module) for module in group) for group in _TRACKERS[name].modules)
-
-
-def _can_import(module: str) -> bool:
-    parent = module.rpartition(".")[0]
-    return (not parent or _can_import(parent)) and importlib.util.find_spec(module) is not None
+    # Groups name a parent package before its child: looking up the child of a missing parent raises.
+    groups = _TRACKERS[name].modules
+    return any(all(importlib.util.find_spec(module) is not None for module in group) for group in groups)
 
 
 def _installed() -> list[str]:

@@ -69,14 +69,14 @@ def test_utilisation(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "peak"),
     [
-        ("NVIDIA A100-SXM4-80GB", 312000000000000.0),
-        ("NVIDIA L40S", 362000000000000.0),
-        ("NVIDIA L4", 121000000000000.0),
-        ("NVIDIA A10G", 70000000000000.0),
-        ("NVIDIA H200", 989000000000000.0),
-        ("NVIDIA A40", 150000000000000.0),
-        ("NVIDIA H100 PCIe", 756000000000000.0),
-        ("Tesla T4", 65000000000000.0),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A10G", 70e12),
+        ("NVIDIA A40", 150e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA L40S", 362e12),
+        ("Tesla T4", 65e12),
         ("?", None),
     ],
 )

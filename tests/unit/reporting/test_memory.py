@@ -92,6 +92,12 @@ def test_ledger_counts_each_storage_once():
     assert after.total == 416 + 400 + 804 + 24
 
 
+def test_views_of_one_storage_count_once():
+    whole = torch.zeros(100)
+    model = nn.ParameterList([nn.Parameter(whole[:40]), nn.Parameter(whole[40:])])
+    assert take_ledger(model).parameters == 400 and take_ledger(model).dtypes == {"float32": 100}
+
+
 def test_ledger_of_a_model_without_memory():
     with torch.device("meta"):
         model = nn.Linear(1000, 1000)
