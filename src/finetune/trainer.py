@@ -64,9 +64,11 @@ class Trainer(EvaluationMethods, OptimizerMethods, SavingMethods):
             CheckpointError: the checkpoint cannot be resumed from.
             NonFiniteLossError: the loss became NaN or infinite and `nonfinite_policy` is `raise`.
         """
+        self._memory_tracker.start("train")
+        self._run = None
+        self._hp_search_setup(trial)
         args = self.args
         checkpoint = checkpoints.resolve_resume(resume_from_checkpoint, self._get_output_dir(trial))
-        self._memory_tracker.start("train")
         with contextlib.ExitStack() as stack:
             self.is_in_train = True
             stack.callback(setattr, self, "is_in_train", False)
@@ -77,17 +79,22 @@ class Trainer(EvaluationMethods, OptimizerMethods, SavingMethods):
                 self._move_model_to_device(self.model, args.device)
             features.enter(stack, self.model, args, self.processing_class, self.neftune_noise_alpha)
             stack.enter_context(self._model_features())
+            stack.enter_context(setup.underflow_debugger(self.model, args.debug))
             if checkpoint is not None and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
                 self._load_from_checkpoint(checkpoint)
             loop: Callable[..., TrainOutput] = self._inner_training_loop
             if args.auto_find_batch_size:
                 from accelerate.utils import find_executable_batch_size
 
-                loop = find_executable_batch_size(loop, starting_batch_size=self._train_batch_size)
+                loop = find_executable_batch_size(
+                    lambda batch_size, **rest: self._inner_training_loop(batch_size=batch_size, **rest),
+                    starting_batch_size=self._starting_batch_size(checkpoint),
+                )
             else:
-                loop = partial(loop, self._train_batch_size)
-            stack.enter_context(checkpoints.report_last_on_error(self._get_output_dir(trial), self._writer))
-            stack.enter_context(self._saving_on_exception(trial))
+                loop = partial(loop, batch_size=self._train_batch_size)
+            if trial is None:
+                stack.enter_context(checkpoints.report_last_on_error(self._get_output_dir(trial), self._writer))
+                stack.enter_context(self._saving_on_exception(trial))
             return loop(
                 args=args,
                 resume_from_checkpoint=checkpoint,
@@ -109,26 +116,26 @@ class Trainer(EvaluationMethods, OptimizerMethods, SavingMethods):
                 )
             raise
 
+    def _starting_batch_size(self, checkpoint: str | None) -> int:
+        """Returns the batch size `auto_find_batch_size` begins with: the one it had found before the checkpoint."""
+        found = checkpoints.load_state(checkpoint, self.args).train_batch_size if checkpoint else None
+        return found or self._train_batch_size
+
     def _inner_training_loop(
         self,
-        batch_size: int,
-        args: TrainingArguments,
+        batch_size: int | None = None,
+        args: TrainingArguments | None = None,
         resume_from_checkpoint: str | None = None,
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
-        """Runs one training with one batch size; `auto_find_batch_size` calls it again with half of it."""
+        """Runs one training with one batch size; `auto_find_batch_size` calls it again with a smaller one."""
+        args = args or self.args
         self.accelerator.free_memory()
-        self._train_batch_size = batch_size
+        setup.warn_of_second_start(self._run, self.state.global_step, batch_size)
+        self._train_batch_size = batch_size or self._train_batch_size
         loader = self.get_train_dataloader()
-        plan = StepPlan.resolve(
-            num_batches=len(loader) if (sized := loaders.has_length(loader)) else None,
-            num_examples=self.num_examples(loader) if sized else None,
-            accumulation=args.gradient_accumulation_steps,
-            num_train_epochs=args.num_train_epochs,
-            max_steps=args.max_steps,
-            total_batch_size=self.get_total_train_batch_size(args),
-        )
+        plan = StepPlan.from_values(args.gradient_accumulation_steps, self.set_initial_training_values(args, loader))
         resume = self._init_training_state(plan, resume_from_checkpoint, trial)
         model = self._prepare_for_training(plan.max_steps, loader, resume_from_checkpoint)
         run = self._run = TrainingRun(
@@ -175,7 +182,9 @@ class Trainer(EvaluationMethods, OptimizerMethods, SavingMethods):
         self.state.init_training_references(self, plan.max_steps, plan.num_train_epochs, trial)
         return plan.resume_at(self.state.global_step, skip_data=not self.args.ignore_data_skip)
 
-    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, checkpoint: str | None) -> nn.Module:
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
+    ) -> nn.Module:
         """Creates optimizer and schedule, wraps the model, and loads their state. Returns the model to train."""
         if self._created_lr_scheduler:
             self.lr_scheduler, self._created_lr_scheduler = None, False
@@ -192,11 +201,11 @@ class Trainer(EvaluationMethods, OptimizerMethods, SavingMethods):
             self.model = self.model_wrapped
         self.deepspeed = self.model_wrapped if self.is_deepspeed_enabled else None
         self.lr_scheduler = prepared.lr_scheduler or self.create_scheduler(num_training_steps=max_steps)
-        if checkpoint is not None:
+        if resume_from_checkpoint is not None:
             if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-                self._load_from_checkpoint(checkpoint, self.model_wrapped)
-            self._load_optimizer_and_scheduler(checkpoint)
-            self._load_scaler(checkpoint)
+                self._load_from_checkpoint(resume_from_checkpoint, self.model_wrapped)
+            self._load_optimizer_and_scheduler(resume_from_checkpoint)
+            self._load_scaler(resume_from_checkpoint)
         handler = self.callback_handler
         handler.model, handler.optimizer, handler.lr_scheduler = self.model, self.optimizer, self.lr_scheduler
         handler.train_dataloader = train_dataloader
@@ -242,10 +251,6 @@ class Trainer(EvaluationMethods, OptimizerMethods, SavingMethods):
         if self.place_model_on_device:
             self._move_model_to_device(self.model, self.args.device)
 
-    def get_total_train_batch_size(self, args: TrainingArguments) -> int:
-        """Returns the rows of one optimizer step: micro-batch x accumulation x data-parallel processes."""
-        return self._train_batch_size * args.gradient_accumulation_steps * args.world_size
-
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
@@ -259,13 +264,14 @@ class Trainer(EvaluationMethods, OptimizerMethods, SavingMethods):
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         if not (self.model_accepts_loss_kwargs or self.compute_loss_func is not None):
             return None
-        return global_count(
+        count = global_count(
             batch_samples,
             accelerator=self.accelerator,
             device=device,
             shifts_labels=self._traits.shifts_labels,
             across_processes=self.args.average_tokens_across_devices,
         )
+        return count if count is None or self._replicas == 1 else count / self._replicas
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Runs forward and backward of one micro-batch and returns its detached, scaled loss.
@@ -281,9 +287,8 @@ class Trainer(EvaluationMethods, OptimizerMethods, SavingMethods):
         step.empty_cache(self.args.torch_empty_cache_steps, self.state.global_step)
         scaled = self.loss_is_scaled_for_ga
         if scaled is None:
-            scaled = self.compute_loss_func is not None or (
-                self.model_accepts_loss_kwargs and num_items_in_batch is not None
-            )
+            told = num_items_in_batch is not None and self._passes_num_items
+            scaled = self.compute_loss_func is not None or (self.model_accepts_loss_kwargs and told)
         loss = step.scale_loss(loss, already_scaled=scaled, accumulation=self.current_gradient_accumulation_steps)
         extra = step.backward_kwargs(self.args.optim, self.accelerator, self._get_learning_rate)
         self.accelerator.backward(loss, **extra)
@@ -317,7 +322,7 @@ class Trainer(EvaluationMethods, OptimizerMethods, SavingMethods):
     def _undo_process_average(self, loss: Tensor, num_items_in_batch: Any) -> Tensor:
         if num_items_in_batch is None or not self.args.average_tokens_across_devices:
             return loss
-        return step.undo_process_average(loss, self.accelerator.num_processes)
+        return step.undo_process_average(loss, self.accelerator.num_processes // self.get_tp_size())
 
     def _model_features(self) -> contextlib.AbstractContextManager[Any]:
         """Returns what a subclass changes on the model while it trains; entered before the model is wrapped."""
@@ -328,11 +333,18 @@ class Trainer(EvaluationMethods, OptimizerMethods, SavingMethods):
         return step.accepts_num_items(type(self).compute_loss)
 
     def compute_loss_context_manager(self) -> contextlib.AbstractContextManager[Any]:
-        """Returns the context in which every loss is computed. Empty: accelerate applies autocast itself."""
+        """Returns the context in which every loss is computed."""
+        return self.autocast_smart_context_manager()
+
+    def autocast_smart_context_manager(
+        self, cache_enabled: bool | None = True
+    ) -> contextlib.AbstractContextManager[Any]:
+        """Returns the autocast context of every loss. Empty: accelerate applies autocast itself."""
         return contextlib.nullcontext()
 
     def _prepare_input(self, data: Any) -> Any:
-        return step.move(data, self.args.device, step.input_dtype(self.accelerator))
+        """Returns a batch, or part of one, with its tensors on the device. Calls itself for nested data."""
+        return step.move(data, self.args.device, step.input_dtype(self.accelerator), each=self._prepare_input)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Returns a batch with its tensors on the device. Called for every training and evaluation batch."""
@@ -392,7 +404,8 @@ class Trainer(EvaluationMethods, OptimizerMethods, SavingMethods):
             self.store_flos()
             self.log(logs, start_time)
         if self.control.should_evaluate:
-            is_best = self._determine_best_metric(self._evaluate(trial, ignore_keys_for_eval), trial)
+            metrics = self._evaluate(trial, ignore_keys_for_eval)
+            is_best = self._determine_best_metric(metrics=metrics, trial=trial)
             if self.args.save_strategy == "best":
                 self.control.should_save = is_best
         if self.control.should_save:

@@ -260,3 +260,25 @@ def load_loader_state(loader: Any, state: Mapping[str, Any], *, verify: bool = T
             f"The training data is not what it was when the checkpoint was written: {'; '.join(changed)}. Restore it "
             "(data set, `seed`, `data_seed`, `train_sampling_strategy`), or use `ignore_data_skip=True`."
         )
+
+
+def batch_rows(
+    loader: Any, number: int, epoch: int | None = None, *, process_index: int | None = None
+) -> list[int] | None:
+    """Returns which rows of the data set are in micro-batch `number` (from 0) of one process; reads no row.
+
+    Of `epoch`, or of the one the loader is in; of this process by default. None when the order cannot be known in
+    advance (a stream, a sampler of one's own) or there is no such batch.
+    """
+    if is_stream(getattr(loader, "dataset", None)) or getattr(loader, "batch_sampler", None) is None:
+        return None
+    shard, batches, sampler = _layers(loader.batch_sampler)
+    if isinstance(batches, BatchRebalanceSampler):
+        return None
+    order = _order(sampler) if epoch is None else _epoch_order(loader, epoch)
+    if order is None or getattr(batches, "batch_size", None) is None:
+        return None
+    sharding = {} if shard is None else {key: getattr(shard, key) for key in _SHARDING}
+    if shard is not None and process_index is not None:
+        sharding["process_index"] = process_index
+    return next(rank_batches(order, batches.batch_size, drop_last=batches.drop_last, start=number, **sharding), None)

@@ -7,7 +7,8 @@ the batch size, on packing or on the number of processes. Two batches with mean 
 Rows that accelerate repeats to give every process a full last batch are cut off before they are scored.
 """
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +18,10 @@ from torch import Tensor, nn
 
 from finetune.compat import EvalLoopOutput, EvalPrediction
 from finetune.control.callbacks import Events
-from finetune.engine.gather import Collected, find_batch_size
+from finetune.engine.eval_rows import CountedBatch, count_rows
+from finetune.engine.gather import PADDING, Collected, find_batch_size, pad_rows
 from finetune.engine.step import count_items
+from finetune.engine.streaming import RunningSums, SumMetrics
 from finetune.errors import ArgumentError
 from finetune.hooks import EvalHooks
 
@@ -39,7 +42,7 @@ class EvalSettings:
 
     args: "TrainingArguments"
     accelerator: "Accelerator"
-    compute_metrics: Callable[..., dict[str, Any]] | None
+    compute_metrics: Callable[..., dict[str, Any]] | SumMetrics | None
     preprocess_logits: Callable[[Any, Any], Any] | None
     gather_function: Callable[[Any], Any]
     prediction_loss_only: bool
@@ -78,47 +81,75 @@ def evaluation_loop(
     hooks: EvalHooks, model: nn.Module, dataloader: Any, settings: EvalSettings, events: Events
 ) -> EvalLoopOutput:
     """Returns predictions, labels, prefixed metrics and the exact number of rows of one pass over `dataloader`."""
-    args, accelerator = settings.args, settings.accelerator
+    args, accelerator, compute_metrics = settings.args, settings.accelerator, settings.compute_metrics
     model.eval()
-    kept = _Kept(settings)
-    loss_sum, metrics, num_rows = _LossSum(args.device), None, 0
+    kept, loss_sum = _Kept(settings), _LossSum(args.device)
+    sums = RunningSums(compute_metrics) if isinstance(compute_metrics, SumMetrics) else None
+    metrics: dict[str, Any] | None = None
+    num_rows = 0
     for step, raw in enumerate(dataloader):
-        inputs, valid, rows = _drop_repeated_rows(raw, accelerator, dataloader)
-        num_rows += rows
-        items = count_items([inputs], shifts_labels=settings.shifts_labels) if isinstance(inputs, Mapping) else None
-        weight = valid if items is None else torch.where(torch.tensor(valid > 0, device=items.device), items, 0)
+        counted = count_rows(raw, step, accelerator, dataloader)
+        num_rows += counted.rows
         losses, logits, labels = hooks.prediction_step(
-            model, inputs, settings.prediction_loss_only, ignore_keys=settings.ignore_keys
+            model, counted.inputs, settings.prediction_loss_only, ignore_keys=settings.ignore_keys
         )
         if losses is not None:
-            loss_sum.add(losses.detach().mean(), weight)
-        batch = kept.gather(hooks, raw, losses, logits, labels)
+            loss_sum.add(losses.detach().mean(), _weight(counted, settings.shifts_labels))
+        if sums is not None and logits is not None and labels is not None and counted.valid:
+            seen = logits if settings.preprocess_logits is None else settings.preprocess_logits(logits, labels)
+            sums.add(seen, labels)
+        if sums is None or settings.keep_all:
+            batch = kept.gather(hooks, counted.inputs, find_batch_size(raw), losses, logits, labels)
+            if args.batch_eval_metrics and sums is None:
+                metrics = _batch_metrics(settings, batch) or metrics
+        del losses, logits, labels
         events.fire("on_prediction_step")
-        if args.batch_eval_metrics:
-            if settings.compute_metrics is not None and batch.logits is not None and batch.labels is not None:
-                metrics = settings.compute_metrics(
-                    batch.as_prediction(args.include_for_metrics),
-                    compute_result=accelerator.gradient_state.end_of_dataloader,
-                )
-        elif args.eval_accumulation_steps is not None and (step + 1) % args.eval_accumulation_steps == 0:
+        if args.eval_accumulation_steps is not None and (step + 1) % args.eval_accumulation_steps == 0:
             kept.offload()
 
     predictions, label_ids = kept.predictions.arrays(), kept.labels.arrays()
-    if (
-        settings.compute_metrics is not None
-        and not args.batch_eval_metrics
-        and predictions is not None
-        and label_ids is not None
-    ):
-        metrics = settings.compute_metrics(kept.as_prediction(predictions, label_ids))
-    mean_loss = loss_sum.mean(accelerator)
-    metrics = _prefixed(metrics or {}, mean_loss, settings.metric_key_prefix)
+    if sums is not None:
+        metrics = sums.result(accelerator)
+    elif compute_metrics is not None and not args.batch_eval_metrics and not (predictions is None or label_ids is None):
+        metrics = compute_metrics(kept.as_prediction(predictions, label_ids))
+    metrics = _prefixed(metrics or {}, loss_sum.mean(accelerator), settings.metric_key_prefix)
     return EvalLoopOutput(
-        predictions=predictions,
-        label_ids=label_ids,
-        metrics=metrics,
-        num_samples=_num_samples(dataloader, num_rows),
+        predictions=predictions, label_ids=label_ids, metrics=metrics, num_samples=_num_samples(dataloader, num_rows)
     )
+
+
+def _weight(counted: CountedBatch, shifts_labels: bool) -> Tensor | int:
+    """Returns the items that a batch's mean loss stands for: its supervised tokens, else its rows."""
+    if not counted.valid or not isinstance(counted.inputs, Mapping):
+        return counted.valid
+    items = count_items([counted.inputs], shifts_labels=shifts_labels)
+    return counted.valid if items is None else items
+
+
+def _batch_metrics(settings: EvalSettings, batch: "_Batch") -> dict[str, Any] | None:
+    if settings.compute_metrics is None or batch.logits is None or batch.labels is None:
+        return None
+    return settings.compute_metrics(
+        batch.as_prediction(settings.args.include_for_metrics),
+        compute_result=settings.accelerator.gradient_state.end_of_dataloader,
+    )
+
+
+@contextlib.contextmanager
+def naming_memory_errors(args: "TrainingArguments") -> Iterator[None]:
+    """Within, an evaluation that runs out of memory says so: a smaller training batch would not help it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if args.auto_find_batch_size:
+            from accelerate.utils.memory import should_reduce_batch_size
+
+            if should_reduce_batch_size(error):
+                raise RuntimeError(
+                    "The evaluation does not fit into memory. `auto_find_batch_size` changes the training batch only: "
+                    f"lower `per_device_eval_batch_size` (now {args.per_device_eval_batch_size})."
+                ) from error
+        raise
 
 
 @dataclass
@@ -145,44 +176,46 @@ class _Kept:
         concat = settings.args.eval_do_concat_batches
         self.predictions, self.labels = Collected(concat=concat), Collected(concat=concat)
         self.inputs, self.losses = Collected(concat=concat), Collected(concat=concat)
+        self._many = settings.accelerator.num_processes > 1
+        self._keeps = settings.keep_all or not settings.args.batch_eval_metrics
 
-    def gather(self, hooks: EvalHooks, inputs: Any, losses: Any, logits: Any, labels: Any) -> _Batch:
-        """Returns the batch as all processes see it, and keeps it unless metrics are computed batch by batch."""
-        settings, accelerator = self.settings, self.settings.accelerator
-        include = settings.args.include_for_metrics
-        keep = settings.keep_all or not settings.args.batch_eval_metrics
-        many = accelerator.num_processes > 1
-        gather = settings.gather_function if many else (lambda data: data)
-        pad = (
-            (lambda data: accelerator.pad_across_processes(data, dim=1, pad_index=-100))
-            if many
-            else (lambda data: data)
-        )
-        rows = find_batch_size(inputs) or 1
+    def gather(self, hooks: EvalHooks, inputs: Any, rows: int | None, losses: Any, logits: Any, labels: Any) -> _Batch:
+        """Returns the batch as all processes see it, and keeps it unless metrics are computed batch by batch.
+
+        `rows` is the size of the batch before repeated rows were cut off: processes can only gather equal shapes.
+        """
+        settings, include = self.settings, self.settings.args.include_for_metrics
+        rows = rows or 1
         shown, per_row = None, None
         if "inputs" in include:
             prepared = hooks._prepare_inputs(inputs)
             # `compute_metrics(compute_result=...)` gets the whole batch, the ordinary one only the main input.
-            shown = prepared if settings.args.batch_eval_metrics else gather(pad(prepared[settings.main_input_name]))
-            if keep:
-                self.inputs.add(shown)
+            shown = prepared
+            if not settings.args.batch_eval_metrics:
+                shown = self._everywhere(self._even(prepared[settings.main_input_name], rows), self.inputs)
         if "loss" in include and losses is not None:
-            per_row = gather(losses.detach().repeat(rows))
-            if keep:
-                self.losses.add(per_row)
-        labels = None if labels is None else pad(labels)
+            per_row = self._everywhere(losses.detach().repeat(rows), self.losses)
+        labels = None if labels is None else self._even(labels, rows)
         if logits is not None:
-            logits = pad(logits)
+            logits = self._even(logits, rows)
             if settings.preprocess_logits is not None:
                 logits = settings.preprocess_logits(logits, labels)
-            logits = gather(logits)
-            if keep:
-                self.predictions.add(logits)
+            logits = self._everywhere(logits, self.predictions)
         if labels is not None:
-            labels = gather(labels)
-            if keep:
-                self.labels.add(labels)
+            labels = self._everywhere(labels, self.labels)
         return _Batch(per_row, logits, labels, shown)
+
+    def _even(self, data: Any, rows: int) -> Any:
+        """Returns `data` with as many rows and columns as on the other processes."""
+        if not self._many:
+            return data
+        return self.settings.accelerator.pad_across_processes(pad_rows(data, rows), dim=1, pad_index=PADDING)
+
+    def _everywhere(self, data: Any, collected: Collected) -> Any:
+        data = self.settings.gather_function(data) if self._many else data
+        if self._keeps:
+            collected.add(data)
+        return data
 
     def offload(self) -> None:
         for part in (self.predictions, self.labels, self.inputs, self.losses):
@@ -196,32 +229,6 @@ class _Kept:
             losses=self.losses.arrays() if "loss" in include else None,
             inputs=self.inputs.arrays() if "inputs" in include else None,
         )
-
-
-def _drop_repeated_rows(inputs: Any, accelerator: "Accelerator", dataloader: Any) -> tuple[Any, int, int]:
-    """Returns (inputs without repeated rows, this process's row count, the row count over all processes).
-
-    Example: 5 rows, 2 processes, batch 2. The last global batch holds rows [4, 0 | 1, 2] of which one counts:
-    process 0 keeps 1 row; process 1 keeps none and scores one row with weight 0, because models cannot run on nothing.
-    """
-    size = find_batch_size(inputs) or 0
-    if accelerator.num_processes == 1:
-        return inputs, size, size
-    state = accelerator.gradient_state
-    total = size * accelerator.num_processes
-    if not state.end_of_dataloader or state.remainder <= 0:
-        return inputs, size, total
-    valid = min(max(state.remainder - accelerator.process_index * size, 0), size)
-    if valid == size or not _is_row_batch(inputs, size):
-        return inputs, valid, state.remainder
-    keep = max(valid, 1)
-    return {k: v[:keep] if isinstance(v, Tensor) else v for k, v in inputs.items()}, valid, state.remainder
-
-
-def _is_row_batch(inputs: Any, size: int) -> bool:
-    return isinstance(inputs, Mapping) and all(
-        value.ndim > 0 and value.shape[0] == size for value in inputs.values() if isinstance(value, Tensor)
-    )
 
 
 def _num_samples(dataloader: Any, counted: int) -> int:

@@ -15,6 +15,7 @@ ResumePoint(epoch=1, updates_done=1, batches_done=4)
 import math
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 from finetune.errors import ArgumentError
 
@@ -102,6 +103,25 @@ class StepPlan:
             total_batch_size=total_batch_size,
             max_steps=max_steps,
         )
+
+    @property
+    def values(self) -> tuple[int, int, int, float, int, int, int]:
+        """The plan in the order of `transformers.Trainer.set_initial_training_values`."""
+        return (
+            self.num_train_epochs,
+            self.updates_per_epoch,
+            self.num_examples,
+            self.num_train_samples,
+            self.total_batch_size,
+            self.batches_per_epoch,
+            self.max_steps,
+        )
+
+    @classmethod
+    def from_values(cls, accumulation: int, values: tuple[Any, ...]) -> "StepPlan":
+        """Returns the plan that has these `values`, as an override of that method may return them."""
+        epochs, updates, examples, samples, total_batch_size, batches, max_steps = values
+        return cls(epochs, updates, batches, accumulation, examples, samples, total_batch_size, max_steps)
 
     def batches_in_update(self, update: int) -> int:
         """Returns how many micro-batches update number `update` of an epoch has: fewer for the last one."""

@@ -11,6 +11,7 @@ of `sum over the global batch / count over the global batch`, whatever the numbe
 
 import inspect
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,16 +24,27 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-def move(data: Any, device: torch.device, float_dtype: torch.dtype | None = None) -> Any:
-    """Returns `data` with every tensor on `device`; floating tensors also in `float_dtype` when given (DeepSpeed)."""
+def move(
+    data: Any,
+    device: torch.device,
+    float_dtype: torch.dtype | None = None,
+    *,
+    each: Callable[[Any], Any] | None = None,
+) -> Any:
+    """Returns `data` with every tensor on `device`; floating tensors also in `float_dtype` when given (DeepSpeed).
+
+    `each` is applied to the parts of nested data; this function itself by default.
+    """
     if isinstance(data, Tensor):
         if float_dtype is not None and (data.is_floating_point() or data.is_complex()):
             return data.to(device=device, dtype=float_dtype)
         return data.to(device=device)
+    if each is None:
+        each = partial(move, device=device, float_dtype=float_dtype)
     if isinstance(data, Mapping):
-        return type(data)({key: move(value, device, float_dtype) for key, value in data.items()})  # pyright: ignore
+        return type(data)({key: each(value) for key, value in data.items()})  # pyright: ignore
     if isinstance(data, tuple | list):
-        return type(data)(move(value, device, float_dtype) for value in data)
+        return type(data)(each(value) for value in data)
     return data
 
 

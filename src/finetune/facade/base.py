@@ -1,6 +1,8 @@
 """`TrainerBase`: the constructor, the attributes, callbacks, and the small questions about processes."""
 
+import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from finetune.control.builtin import DefaultFlowCallback, PrinterCallback, Progr
 from finetune.control.callbacks import CallbackHandler, Events
 from finetune.control.state import TrainerControl, TrainerState, export_states
 from finetune.distributed.accelerator import build_accelerator
-from finetune.engine import setup, step
+from finetune.engine import search, setup, step
 from finetune.engine.run import TrainingRun
 from finetune.models.traits import inspect_model
 from finetune.reporting import metrics_io, trackers
@@ -27,6 +29,9 @@ class TrainerBase:
     save_metrics = metrics_io.save_metrics
     save_state = metrics_io.save_state
     metrics_format = metrics_io.metrics_format
+    hyperparameter_search = search.hyperparameter_search
+    _hp_search_setup = search.set_up_trial
+    _report_to_hp_search = search.report_to_search
 
     loss_is_scaled_for_ga: bool | None = None
 
@@ -51,21 +56,13 @@ class TrainerBase:
     ) -> None:
         processing_class = setup.accept_old_names(old_names, processing_class, type(self))
         self.args = args = coerce_training_arguments(args, TrainingArguments)
+        setup.set_log_level(args)
         setup.seed_everything(args)
         self.model_init = model_init
         self.model = self.model_wrapped = setup.resolve_model(model, model_init)
         self.create_accelerator_and_postprocess()
         self._memory_tracker = MemoryTracker(args.skip_memory_metrics)
         self._memory_tracker.start("init")
-        setup.check_combination(
-            args,
-            eval_dataset=eval_dataset,
-            compute_metrics=compute_metrics,
-            model_init=model_init,
-            optimizers=optimizers,
-            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
-            is_fsdp=self.is_fsdp_enabled,
-        )
         self.is_model_parallel = setup.is_model_parallel(self.model, args)
         self.place_model_on_device = setup.places_model(
             args,
@@ -89,6 +86,7 @@ class TrainerBase:
         self.optimizer, self.lr_scheduler = optimizers
         self.optimizer_cls_and_kwargs = optimizer_cls_and_kwargs
         self.neftune_noise_alpha = args.neftune_noise_alpha
+        self._validate_args()
 
         reporters = [DefaultFlowCallback, *trackers.callbacks(args.report_to, args.logging_dir)]
         self.callback_handler = CallbackHandler(
@@ -106,10 +104,20 @@ class TrainerBase:
         self.deepspeed: Any = None
         self._signature_columns: list[str] | None = None
         self._train_batch_size = args.train_batch_size
-        self.is_in_train, self.hp_name, self.hp_search_backend = False, None, None
+        self.is_in_train = False
+        self._trial = self._searched_args = self.objective = None
+        self.hp_search_backend = self.hp_name = self.hp_space = self.compute_objective = None
         self._events = Events(args, self.callback_handler, self._new_state(), TrainerControl())
         self._events.fire("on_init_end")
         self._memory_tracker.stop()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        setup.warn_of_dead_overrides(cls)
+
+    def _validate_args(self) -> None:
+        """Raises `ArgumentError` when arguments contradict each other. Called by the constructor."""
+        setup.check_combination(self, is_fsdp=self.is_fsdp_enabled)
 
     def _new_state(self) -> TrainerState:
         listeners = [*self.callback_handler.callbacks]
@@ -155,7 +163,9 @@ class TrainerBase:
     def create_accelerator_and_postprocess(self) -> None:
         """Creates `self.accelerator`. Called once by the constructor."""
         self.accelerator = build_accelerator(self.args, self.model)
-        self.gather_function = self.accelerator.gather_for_metrics
+        self.gather_function = partial(
+            self.accelerator.gather_for_metrics, use_gather_object=self.args.eval_use_gather_object
+        )
         self.is_deepspeed_enabled = getattr(self.accelerator.state, "deepspeed_plugin", None) is not None
         self.is_fsdp_enabled = getattr(self.accelerator.state, "fsdp_plugin", None) is not None
 
@@ -166,6 +176,42 @@ class TrainerBase:
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
         setup.move_model(model, device)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The old name of `processing_class`."""
+        warnings.warn("`trainer.tokenizer` is now called `trainer.processing_class`.", FutureWarning, stacklevel=2)
+        return self.processing_class
+
+    @tokenizer.setter
+    def tokenizer(self, value: Any) -> None:
+        warnings.warn("`trainer.tokenizer` is now called `trainer.processing_class`.", FutureWarning, stacklevel=2)
+        self.processing_class = value
+
+    def get_tp_size(self) -> int:
+        """Returns over how many processes each layer is split (tensor parallelism); they see the same rows."""
+        return setup.tensor_parallel_size(self.model, self.args, self.accelerator)
+
+    def get_cp_size(self) -> int:
+        """Returns over how many processes each row is split (context parallelism). Always 1 in this release."""
+        return getattr(getattr(self.accelerator, "parallelism_config", None), "cp_size", 1)
+
+    def get_sp_size(self) -> int:
+        """Returns over how many processes each row is split (DeepSpeed's sequence parallelism). Always 1 here."""
+        return getattr(getattr(self.accelerator, "parallelism_config", None), "sp_size", 1)
+
+    @property
+    def _replicas(self) -> int:
+        """Processes that share their rows."""
+        return self.get_tp_size() * self.get_cp_size() * self.get_sp_size()
+
+    def get_total_train_batch_size(self, args: TrainingArguments) -> int:
+        """Returns the rows of one optimizer step: micro-batch x accumulation x data-parallel processes."""
+        return self._train_batch_size * args.gradient_accumulation_steps * (args.world_size // self._replicas)
+
+    def end(self) -> None:
+        """Ends the trackers and the process group. Call it last, where nothing needs other processes any more."""
+        self.accelerator.end_training()
 
     def is_local_process_zero(self) -> bool:
         """Returns whether this process is the first one of its machine."""

@@ -5,8 +5,10 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
+from finetune.arguments import TrainingArguments
 from finetune.data import columns
 from finetune.data import loader as loaders
+from finetune.engine.plan import StepPlan
 from finetune.errors import ArgumentError
 from finetune.facade.base import TrainerBase
 
@@ -19,7 +21,11 @@ class DataMethods(TrainerBase):
         if self.train_dataset is None:
             raise ArgumentError("Training needs data: pass `train_dataset`.")
         return self._get_dataloader(
-            self.train_dataset, "Training", self._train_batch_size, self._get_train_sampler, is_training=True
+            dataset=self.train_dataset,
+            description="Training",
+            batch_size=self._train_batch_size,
+            sampler_fn=self._get_train_sampler,
+            is_training=True,
         )
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
@@ -33,12 +39,21 @@ class DataMethods(TrainerBase):
         if dataset is None:
             raise ArgumentError("Evaluation needs data: pass `eval_dataset`.")
         return self._get_dataloader(
-            dataset, "Evaluation", self.args.eval_batch_size, self._get_eval_sampler, dataloader_key=key
+            dataset=dataset,
+            description="Evaluation",
+            batch_size=self.args.eval_batch_size,
+            sampler_fn=self._get_eval_sampler,
+            dataloader_key=key,
         )
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
         """Returns the loader that `predict` uses."""
-        return self._get_dataloader(test_dataset, "test", self.args.eval_batch_size, self._get_eval_sampler)
+        return self._get_dataloader(
+            dataset=test_dataset,
+            description="test",
+            batch_size=self.args.eval_batch_size,
+            sampler_fn=self._get_eval_sampler,
+        )
 
     def _get_dataloader(
         self,
@@ -69,6 +84,22 @@ class DataMethods(TrainerBase):
         if dataloader_key is not None and self.args.dataloader_persistent_workers:
             self._eval_loaders[dataloader_key] = loader
         return loader
+
+    def set_initial_training_values(
+        self, args: TrainingArguments, dataloader: DataLoader[Any]
+    ) -> tuple[int, int, int, float, int, int, int]:
+        """Returns how long the run is: epochs, updates per epoch, rows of the data, rows seen by the run, rows per
+        update, batches per epoch, and updates. Called once per `train()`, with the training loader."""
+        sized = loaders.has_length(dataloader)
+        plan = StepPlan.resolve(
+            num_batches=len(dataloader) if sized else None,
+            num_examples=self.num_examples(dataloader) if sized else None,
+            accumulation=args.gradient_accumulation_steps,
+            num_train_epochs=args.num_train_epochs,
+            max_steps=args.max_steps,
+            total_batch_size=self.get_total_train_batch_size(args),
+        )
+        return plan.values
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Returns the sampler of the training data, None for a stream. Called by `get_train_dataloader`."""

@@ -57,14 +57,11 @@ class EvaluationMethods(DataMethods):
     def _timed_loop(self, loader: Any, description: str, ignore_keys: list[str] | None, prefix: str) -> EvalLoopOutput:
         """Runs the overridable `evaluation_loop` and adds its speed to the metrics."""
         start = time.time()
-        loss_only = True if description == "Evaluation" and self.compute_metrics is None else None
-        output = self.evaluation_loop(
-            loader,
-            description=description,
-            prediction_loss_only=loss_only,
-            ignore_keys=ignore_keys,
-            metric_key_prefix=prefix,
-        )
+        options: dict[str, Any] = {"ignore_keys": ignore_keys, "metric_key_prefix": prefix}
+        if description == "Evaluation":
+            # Without metrics nobody looks at the predictions.
+            options["prediction_loss_only"] = True if self.compute_metrics is None else None
+        output = self.evaluation_loop(loader, description=description, **options)
         start += output.metrics.get(f"{prefix}_model_preparation_time", 0.0)
         steps = math.ceil(output.num_samples / (self.args.eval_batch_size * self.args.world_size))
         output.metrics.update(speed.speed_metrics(prefix, start, num_samples=output.num_samples, num_steps=steps))
@@ -142,7 +139,9 @@ class EvaluationMethods(DataMethods):
         self, trial: Any, ignore_keys_for_eval: list[str] | None, skip_scheduler: bool = False
     ) -> dict[str, float]:
         """Evaluates during training; a schedule that follows a metric makes its step with the result."""
-        metrics = self.evaluate(ignore_keys=ignore_keys_for_eval)
+        with evaluation.naming_memory_errors(self.args):
+            metrics = self.evaluate(ignore_keys=ignore_keys_for_eval)
+        self._report_to_hp_search(trial, self.state.global_step, metrics)
         if not skip_scheduler and schedules.needs_metric(self.lr_scheduler):
             self.lr_scheduler.step(checkpoints.read_metric(metrics, self.args.metric_for_best_model))
         return metrics
