@@ -1,7 +1,7 @@
 """What an SFT run does with its rows, decided once from the arguments and the first row. No model needed."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import ArgumentError
@@ -15,7 +15,8 @@ class DataPlan:
     """The decisions of one SFT run about its data.
 
     Attributes:
-        padding_free: batches are one row of concatenated samples; always so for `bfd` packing.
+        padding_free: batches are one row of concatenated samples; always so for `bfd` packing. None: where the model
+            keeps samples apart, which only a look at it tells (`settle`).
         packing, eval_packing: rows are filled up to `max_length` with several samples.
         completion_only_loss: prompt tokens are not trained; by default where rows have `prompt` and `completion`.
         assistant_only_loss: only what the assistant says is trained.
@@ -23,7 +24,7 @@ class DataPlan:
         skip_prepare: the rows are used as they are (`dataset_kwargs={"skip_prepare_dataset": True}`).
     """
 
-    padding_free: bool
+    padding_free: bool | None
     packing: bool
     eval_packing: bool
     packing_strategy: str
@@ -46,7 +47,7 @@ class DataPlan:
         if completion_only is None:
             completion_only = has_completion and formatting_func is None
         plan = cls(
-            padding_free=bool(args.padding_free) or (args.packing and args.packing_strategy != "wrapped"),
+            padding_free=True if args.packing and args.packing_strategy != "wrapped" else args.padding_free,
             packing=bool(args.packing),
             eval_packing=bool(args.packing if args.eval_packing is None else args.eval_packing),
             packing_strategy=args.packing_strategy,
@@ -59,6 +60,10 @@ class DataPlan:
         if broken:
             raise ArgumentError(" ".join(broken))
         return plan
+
+    def settle(self, *, padding_free: bool) -> "DataPlan":
+        """Returns the plan with the question of padding answered."""
+        return replace(self, padding_free=padding_free) if self.padding_free is None else self
 
 
 def _is_conversational(sample: Mapping[str, Any]) -> bool:

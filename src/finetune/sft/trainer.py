@@ -1,7 +1,7 @@
 """`SFTTrainer`: supervised fine-tuning of causal language models, with TRL's constructor and behaviour."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,7 +17,9 @@ from finetune.data.templates import clone_chat_template, load_chat_template
 from finetune.engine import setup
 from finetune.engine.meter import MetricBag
 from finetune.errors import ArgumentError
+from finetune.kernels.attention import packed_unsupported_reason, use_packed_attention
 from finetune.kernels.fused_head import FusedHead, fuse_head, unsupported_reason
+from finetune.kernels.isolation import probe_isolation, require_isolation
 from finetune.models.adapters import add_adapters, prepare_quantized
 from finetune.models.load import load_model, load_tokenizer
 from finetune.models.tokens import choose_eos_token, choose_pad_token
@@ -94,12 +96,15 @@ class SFTTrainer(Trainer):
         self._formatting_func = formatting_func
         setup.seed_everything(args)
         model, processing_class = self._load(args, model, processing_class, quantization_config, peft_config)
+        wants_logits = compute_metrics or preprocess_logits_for_metrics or compute_loss_func
+        ours = data_collator is None and not wants_logits and not self._plan.packing
+        self._plan = self._plan.settle(padding_free=ours and can_be_padding_free(model))
         self.audits: dict[str, SupervisionAudit] = {}
         self._collator_is_ours = data_collator is None
         if data_collator is None:
             data_collator = DataCollatorForLanguageModeling(
                 pad_token_id=choose_pad_token(processing_class, model, args.pad_token),
-                padding_free=self._plan.padding_free,
+                padding_free=bool(self._plan.padding_free),
                 pad_to_multiple_of=args.pad_to_multiple_of,
             )
         elif self._plan.padding_free:
@@ -122,7 +127,6 @@ class SFTTrainer(Trainer):
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
-        self._head: FusedHead | None = None
         self._plain_loss_reason = self._why_not_fused()
         self._metrics = {"train": MetricBag(), "eval": MetricBag()}
         self._tokens = TokenCounter()
@@ -240,30 +244,34 @@ class SFTTrainer(Trainer):
         return unsupported_reason(self.model)
 
     @contextmanager
-    def _fused_head(self) -> Iterator[None]:
-        """Within, the model computes its loss without logits; afterwards it is what it was."""
-        if self._head is not None or self._plain_loss_reason is not None:
+    def _model_features(self) -> Iterator[None]:
+        """Within, the model computes its loss without logits and attends within samples; then it is what it was."""
+        if self._features_are_on:
             yield
             return
-        smoother, self.label_smoother = self.label_smoother, None
-        self._head = fuse_head(
-            self.model,
-            label_smoothing=self.args.label_smoothing_factor,
-            dft=self.args.loss_type == "dft",
-            entropy=True,
-        )
-        try:
+        smoother, self._features_are_on = self.label_smoother, True
+        with ExitStack() as stack:
+            stack.callback(setattr, self, "_features_are_on", False)
+            if self._plan.padding_free and not brings_packed_attention(self.model):
+                stack.enter_context(use_packed_attention(self.model))
+                if not self._isolation_is_proven:
+                    require_isolation(self.model)
+                    self._isolation_is_proven = True
+            if self._plain_loss_reason is None:
+                options = {"label_smoothing": self.args.label_smoothing_factor, "dft": self.args.loss_type == "dft"}
+                self._head = stack.enter_context(fuse_head(self.model, entropy=True, **options))
+                self.label_smoother = None
+                stack.callback(setattr, self, "label_smoother", smoother)
+                stack.callback(setattr, self, "_head", None)
             yield
-        finally:
-            self._head.remove()
-            self._head, self.label_smoother = None, smoother
 
-    def _model_features(self) -> Any:
-        return self._fused_head()
+    _features_are_on = False
+    _isolation_is_proven = False
+    _head: FusedHead | None = None
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.evaluation_loop`, through the fused head. Called by `evaluate` and `predict`."""
-        with self._fused_head():
+        with self._model_features():
             return super().evaluation_loop(*args, **kwargs)
 
     def compute_loss(
@@ -291,7 +299,9 @@ class SFTTrainer(Trainer):
             self._metrics[mode].add("entropy", sums.entropy, sums.count)
         return (loss, outputs) if return_outputs else loss
 
-    def _loss_from_logits(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> tuple[Tensor, Any]:
+    def _loss_from_logits(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any
+    ) -> tuple[Tensor, Any]:
         """Returns the loss and the model's outputs on the plain path."""
         if self.args.loss_type != "dft" or self.compute_loss_func is not None:
             return super().compute_loss(model, inputs, True, num_items_in_batch)
@@ -324,7 +334,7 @@ class SFTTrainer(Trainer):
         """Adds the token metrics since the last log. Called as `Trainer.log`."""
         mode = "train" if self.model.training else "eval"
         measured = self._metrics[mode].drain(self.accelerator)
-        if measured or mode == "train":
+        if measured:
             measured["num_tokens"] = self._tokens.read(self.accelerator)
         prefix = "eval_" if mode == "eval" else ""
         logs.update({f"{prefix}{name}": value for name, value in measured.items()})
@@ -333,6 +343,25 @@ class SFTTrainer(Trainer):
     def _stateful(self) -> dict[str, Any]:
         self._tokens.read(self.accelerator)
         return {**super()._stateful(), "tokens": self._tokens}
+
+
+def brings_packed_attention(model: nn.Module) -> bool:
+    """Returns whether the model was loaded with a FlashAttention, which keeps the samples of a row apart itself."""
+    implementation = getattr(getattr(model, "config", None), "_attn_implementation", None) or ""
+    return "flash" in implementation
+
+
+def can_be_padding_free(model: nn.Module) -> bool:
+    """Returns whether batches without padding train the same: the model takes them, and a probe moved no neighbour."""
+    if brings_packed_attention(model) or packed_unsupported_reason(model) is not None:
+        return False
+    if any(parameter.numel() == 0 or parameter.is_meta for parameter in model.parameters()):
+        return False  # sharded while loading: a probe would need all processes
+    with use_packed_attention(model):
+        try:
+            return probe_isolation(model).isolated
+        except (ArgumentError, TypeError, ValueError):
+            return False
 
 
 def _num_tokens(inputs: Mapping[str, Any]) -> Tensor | int:
