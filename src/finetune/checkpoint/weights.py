@@ -128,6 +128,7 @@ def plain_arguments(args: Any) -> dict[str, Any]:
 def without_wrapper_prefixes(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """Returns `state_dict` without what `torch.compile` (`_orig_mod.`) and DDP (`module.`) put into its names.
 
+    >>> import torch
     >>> list(without_wrapper_prefixes({"module.a": torch.ones(1), "module._orig_mod.b": torch.ones(1)}))
     ['a', 'b']
     >>> list(without_wrapper_prefixes({"module.a": torch.ones(1), "head.b": torch.ones(1)}))
