@@ -90,9 +90,12 @@ CONTROL_FIELDS = tuple(field.name for field in dataclasses.fields(TrainerControl
 
 
 class _IntervalArguments(Protocol):
-    logging_steps: float
-    eval_steps: float | None
-    save_steps: float
+    @property
+    def logging_steps(self) -> float: ...
+    @property
+    def eval_steps(self) -> float | None: ...
+    @property
+    def save_steps(self) -> float: ...
 
 
 @dataclass

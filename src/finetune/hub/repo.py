@@ -55,7 +55,6 @@ class HubOwner(Protocol):
     model: Any
     callback_handler: Any
     hub_model_id: str | None
-    push_in_progress: Any
 
     def is_world_process_zero(self) -> bool: ...
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None: ...
@@ -81,7 +80,7 @@ def init_hf_repo(self: HubOwner, token: str | None = None, private: bool | None 
         private if private is not None else self.args.hub_private_repo,
     )
     self.hub_model_id = create_early(repository)
-    self.push_in_progress = PushQueue(repository)
+    _set_queue(self, PushQueue(repository))
     for leftover in Path(self.args.output_dir).glob(f"{SNAPSHOT_PREFIX}*"):
         shutil.rmtree(leftover, ignore_errors=True)
 
@@ -184,6 +183,11 @@ def _finish_current_push(self: HubOwner) -> None:
 
 def _queue(trainer: Any) -> PushQueue | None:
     return getattr(trainer, "push_in_progress", None)
+
+
+def _set_queue(trainer: Any, queue: PushQueue) -> None:
+    # The attribute's name is that of transformers; it exists from the first contact with the Hub on.
+    trainer.push_in_progress = queue
 
 
 def _model_upload(
