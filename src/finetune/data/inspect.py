@@ -22,7 +22,8 @@ _PLAIN = {"trained": ("«", "»"), "not trained": ("", ""), "truncated": ("~~", 
 _RESET = "\033[0m"
 _BOUNDARY = "┃"
 _CSS = """body{font:14px/1.5 system-ui,sans-serif;margin:2em;max-width:70em}
-pre{white-space:pre-wrap;word-break:break-word;padding:1em;border:1px solid #8884;border-radius:6px}.trained{background:#2da44e33;color:#116329}.not{color:#777}
+pre{white-space:pre-wrap;word-break:break-word;padding:1em;border:1px solid #8884;border-radius:6px}
+.trained{background:#2da44e33;color:#116329}.not{color:#777}
 .truncated{color:#cf222e;text-decoration:line-through}.boundary{color:#bf8700;font-weight:bold}
 @media(prefers-color-scheme:dark){body{background:#111;color:#ddd}.trained{color:#56d364}}"""
 

@@ -107,6 +107,13 @@ class Encoder:
             return [Encoded(e.ids, e) for e in encodings]
         return [Encoded(ids, None, text, self) for ids, text in zip(output["input_ids"], texts, strict=True)]
 
+    def added_at_end(self) -> int:
+        """Returns how many special tokens the tokenizer itself writes after a text."""
+        whole, plain = (self.encode(["a"], special=special)[0].ids for special in (True, False))
+        starts = range(len(whole) - len(plain) + 1)
+        first = next((i for i in starts if whole[i : i + len(plain)] == plain), len(whole) - len(plain))
+        return len(whole) - first - len(plain)
+
 
 def _plain_backend(tokenizer: Any) -> Any:
     """Returns the Rust tokenizer if the Python class around it adds nothing to `tokenizer(texts)`, else None."""
@@ -214,11 +221,14 @@ def _mismatched(
     """
     suspects: list[int] = []
     tails, tail_rows = [], []
+    result = np.zeros(len(texts), bool)
     for i, (row, border, start) in enumerate(zip(encoded, borders, starts.tolist(), strict=True)):
-        if border == 0 or start == 0:
+        if border == 0:
             continue
         cut = row.first_character(max(0, start - _TAIL_TOKENS))
-        if row.starts_before(start, border) or cut is None or start <= _TAIL_TOKENS:
+        if row.starts_before(start, border):
+            result[i] = True
+        elif cut is None or start <= _TAIL_TOKENS:
             suspects.append(i)
         else:
             tails.append(texts[i][cut:border])
@@ -228,11 +238,12 @@ def _mismatched(
         kept = tail.ids[-_TAIL_MARGIN:]
         if kept != encoded[i].ids[start - len(kept) : start]:
             suspects.append(i)
-    result = np.zeros(len(texts), bool)
     if suspects:
+        added = encoder.added_at_end() if special else 0
         alone = encoder.encode([prompts[i][: borders[i]] for i in suspects], special=special)
         for i, prompt in zip(suspects, alone, strict=True):
-            result[i] = common_prefix_length(prompt.ids, encoded[i].ids) < starts[i]
+            ids = prompt.ids[: len(prompt.ids) - added]
+            result[i] = len(ids) != starts[i] or ids != encoded[i].ids[: len(ids)]
     return result
 
 
