@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,9 @@ from finetune.distributed import prepare as preparation
 from finetune.engine import features, setup, step
 from finetune.engine.accumulation import global_count, take
 from finetune.engine.loop import run_training
-from finetune.engine.meter import LossMeter
+from finetune.engine.meter import LossMeter, NonFinitePolicy
 from finetune.engine.plan import ResumePoint, StepPlan
+from finetune.engine.position import describe_batch
 from finetune.engine.run import TrainingRun
 from finetune.errors import ArgumentError, CheckpointError, NonFiniteLossError
 from finetune.facade.evaluation import EvaluationMethods
@@ -82,7 +83,7 @@ class Trainer(EvaluationMethods, OptimizerMethods, SavingMethods):
             stack.enter_context(setup.underflow_debugger(self.model, args.debug))
             if checkpoint is not None and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
                 self._load_from_checkpoint(checkpoint)
-            loop: Callable[..., TrainOutput] = self._inner_training_loop
+            loop: Any = self._inner_training_loop
             if args.auto_find_batch_size:
                 from accelerate.utils import find_executable_batch_size
 
@@ -147,7 +148,12 @@ class Trainer(EvaluationMethods, OptimizerMethods, SavingMethods):
             resume=resume,
             optimizer=self.optimizer,
             lr_scheduler=self.lr_scheduler,
-            meter=LossMeter(args.device, args.nonfinite_policy, self.state.global_step),
+            meter=LossMeter(
+                args.device,
+                cast(NonFinitePolicy, args.nonfinite_policy),
+                self.state.global_step,
+                partial(describe_batch, loader),
+            ),
             skip_batches=loaders.skip_batches,
             restore_rng=partial(self._load_rng_state, resume_from_checkpoint) if resume_from_checkpoint else None,
             token_counter=setup.token_counter(args, self._traits, self.processing_class),
@@ -161,7 +167,7 @@ class Trainer(EvaluationMethods, OptimizerMethods, SavingMethods):
             checkpoints.load_stateful(resume_from_checkpoint, self._stateful(), **place)
         header.log_start(self, run)
         if args.should_save:
-            write_resolved_config(os.path.join(args.output_dir, "resolved_config.yaml"), args)
+            write_resolved_config(os.path.join(self.output_dir, "resolved_config.yaml"), args)
         run.clear_gradients()
         self._events.fire("on_train_begin")
         if args.eval_on_start:

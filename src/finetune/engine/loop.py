@@ -72,7 +72,7 @@ def _run_window(run: TrainingRun, batches: list[Any], num_items: Any, hooks: Loo
             events.fire("on_step_begin")
         with run.sync_context(last):
             loss = hooks.training_step(run.model, inputs, num_items)
-        run.meter.add(loss, events.state.global_step)
+        run.meter.add(loss, events.state.global_step, run.place)
         run.count_work(hooks, inputs, events.state)
         run.batches_done += 1
         if last:

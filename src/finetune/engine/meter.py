@@ -3,6 +3,8 @@
 `LossMeter` holds the running loss, `MetricBag` any other quantity that is a sum over a count (accuracy, entropy).
 """
 
+import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -13,6 +15,8 @@ from finetune.errors import NonFiniteLossError
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+logger = logging.getLogger(__name__)
+
 NonFinitePolicy = Literal["raise", "skip_step", "log"]
 
 
@@ -21,7 +25,8 @@ class LossMeter:
 
     A non-finite loss is never replaced by something that looks healthy (`transformers` substitutes the running mean).
     It is counted on the device, and the policy decides: `raise` stops the run, `skip_step` drops the update,
-    `log` goes on and reports `nonfinite_losses` beside the NaN it produced.
+    `log` goes on and reports `nonfinite_losses` beside the NaN it produced. All three name the rows of the first
+    offending batch.
 
     Attributes:
         running: 0-d tensor, the sum since the last log. `Trainer._tr_loss` is this tensor.
@@ -29,28 +34,38 @@ class LossMeter:
         logged_at: global step of the last log.
     """
 
-    def __init__(self, device: torch.device, policy: NonFinitePolicy, start_step: int) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        policy: NonFinitePolicy,
+        start_step: int,
+        describe_batch: Callable[[int, int], str] | None = None,
+    ) -> None:
+        """`policy` is `nonfinite_policy`; `describe_batch(place, process)` says which rows the batch at `place` has."""
         self.policy = policy
+        self._describe = describe_batch
         self.running = torch.tensor(0.0, device=device)
         self.total = 0.0
         self.start_step = start_step
         self.logged_at = start_step
         self._nonfinite = torch.zeros((), dtype=torch.int64, device=device)
+        self._first_bad = torch.full((), -1, dtype=torch.int64, device=device)
         self._window_bad = torch.zeros((), dtype=torch.bool, device=device)
         self._free_reads = device.type == "cpu"
 
-    def add(self, loss: Tensor, step: int, describe_batch: str = "") -> None:
-        """Adds one micro-batch's scaled loss. With policy `raise` and a CPU loss, a NaN stops the run here.
+    def add(self, loss: Tensor, step: int, place: int = -1) -> None:
+        """Adds the scaled loss of the micro-batch at `place`. With policy `raise` on the CPU a NaN stops the run here.
 
         On an accelerator the check waits for `drain`, because reading the value would stall the device.
         """
         self.running += loss
         bad = ~torch.isfinite(loss)
+        self._first_bad.masked_fill_(bad & (self._nonfinite == 0), place)
         self._nonfinite += bad
         if self.policy == "skip_step":
             self._window_bad |= bad
         if self.policy == "raise" and self._free_reads and bool(bad):
-            self._raise(step, float(loss), describe_batch)
+            self._raise(step, float(loss), self._where([place]))
 
     def window_is_bad(self, grad_norm: Tensor | float | None) -> bool:
         """Returns whether the update of the finished window must be dropped, and forgets the window.
@@ -71,17 +86,23 @@ class LossMeter:
         Raises:
             NonFiniteLossError: under `raise`, when any loss since the last log was not finite.
         """
-        running, count = self.running, self._nonfinite
+        running, count, first = self.running, self._nonfinite, self._first_bad
         if accelerator.num_processes > 1:
-            both = accelerator.gather(torch.stack([running.double(), count.double()]).unsqueeze(0))
-            assert isinstance(both, Tensor)
-            loss, bad = float(both[:, 0].float().mean()), int(both[:, 1].sum())
+            all_three = torch.stack([running.double(), count.double(), first.double()])
+            everywhere = accelerator.gather(all_three.unsqueeze(0))
+            assert isinstance(everywhere, Tensor)
+            loss, bad = float(everywhere[:, 0].float().mean()), int(everywhere[:, 1].sum())
+            places = [int(place) for place in everywhere[:, 2].tolist()] if bad else []
         else:
             loss, bad = running.item(), int(count)
+            places = [int(first)] if bad else []
         self.running.zero_()
         self._nonfinite.zero_()
+        self._first_bad.fill_(-1)
         if bad and self.policy == "raise":
-            self._raise(step, loss, "")
+            self._raise(step, loss, self._where(places))
+        if bad:
+            logger.warning("%s non-finite losses up to update %s%s.", bad, step, self._where(places))
         self.total += loss
         self.logged_at = step
         return loss, bad
@@ -100,10 +121,18 @@ class LossMeter:
         self.total = float(state["total"])
         self.logged_at, self.start_step = int(state["logged_at"]), int(state["start_step"])
 
-    def _raise(self, step: int, loss: float, describe_batch: str) -> None:
+    def _where(self, places: list[int]) -> str:
+        """Returns, for each process, which batch the first non-finite loss came from. `places` has one per process."""
+        if self._describe is None:
+            return ""
+        alone = len(places) == 1
+        found = [self._describe(place, -1 if alone else rank) for rank, place in enumerate(places) if place >= 0]
+        return f", first in {'; '.join(found)}" if found else ""
+
+    def _raise(self, step: int, loss: float, where: str) -> None:
         raise NonFiniteLossError(
-            f"The training loss became {loss} at update {step + 1}{describe_batch}. Lower `learning_rate`, set "
-            "`max_grad_norm`, check that batch's labels, or go on with `nonfinite_policy='skip_step'` or `'log'`."
+            f"The training loss became {loss} at update {step + 1}{where}. Lower `learning_rate`, set `max_grad_norm`, "
+            "check the labels of that batch, or go on with `nonfinite_policy='skip_step'` or `'log'`."
         )
 
 

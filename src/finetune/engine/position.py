@@ -9,7 +9,7 @@ from typing import Any
 
 from finetune.data import position as loaders
 from finetune.engine.plan import ResumePoint
-from finetune.engine.run import TrainingRun
+from finetune.engine.run import PLACES, TrainingRun
 from finetune.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -82,3 +82,12 @@ class DataPosition:
             saved["accumulation"],
         )
         return batches * before // here
+
+
+def describe_batch(loader: Any, place: int, process: int) -> str:
+    """Returns which micro-batch is at `place` and which rows of the data set it has; `process` -1 for this one."""
+    epoch, number = divmod(place, PLACES)
+    rows = loaders.batch_rows(loader, number, epoch, process_index=None if process < 0 else process)
+    whose = "" if process < 0 else f" of process {process}"
+    known = "rows unknown: the data has no fixed order" if rows is None else f"rows {rows} of the training data"
+    return f"micro-batch {number}{whose} of epoch {epoch} ({known})"

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
     from finetune.arguments import TrainingArguments
 
+# More micro-batches than an epoch has; small enough that a place is exact in float64.
+PLACES = 2**32
+
 
 @dataclass
 class TrainingRun:
@@ -78,6 +81,11 @@ class TrainingRun:
         self._single = self.accelerator.num_processes == 1
         self._trainable = [p for p in self.model.parameters() if p.requires_grad]
         self._metric_schedule = needs_metric(self.lr_scheduler)
+
+    @property
+    def place(self) -> int:
+        """Epoch and micro-batch as one number: `epoch * PLACES + micro-batch`."""
+        return self.epoch * PLACES + self.batches_done
 
     def set_epoch(self, epoch: int) -> None:
         """Tells the loader, its sampler and its batch sampler which epoch comes."""
