@@ -218,8 +218,8 @@ class EvalLoopOutput(NamedTuple):
 
     predictions: "Arrays | None"
     label_ids: "Arrays | None"
-    metrics: dict[str, float] | None
-    num_samples: int | None
+    metrics: dict[str, float]
+    num_samples: int
 
 
 class PredictionOutput(NamedTuple):
@@ -227,7 +227,7 @@ class PredictionOutput(NamedTuple):
 
     predictions: "Arrays | None"
     label_ids: "Arrays | None"
-    metrics: dict[str, float] | None
+    metrics: dict[str, float]
 
 
 class TrainOutput(NamedTuple):

@@ -27,11 +27,13 @@ def enter(
     if args.use_liger_kernel:
         from finetune.kernels.liger import apply_liger
 
-        handle = apply_liger(model, args.liger_kernel_config)
+        handle = apply_liger(model, _as_dict(args.liger_kernel_config))
         stack.callback(handle.remove)
     stack.enter_context(use_cache(model, bool(args.use_cache)))
     stack.enter_context(
-        activation_checkpointing(model, bool(args.activation_checkpointing), args.activation_checkpointing_kwargs)
+        activation_checkpointing(
+            model, bool(args.activation_checkpointing), _as_dict(args.activation_checkpointing_kwargs)
+        )
     )
     if processing_class is not None:
         align_special_tokens(model, processing_class)
@@ -39,3 +41,8 @@ def enter(
         from finetune.features.neftune import neftune
 
         stack.enter_context(neftune(model, neftune_noise_alpha))
+
+
+def _as_dict(value: Any) -> dict[str, Any] | None:
+    assert value is None or isinstance(value, dict)  # JSON strings were parsed when the arguments were made
+    return value

@@ -55,10 +55,11 @@ class DataPosition:
 
     def load_state_dicts(self, states: list[dict[str, Any]]) -> None:
         """As `load_state_dict`, for another number of processes than before: the position is the same on all."""
-        if states[0]["loader"]["kind"] != "map":
+        split_by_node = getattr(getattr(self.run.loader, "dataset", None), "_distributed", None) is not None
+        if states[0]["loader"]["kind"] != "map" and split_by_node:
             raise CheckpointError(
-                f"The stream was read by {len(states)} processes, each at its own position. Resume with as many, or "
-                "start the stream anew with `ignore_data_skip=True`."
+                f"The stream was split by `split_dataset_by_node` over {len(states)} processes, each at its own "
+                "position. Resume with as many, or start the stream anew with `ignore_data_skip=True`."
             )
         self.load_state_dict(states[0])
 

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,20 @@ class TrainerBase:
     _report_to_hp_search = search.report_to_search
 
     loss_is_scaled_for_ga: bool | None = None
+
+    if TYPE_CHECKING:  # what one half of the facade asks of another
+
+        def log(self, logs: dict[str, float], start_time: float | None = None) -> None: ...
+        def compute_loss(
+            self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any: ...
+        def compute_loss_context_manager(self) -> Any: ...
+        def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]: ...
+        def store_flos(self) -> None: ...
+        def store_tokens(self) -> None: ...
+
+        @property
+        def _passes_num_items(self) -> bool: ...
 
     # ---- Construction ----
 
@@ -95,7 +109,7 @@ class TrainerBase:
         self.add_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
         self.hub_model_id: str | None = None
         if args.push_to_hub:
-            self.init_hf_repo()
+            self.init_hf_repo()  # pyright: ignore[reportAttributeAccessIssue]
         self._run: TrainingRun | None = None
         self._writer = CheckpointWriter(args.async_save)
         self._created_lr_scheduler = False
@@ -126,6 +140,12 @@ class TrainerBase:
             is_world_process_zero=self.is_world_process_zero(),
             stateful_callbacks=export_states(listeners),
         )
+
+    @property
+    def output_dir(self) -> str:
+        """The folder of the run. Arguments leave it unset only before they are made."""
+        assert self.args.output_dir is not None
+        return self.args.output_dir
 
     @property
     def state(self) -> TrainerState:

@@ -2,6 +2,7 @@
 
 import math
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from finetune.compat import EvalLoopOutput, PredictionOutput
 from finetune.distributed import prepare as preparation
 from finetune.engine import evaluation, prediction, step
 from finetune.facade.data import DataMethods
+from finetune.models.traits import takes_argument
 from finetune.optim import schedules
 from finetune.reporting import speed
 
@@ -101,6 +103,9 @@ class EvaluationMethods(DataMethods):
 
     def _prepare_for_evaluation(self) -> nn.Module:
         """Returns the model to evaluate: the one in training, or one prepared now, timed."""
+        bare = partial(self.accelerator.unwrap_model, keep_torch_compile=False)
+        if not self.is_in_train and bare(self.model_wrapped) is not bare(self.model):
+            self.accelerator._models.clear()  # the user put another model in its place
         if not self.accelerator._models:
             start = time.time()
             self.model_wrapped = preparation.prepare_for_evaluation(self.accelerator, self.model)
@@ -123,6 +128,8 @@ class EvaluationMethods(DataMethods):
         if ignore_keys is None:
             config = getattr(self.model, "config", None)
             ignore_keys = getattr(config, "keys_to_ignore_at_inference", ["past_key_values"])
+        if prediction_loss_only and self.args.use_liger_kernel and takes_argument(self.model, "skip_logits"):
+            inputs = {**inputs, "skip_logits": True}
         return prediction.predict_batch(
             self,
             model,

@@ -24,9 +24,9 @@ class SavingMethods(TrainerBase):
     def _get_output_dir(self, trial: Any = None) -> str:
         """Returns the folder that checkpoints go to: `output_dir`, or that of a search trial below it."""
         if trial is None or self.hp_search_backend is None:
-            return self.args.output_dir
+            return self.output_dir
         name = self.hp_name(trial) if self.hp_name is not None else f"run-{trial.number}"
-        return os.path.join(self.args.output_dir, name)
+        return os.path.join(self.output_dir, name)
 
     def _stateful(self) -> dict[str, Any]:
         """Returns what else of this run belongs into a checkpoint, by name. Subclasses add to it."""
@@ -55,7 +55,7 @@ class SavingMethods(TrainerBase):
         """Saves the model so that `from_pretrained` loads it. Called for every checkpoint, and by the user."""
         checkpoints.save_model(
             self._save,
-            output_dir or self.args.output_dir,
+            output_dir or self.output_dir,
             accelerator=self.accelerator,
             model=self.model,
             model_wrapped=self.model_wrapped,
@@ -67,7 +67,7 @@ class SavingMethods(TrainerBase):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """Writes weights, tokenizer and arguments. Called by `save_model`, with gathered weights when sharded."""
         checkpoints.write_model(
-            output_dir or self.args.output_dir,
+            output_dir or self.output_dir,
             state_dict,
             model=self.model,
             args=self.args,

@@ -17,6 +17,7 @@ from finetune.data.templates import clone_chat_template, load_chat_template
 from finetune.engine import setup
 from finetune.engine.meter import MetricBag
 from finetune.errors import ArgumentError
+from finetune.hub.card import create_sft_model_card
 from finetune.kernels.attention import packed_unsupported_reason, use_packed_attention
 from finetune.kernels.fused_head import FusedHead, fuse_head, unsupported_reason
 from finetune.kernels.isolation import probe_isolation, require_isolation
@@ -68,6 +69,8 @@ class SFTTrainer(Trainer):
         DataFormatError: rows that cannot be trained on.
         ModelLoadError: the model or the tokenizer cannot be read.
     """
+
+    create_model_card = create_sft_model_card
 
     def __init__(
         self,
@@ -146,7 +149,8 @@ class SFTTrainer(Trainer):
         args: SFTConfig, model: Any, processing_class: Any, quantization_config: Any, peft_config: Any
     ) -> tuple[nn.Module, Any]:
         """Returns model (with adapters) and tokenizer, loaded where they were given by name."""
-        init = dict(args.model_init_kwargs or {})  # pyright: ignore[reportArgumentType]
+        assert not isinstance(args.model_init_kwargs, str)  # parsed when the arguments were made
+        init: dict[str, Any] = {**(args.model_init_kwargs or {})}
         given = model
         if isinstance(model, str):
             model = load_model(
