@@ -12,7 +12,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from finetune.errors import ArgumentError
-from finetune.kernels.fused_head import LogitTransform, fuse_head, logit_transform, unsupported_reason
+from finetune.kernels.fused_head import fuse_head, unsupported_reason
+from finetune.kernels.logit_transform import LogitTransform, logit_transform
 
 COMMON = {
     "vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -172,12 +173,14 @@ def test_no_supervised_token() -> None:
     assert outputs.loss.item() == 0.0 and not any(g.any() for g in gradients.values())
 
 
-def test_tuple_outputs() -> None:
-    model = make()
+@pytest.mark.parametrize("name", ["llama", "mixtral, auxiliary loss"])
+def test_tuple_outputs(name: str) -> None:
+    model = make(name)
     expected = model(**batch()).loss
+    plain = model(**batch(), return_dict=False, use_cache=False)
     with fuse_head(model):
         outputs = model(**batch(), return_dict=False, use_cache=False)
-    assert isinstance(outputs, tuple)
+    assert isinstance(outputs, tuple) and len(outputs) == len(plain) - 1
     torch.testing.assert_close(outputs[0], expected, rtol=1e-6, atol=1e-6)
 
 
@@ -210,13 +213,28 @@ def test_the_signature_stays() -> None:
         assert inspect.signature(model.forward) == before
 
 
-def test_compiled_model() -> None:
-    model = make()
-    expected = model(**batch()).loss
+@pytest.mark.parametrize("name", ["llama", "gemma2, soft cap"])
+def test_compiled_model(name: str) -> None:
+    model = make(name)
+    expected, gradients = run(model)
     with fuse_head(model):
-        outputs = torch.compile(model, backend="eager")(**batch(), use_cache=False)
+        compiled = torch.compile(model, backend="eager")
+        outputs = compiled(**batch(), use_cache=False)
+        model.zero_grad()
+        outputs.loss.backward()
     assert outputs.logits is None
-    torch.testing.assert_close(outputs.loss, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(outputs.loss, expected.loss, rtol=1e-6, atol=1e-6)
+    assert_same_gradients({n: p.grad for n, p in model.named_parameters()}, gradients)
+
+
+def test_hooks_on_the_heads_output_see_the_gradient() -> None:
+    """FSDP and ZeRO-3 gather a module's weights again when the gradient reaches its output."""
+    model, seen = make(), []
+    handle = model.lm_head.register_forward_hook(lambda m, a, out: out.register_hook(seen.append) and None)
+    with fuse_head(model):
+        run(model)
+    handle.remove()
+    assert len(seen) == 1
 
 
 def test_gradient_checkpointing() -> None:

@@ -24,44 +24,7 @@ from torch import Tensor, nn
 
 from finetune.errors import ArgumentError
 from finetune.kernels.linear_cross_entropy import IGNORE_INDEX, HeadLoss, linear_cross_entropy
-
-_REMEDY = "Use the plain loss for this model (`use_fused_loss=False`)."
-
-
-@dataclass(frozen=True)
-class LogitTransform:
-    """What a model does between its head and its loss: `softcap * tanh(scale * x / softcap)`, or `scale * x`."""
-
-    scale: float = 1.0
-    softcap: float | None = None
-
-    def agrees_with(self, other: LogitTransform) -> bool:
-        return _close(self.scale, other.scale) and _close(self.softcap or 0.0, other.softcap or 0.0)
-
-
-def logit_transform(model: nn.Module) -> LogitTransform:
-    """Returns the scale and soft cap that `model` says it applies to its logits.
-
-    Known spellings: `logit_scale` (Cohere), `output_multiplier`, `lm_head_multiplier` (Falcon-H1), `logits_scaling`
-    (Granite divides, HyperCLOVA X multiplies); `final_logit_softcapping` (Gemma 2 and later), `logits_soft_cap`
-    (RecurrentGemma), `output_logit_soft_cap` (xLSTM).
-    """
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    scale = 1.0
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-        value = getattr(text, name, None)
-        if isinstance(value, int | float):
-            scale = float(value)
-            break
-    else:
-        divisor = getattr(text, "logits_scaling", None)
-        if isinstance(divisor, int | float):
-            scale = float(divisor) if getattr(text, "model_type", "") == "hyperclovax" else 1.0 / divisor
-    caps = (
-        getattr(text, name, None) for name in ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-    )
-    return LogitTransform(scale, next((float(cap) for cap in caps if cap is not None), None))
+from finetune.kernels.logit_transform import REMEDY, DisguisedLoss, LogitTransform, Recorder, logit_transform
 
 
 def unsupported_reason(model: nn.Module) -> str | None:
@@ -178,7 +141,7 @@ class FusedHead:
         if hidden.shape[:-1] != call.targets.shape:
             raise ArgumentError(
                 f"the head was given hidden states of shape {tuple(hidden.shape)} for labels of shape "
-                f"{tuple(call.targets.shape)}; `logits_to_keep` cannot be combined with labels here. {_REMEDY}"
+                f"{tuple(call.targets.shape)}; `logits_to_keep` cannot be combined with labels here. {REMEDY}"
             )
         head = self._head
         call.sums = linear_cross_entropy(
@@ -193,7 +156,10 @@ class FusedHead:
             **self._options,
         )
         call.loss = call.sums.loss
-        disguised = call.loss.as_subclass(_DisguisedLoss)
+        if torch.compiler.is_compiling():
+            # A compiler cannot follow the disguise. Logits of no width cost nothing, whatever is done to them.
+            return hidden.new_empty(*hidden.shape[:-1], 0)
+        disguised = call.loss.as_subclass(DisguisedLoss)
         disguised.recorder = call.recorder
         return disguised
 
@@ -204,18 +170,21 @@ class FusedHead:
             from transformers.loss.loss_utils import ForCausalLMLoss
 
             return ForCausalLMLoss(logits, labels, *_, **kwargs)
-        applied = call.recorder.transform()
-        if not applied.agrees_with(self.transform):
-            raise ArgumentError(
-                f"{type(self._model).__name__} applies {applied} to its logits, but its config says {self.transform}. "
-                f"{_REMEDY} Or pass `transform=` to `fuse_head`."
-            )
-        sums = call.sums
+        sums, loss = call.sums, call.sums.loss
+        if isinstance(logits, DisguisedLoss):
+            applied = call.recorder.transform()
+            if not applied.agrees_with(self.transform):
+                raise ArgumentError(
+                    f"{type(self._model).__name__} applies {applied} to its logits, but its config says "
+                    f"{self.transform}. {REMEDY} Or pass `transform=` to `fuse_head`."
+                )
+            # The tensor that came back, not the one that was handed out: backward hooks hang on it.
+            loss = logits.as_subclass(Tensor)
         self.last = HeadLoss(sums.loss.detach(), sums.count, sums.nll, sums.correct, sums.entropy)
         items = kwargs.get("num_items_in_batch")
         if items is None:
-            return sums.loss / sums.count
-        return sums.loss / (items.to(sums.loss.device) if isinstance(items, Tensor) else items)
+            return loss / sums.count
+        return loss / (items.to(loss.device) if isinstance(items, Tensor) else items)
 
 
 def fuse_head(
@@ -241,7 +210,7 @@ def fuse_head(
     """
     reason = unsupported_reason(model)
     if reason is not None:
-        raise ArgumentError(f"the fused loss does not fit this model: {reason}. {_REMEDY}")
+        raise ArgumentError(f"the fused loss does not fit this model: {reason}. {REMEDY}")
     base = _base(model)
     options = {
         "label_smoothing": label_smoothing, "z_loss": z_loss, "dft": dft, "entropy": entropy,
@@ -257,7 +226,7 @@ class _Call:
     targets: Tensor
     positions: Tensor
     weights: Tensor | None
-    recorder: _Recorder
+    recorder: Recorder
     loss: Tensor | None = None
     sums: HeadLoss | None = None
 
@@ -270,62 +239,7 @@ class _Call:
         positions = targets.reshape(-1).ne(IGNORE_INDEX).nonzero().squeeze(1)
         if weights is not None and shifted is None:
             weights = _shift(weights, 0)
-        return cls(targets, positions, weights, _Recorder())
-
-
-class _Recorder:
-    """Writes down the elementwise operations a model applies to its logits."""
-
-    def __init__(self) -> None:
-        self.before, self.after, self.capped = 1.0, 1.0, False
-
-    def multiply(self, factor: float) -> None:
-        if self.capped:
-            self.after *= factor
-        else:
-            self.before *= factor
-
-    def transform(self) -> LogitTransform:
-        """Returns the transform in normal form: `after * tanh(before * x)` has cap `after` and scale their product."""
-        return LogitTransform(self.before * self.after, self.after) if self.capped else LogitTransform(self.before)
-
-
-class _DisguisedLoss(Tensor):
-    """A 0-d loss that a model takes for logits. Scaling and tanh are recorded, anything else is refused.
-
-    It carries the gradient, because FSDP and ZeRO-3 hang their backward hooks on what a module returns.
-    """
-
-    recorder: _Recorder
-
-    _SAME = frozenset({"float", "to", "type", "contiguous", "type_as", "double", "bfloat16", "half"})
-    _MULTIPLY = frozenset({"mul", "__mul__", "__rmul__", "mul_", "multiply", "__imul__"})
-    _DIVIDE = frozenset({"div", "__truediv__", "div_", "true_divide", "divide", "__itruediv__", "__div__"})
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", str(func))
-        if name in ("__get__", "__set__", "dim", "size", "backward", "numel", "__repr__", "view_as", "detach"):
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **(kwargs or {}))
-        disguised = next(each for each in args if isinstance(each, cls))
-        recorder = getattr(disguised, "recorder", None)
-        factor = next((each for each in args if each is not disguised), None)
-        if isinstance(factor, Tensor) and factor.numel() == 1 and not factor.requires_grad:
-            factor = float(factor)
-        if recorder is not None:
-            if name in cls._SAME:
-                return disguised
-            if name in ("tanh", "tanh_") and not recorder.capped:
-                recorder.capped = True
-                return disguised
-            if name in cls._MULTIPLY | cls._DIVIDE and isinstance(factor, int | float):
-                recorder.multiply(float(factor) if name in cls._MULTIPLY else 1.0 / factor)
-                return disguised
-        raise ArgumentError(
-            f"the forward of this model applies `{name}` to its logits before the loss, which the fused loss cannot "
-            f"follow. {_REMEDY}"
-        )
+        return cls(targets, positions, weights, Recorder())
 
 
 def _shift(values: Tensor | None, fill: int) -> Tensor | None:
@@ -353,10 +267,9 @@ def _whole(parameter: Any) -> Tensor:
 
 def _without_logits(outputs: Any) -> Any:
     if isinstance(outputs, tuple):
-        return tuple(each for each in outputs if not isinstance(each, _DisguisedLoss))
-    kept = {name: value for name, value in outputs.items() if not isinstance(value, _DisguisedLoss)}
-    return type(outputs)(**kept)
+        return tuple(each for each in outputs if not _is_placeholder(each))
+    return type(outputs)(**{name: value for name, value in outputs.items() if name != "logits"})
 
 
-def _close(a: float, b: float) -> bool:
-    return abs(a - b) <= 1e-6 * max(abs(a), abs(b), 1e-12)
+def _is_placeholder(value: Any) -> bool:
+    return isinstance(value, DisguisedLoss) or (isinstance(value, Tensor) and value.shape[-1:] == (0,))
