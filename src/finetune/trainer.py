@@ -180,8 +180,7 @@ class Trainer(EvaluationMethods, OptimizerMethods, SavingMethods):
         self.state = self._new_state()
         if checkpoint is not None:
             self.state = checkpoints.load_state(checkpoint, self.args)
-            if self.args.restore_callback_states_from_checkpoint:
-                self._load_callback_state()
+            self._load_callback_state()
         self.state.is_hyper_param_search = trial is not None
         self.state.train_batch_size = self._train_batch_size
         self.state.compute_steps(self.args, plan.max_steps)

@@ -243,9 +243,8 @@ def _prefixed(metrics: dict[str, Any], loss: float | None, prefix: str) -> dict[
     """Returns the metrics as plain numbers, each name starting with `prefix_`."""
     if not isinstance(metrics, Mapping):
         raise ArgumentError(f"`compute_metrics` must return a dict of names to numbers, got {type(metrics).__name__}.")
-    plain = {key: _plain(value) for key, value in metrics.items()}
-    if loss is not None:
-        plain[f"{prefix}_loss"] = loss
+    plain = {} if loss is None else {f"{prefix}_loss": loss}
+    plain |= {key: _plain(value) for key, value in metrics.items() if loss is None or key != f"{prefix}_loss"}
     return {key if key.startswith(f"{prefix}_") else f"{prefix}_{key}": value for key, value in plain.items()}
 
 

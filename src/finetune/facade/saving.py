@@ -125,7 +125,8 @@ class SavingMethods(TrainerBase):
         checkpoints.load_rng_state(checkpoint, self.args)
 
     def _load_callback_state(self) -> None:
-        self._events.restore()
+        if self.args.restore_callback_states_from_checkpoint:
+            self._events.restore()
 
     def end(self) -> None:
         """Finishes trackers and background work and leaves the process group. Call it last, on every process.

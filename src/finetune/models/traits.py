@@ -86,6 +86,11 @@ def check_trainable(model: nn.Module) -> None:
         )
 
 
+def takes_argument(model: nn.Module, name: str) -> bool:
+    """Returns whether `forward`, as it is now (kernels may have replaced it), names the argument; `**kwargs` do not."""
+    return name in inspect.signature(unwrap(model).forward).parameters
+
+
 def _check_quantized(kept: nn.Module, base: nn.Module, quantizer: Any) -> None:
     has_adapters = is_peft_model(kept) or getattr(base, "_hf_peft_config_loaded", False)
     if hasattr(base, "_orig_mod") and not has_adapters:
