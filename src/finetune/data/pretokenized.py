@@ -68,13 +68,24 @@ def _flat(values: Sequence[Any], column: str, rows: Sequence[int], name: str) ->
             _fail(row, name, f"`{column}` is {found}, expected a list of integers", "Remove or repair the row.")
     offsets = np.zeros(len(values) + 1, np.int64)
     np.cumsum([len(value) for value in values], out=offsets[1:])
-    try:
-        return np.fromiter(chain.from_iterable(values), np.int64, int(offsets[-1])), offsets
-    except (TypeError, ValueError):
+    flat = _array(list(chain.from_iterable(values)))
+    if flat is None:
         for row, value in zip(rows, values, strict=True):
-            if any(not isinstance(item, (int, np.integer)) for item in value):
+            if _array(list(value)) is None:
                 _fail(row, name, f"`{column}` holds values that are no integers", "Give one flat list of integers.")
-        raise
+    assert flat is not None
+    return flat, offsets
+
+
+def _array(values: list[Any]) -> np.ndarray | None:
+    """Returns integers or truth values as int64, or None for anything else."""
+    if not values:
+        return np.zeros(0, np.int64)
+    try:
+        array = np.array(values)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return array.astype(np.int64) if array.dtype.kind in "bi" and array.ndim == 1 else None
 
 
 def _fail(row: int, name: str, found: str, remedy: str) -> NoReturn:

@@ -1,0 +1,182 @@
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from finetune.data.formats import Kind, apply_formatting, detect_format, read_conversations, read_texts
+from finetune.data.pipeline import prepare_split
+from finetune.data.settings import DataSettings
+from finetune.errors import ArgumentError, DataFormatError, FinetuneError
+
+USER = {"role": "user", "content": "a"}
+ASSISTANT = {"role": "assistant", "content": "b"}
+
+
+@pytest.mark.parametrize(
+    ("row", "kind", "column"),
+    [
+        ({"text": "a"}, Kind.TEXT, "text"),
+        ({"text": "a", "prompt": "b"}, Kind.TEXT, "text"),
+        ({"prompt": "a", "completion": "b", "text": "c"}, Kind.PROMPT_COMPLETION, "prompt"),
+        ({"prompt": [USER], "completion": [ASSISTANT]}, Kind.CHAT_PROMPT_COMPLETION, "prompt"),
+        ({"messages": [USER], "text": "c"}, Kind.CHAT, "messages"),
+        ({"conversations": [{"from": "human", "value": "a"}]}, Kind.CHAT, "conversations"),
+        ({"text": [USER]}, Kind.CHAT, "text"),
+        ({"text": '[{"role": "user"}]'}, Kind.CHAT, "text"),
+        ({"input_ids": [1], "text": "c"}, Kind.TOKENIZED, "input_ids"),
+        ({"input_ids": [1], "seq_lengths": [1]}, Kind.PACKED, "input_ids"),
+    ],
+)
+def test_recognises(row: dict[str, Any], kind: Kind, column: str) -> None:
+    found = detect_format(row)
+    assert (found.kind, found.column) == (kind, column)
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"txt": "a"}, ["`txt`", "Did you mean `txt`?", "dataset_text_field"]),
+        ({"mesages": [USER]}, ["Did you mean `mesages`?", "Rename it to `messages`"]),
+        ({"instruction": "a", "output": "b"}, ["Rename `instruction` to `prompt` and `output` to `completion`"]),
+        ({"prompt": "a", "answer": "b"}, ["`completion` is missing"]),
+        ({"completion": "a"}, ["`prompt` is missing"]),
+        ({"x": 1}, ["`x`", "formatting_func"]),
+        ({"prompt": "a", "completion": [ASSISTANT]}, ["mixes text and messages"]),
+    ],
+)
+def test_unknown_columns_name_what_was_found_and_what_to_do(row: dict[str, Any], said: list[str]) -> None:
+    with pytest.raises(DataFormatError) as error:
+        detect_format(row)
+    assert all(part in str(error.value) for part in said), str(error.value)
+
+
+@pytest.mark.parametrize("bad", [None, 3, b"bytes", ["a"], {"a": 1}])
+def test_a_text_that_is_none_is_an_error_with_its_row(bad: Any) -> None:
+    with pytest.raises(DataFormatError, match=r"Row 12 of the eval data set: `text` is"):
+        read_texts({"text": ["a", bad]}, "text", [11, 12], "eval")
+
+
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [
+        (None, "expected a list of messages"),
+        ("no json", "not valid JSON"),
+        ([], "an empty list"),
+        (["hello"], "message 0 of `messages` is `str`"),
+        ([{"content": "a"}], "no role"),
+        ([{"role": "asistant", "content": "a"}], "Did you mean `assistant`"),
+        ([{"role": 3, "content": "a"}], "has the role 3"),
+        ([{"role": "user", "content": None}], "has no `content`"),
+        ([{"role": "user", "content": b"a"}], "`content` of message 0 (`user`) is `bytes`"),
+        ([{"role": "user", "content": [["nested"]]}], "is `list`"),
+        ([{"role": "user", "content": 7}], "is `int`"),
+        ([USER, {**ASSISTANT, "weight": 0.5}], "`weight` 0.5"),
+        ([USER, {**ASSISTANT, "train": "yes"}], "`train` 'yes'"),
+        ([{**USER, "train": True}, ASSISTANT], "Only assistant messages can be trained"),
+    ],
+)
+def test_bad_conversations_are_errors_with_their_row(bad: Any, said: str) -> None:
+    with pytest.raises(DataFormatError) as error:
+        read_conversations({"messages": [[USER, ASSISTANT], bad]}, "messages", [4, 5])
+    assert "ow 5 of the train data set" in str(error.value)
+    assert said in str(error.value)
+
+
+def test_conversations_are_cleaned() -> None:
+    read = read_conversations(
+        {
+            "messages": [
+                [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "weight": 0}],
+                [{"role": "user", "content": "a", "tool_calls": None}, {**ASSISTANT, "train": None}],
+                '[{"role": "user", "content": "a"}]',
+            ],
+            "tools": [None, [{"name": "f", "parameters": {"x": None, "y": 1}}], '[{"default": null}]'],
+            "chat_template_kwargs": [None, {"thinking": None, "depth": 2}, None],
+        },
+        "messages",
+        [0, 1, 2],
+    )
+    assert read.messages == [[USER, ASSISTANT], [USER, ASSISTANT], [USER]]
+    assert read.train == [[False], None, None]
+    assert read.tools == [None, [{"name": "f", "parameters": {"y": 1}}], [{"default": None}]]
+    assert read.template_kwargs == [None, {"depth": 2}, None]
+
+
+def test_formatting_func_may_return_text_messages_or_a_row() -> None:
+    batch = {"q": ["a", "c"], "a": ["b", "d"]}
+    assert apply_formatting(batch, [0, 1], lambda row: row["q"] + row["a"]) == {"text": ["ab", "cd"]}
+    assert apply_formatting(batch, [0, 1], lambda row: [USER])["messages"] == [[USER], [USER]]
+    made = apply_formatting(batch, [0, 1], lambda row: {"prompt": row["q"], "completion": row["a"]})
+    assert made == {"prompt": ["a", "c"], "completion": ["b", "d"]}
+    with pytest.raises(DataFormatError, match=r"`formatting_func` returned `list` for row 7"):
+        apply_formatting({"q": ["a"]}, [7], lambda row: ["a"])
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.binary(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
+messages = st.lists(
+    values
+    | st.fixed_dictionaries({}, optional={"role": values | st.sampled_from(["user", "assistant"]), "content": values}),
+    max_size=3,
+)
+rows = st.fixed_dictionaries(
+    {},
+    optional={
+        "text": values,
+        "prompt": values | messages,
+        "completion": values | messages,
+        "messages": values | messages,
+        "conversations": values | messages,
+        "input_ids": values | st.lists(st.integers(-3, 500), max_size=4),
+        "labels": values | st.lists(st.integers(-101, 500), max_size=4),
+        "completion_mask": values,
+        "tools": values,
+        "chat_template_kwargs": values,
+    },
+)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@given(first=rows, second=rows, assistant_only=st.booleans())
+def test_no_row_ends_in_a_bare_traceback(
+    first: dict[str, Any], second: dict[str, Any], assistant_only: bool, chat_tokenizer_cached: Any
+) -> None:
+    from finetune.data.batches import BatchProcessor
+
+    try:
+        options = DataSettings(max_length=8, assistant_only_loss=assistant_only)
+        processor = BatchProcessor(chat_tokenizer_cached, options, first)
+        batch = {key: [first.get(key), second.get(key)] for key in first}
+        processor.process(batch, [0, 1])
+    except FinetuneError as error:
+        assert str(error)
+
+
+def test_settings_refuse_what_they_cannot_do() -> None:
+    for wrong in ({"max_length": 0}, {"truncation_mode": "middle"}, {"batch_size": 0}):
+        with pytest.raises(ArgumentError, match=next(iter(wrong))):
+            DataSettings(**wrong)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "said"),
+    [
+        ({"text": "a"}, {"assistant_only_loss": True}, "`assistant_only_loss=True` needs conversations"),
+        ({"prompt": "a", "completion": "b"}, {"assistant_only_loss": True}, "needs conversations"),
+        ({"text": "a"}, {"completion_only_loss": True}, "`completion_only_loss=True` needs `prompt` and `completion`"),
+        ({"messages": [USER, ASSISTANT]}, {"completion_only_loss": True}, "`completion_only_loss=True` needs"),
+        ({"input_ids": [1]}, {"completion_only_loss": True}, "`completion_only_loss=True` needs"),
+    ],
+)
+def test_losses_that_the_rows_cannot_have_are_refused(
+    row: dict[str, Any], options: dict[str, Any], said: str, chat_tokenizer: Any
+) -> None:
+    from datasets import Dataset
+
+    with pytest.raises(DataFormatError) as error:
+        prepare_split(Dataset.from_list([row]), chat_tokenizer, DataSettings(**options), say=lambda line: None)
+    assert said in str(error.value)
