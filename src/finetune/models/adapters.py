@@ -107,28 +107,26 @@ def add_adapters(
     config = _with_trainable_tokens(copy.deepcopy(peft_config), added_token_ids, model)
     cast_adapters = not (zero_stage == 3 and not quantized)
     wrapped: Any = peft.get_peft_model(model, config, autocast_adapter_dtype=cast_adapters)
-    if activation_checkpointing:
+    if activation_checkpointing and not _has_input_hook(model):
         wrapped.enable_input_require_grads()
     if quantized:
         _cast_trainable(wrapped, adapter_dtype or _low_bit_adapter_dtype(model))
     return wrapped
 
 
-def prepare_quantized(
-    model: nn.Module, *, activation_checkpointing: bool, checkpointing_kwargs: Any = None
-) -> nn.Module:
+def prepare_quantized(model: nn.Module, *, activation_checkpointing: bool = False) -> nn.Module:
     """Returns a bitsandbytes model made ready for adapters: base frozen, norms and head in float32.
 
-    Used for quantized models only; other models are returned as they are. See `peft.prepare_model_for_kbit_training`.
+    Other models are returned as they are. With `activation_checkpointing` the embedding's output is made to require
+    gradients; recomputation itself is switched on for the run only (`models/activation.py`). See
+    `peft.prepare_model_for_kbit_training`.
     """
     if not is_quantized(model):
         return model
-    peft = _import_peft()
-    return peft.prepare_model_for_kbit_training(
-        model,
-        use_gradient_checkpointing=activation_checkpointing,
-        gradient_checkpointing_kwargs=dict(checkpointing_kwargs or {"use_reentrant": False}),
-    )
+    prepared: Any = _import_peft().prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    if activation_checkpointing:
+        prepared.enable_input_require_grads()
+    return prepared
 
 
 def reentrant_checkpointing_kwargs(model: nn.Module, kwargs: dict[str, Any] | None, zero_stage: int) -> dict[str, Any]:
@@ -145,6 +143,10 @@ def reentrant_checkpointing_kwargs(model: nn.Module, kwargs: dict[str, Any] | No
             "`use_reentrant=False`. Remove it or set it to true."
         )
     return {**resolved, "use_reentrant": True}
+
+
+def _has_input_hook(model: nn.Module) -> bool:
+    return bool(model.__dict__.get("_require_grads_hooks") or model.__dict__.get("_require_grads_hook"))
 
 
 def _import_peft() -> Any:

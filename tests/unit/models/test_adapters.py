@@ -130,3 +130,31 @@ def test_zero3_with_adapters_is_reentrant(model) -> None:
     assert reentrant_checkpointing_kwargs(wrapped, None, 2) == {}
     with pytest.raises(ArgumentError, match="use_reentrant"):
         reentrant_checkpointing_kwargs(wrapped, {"use_reentrant": False}, 3)
+
+
+def test_four_bit_weights_with_adapters_train(tmp_path, model) -> None:
+    """The QLoRA recipe end to end on CPU: load in NF4, prepare, wrap, one step, and only adapters moved."""
+    pytest.importorskip("bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    from finetune.kernels.fused_head import fuse_head
+    from finetune.models.load import load_model
+    from finetune.models.traits import check_trainable
+
+    model.save_pretrained(tmp_path)
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    loaded = load_model(tmp_path, quantization_config=quantization)
+    with pytest.raises(ArgumentError, match="quantized and has no adapters"):
+        check_trainable(loaded)
+    wrapped = add_adapters(
+        prepare_quantized(loaded, activation_checkpointing=True), lora(), activation_checkpointing=True
+    )
+    check_trainable(wrapped)
+    trainable = {n: p.detach().clone() for n, p in wrapped.named_parameters() if p.requires_grad}
+    assert trainable and all("lora" in name for name in trainable)
+    ids = torch.arange(12).view(2, 6)
+    with fuse_head(wrapped):
+        wrapped(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    torch.optim.SGD([p for p in wrapped.parameters() if p.requires_grad], lr=1.0).step()
+    moved = [n for n, p in wrapped.named_parameters() if n in trainable and not torch.equal(p, trainable[n])]
+    assert moved and all("lora_B" in name for name in moved)

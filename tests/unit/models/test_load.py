@@ -50,8 +50,13 @@ def test_tokenizer_from_path_and_from_model(folder) -> None:
     assert load_tokenizer(load_model(folder)).eos_token_id == 1
     assert load_config(folder).model_type == "llama"
     with pytest.raises(ModelLoadError, match="processing_class"):
-        load_tokenizer(LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8,
-                                                    num_hidden_layers=1, num_attention_heads=2)))
+        load_tokenizer(
+            LlamaForCausalLM(
+                LlamaConfig(
+                    vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
+                )
+            )
+        )
 
 
 def test_unreadable_paths(folder, tmp_path, monkeypatch) -> None:

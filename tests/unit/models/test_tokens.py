@@ -33,8 +33,15 @@ def model(vocab_size: int = 8, **config) -> LlamaForCausalLM:
     )
 
 
-@pytest.mark.parametrize("special", [{}, {"eos_token": "<turn>"}, {"eos_token": "<eos>", "pad_token": "<pad>"},
-                                     {"bos_token": "<bos>", "eos_token": "<turn>", "pad_token": "<turn>"}])
+@pytest.mark.parametrize(
+    "special",
+    [
+        {},
+        {"eos_token": "<turn>"},
+        {"eos_token": "<eos>", "pad_token": "<pad>"},
+        {"bos_token": "<bos>", "eos_token": "<turn>", "pad_token": "<turn>"},
+    ],
+)
 @pytest.mark.parametrize("eos", [1, [1, 3], None])
 @pytest.mark.parametrize("generation_eos", [1, [1, 4], None, "absent"])
 def test_agrees_with_transformers(special, eos, generation_eos) -> None:
