@@ -1,0 +1,128 @@
+"""Two processes save together: complete when both wrote, absent when one failed, and neither waits for ever."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from finetune.checkpoint import layout, manager
+from finetune.checkpoint.manifest import find_problem, read_manifest
+from finetune.errors import CheckpointError
+
+CONFTEST = Path(__file__).parents[1] / "unit" / "checkpoint" / "conftest.py"
+
+
+def _worker(rank: int, body: Callable[..., None], store: str, arguments: tuple[Any, ...]) -> None:
+    import importlib.util
+
+    os.environ.update(OMP_NUM_THREADS="1")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    spec = importlib.util.spec_from_file_location("tiny", CONFTEST)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def run(out: str, **options: Any) -> Any:
+        tiny = module.TinyRun(Path(out), world_size=2, process_index=rank, should_save=rank == 0, **options)
+        torch.manual_seed(rank)
+        return tiny
+
+    body(rank, run, *arguments)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def launch(body: Callable[..., None], tmp_path: Path, *arguments: Any) -> None:
+    mp.start_processes(_worker, (body, str(tmp_path / "store"), arguments), nprocs=2, start_method="spawn")
+
+
+def _all(rank: int, make: Any, out: str) -> None:
+    for asynchronous in (False, True):
+        folder = f"{out}/{asynchronous}"
+        run = make(folder, asynchronous=asynchronous)
+        run.train(2)
+        run.counter.tokens = 100 + rank
+        report = run.save()
+        run.writer.wait()
+        draws = torch.rand(4)
+        assert find_problem(report.path) is None
+        manifest = read_manifest(report.path)
+        assert manifest is not None and manifest.world_size == 2
+        assert {layout.rng_name(r, 2) for r in (0, 1)} | {layout.stateful_name(r, 2) for r in (0, 1)} <= set(
+            manifest.files
+        )
+        other = make(folder)
+        path = manager.resolve_resume(True, folder)
+        assert path == str(report.path)
+        other.train(1)
+        manager.load_model(path, accelerator=other.accelerator, model=other.model)
+        restored = manager.load_stateful(path, {"counter": other.counter}, rank=rank, world_size=2)
+        manager.load_rng_state(path, other.args)
+        assert restored == ["counter"] and other.counter.tokens == 100 + rank, "each process its own"
+        assert torch.equal(torch.rand(4), draws)
+    _failing(rank, make, out)
+    _damaged(rank, make, out)
+
+
+def _failing(rank: int, make: Any, out: str) -> None:
+    """Process 1, or process 0, fails; both get an error and the last checkpoint stays."""
+    for asynchronous in (False, True):
+        for bad in (0, 1):
+            folder = f"{out}/bad-{asynchronous}-{bad}"
+            run = make(folder, asynchronous=asynchronous)
+            run.train(1)
+            run.save()
+
+            def fail(path: str, run: Any = run, bad: int = bad) -> None:
+                if rank == bad:
+                    run.writer.run(lambda: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+
+            run._save_scaler = fail
+            run.train(1)
+            with pytest.raises(CheckpointError, match="No space left on device") as caught:
+                run.save()
+                run.writer.wait()
+            assert rank == bad or f"Process {bad}" in str(caught.value)
+            del run._save_scaler
+            dist.barrier()
+            assert sorted(p.name for p in Path(folder).iterdir()) == ["checkpoint-1", "latest"]
+            dist.barrier()  # the next save begins to write
+            run.save()
+            run.writer.wait()
+            assert find_problem(Path(folder) / "checkpoint-2") is None
+
+
+def _damaged(rank: int, make: Any, out: str) -> None:
+    folder = f"{out}/False"
+    dist.barrier()
+    if rank == 0:
+        (Path(folder) / "checkpoint-2" / "rng_state_1.pth").unlink()
+    dist.barrier()
+    with pytest.raises(CheckpointError, match=r"rng_state_1\.pth is missing"):
+        manager.resolve_resume(True, folder)
+    assert manager.resolve_resume("auto", folder) is None
+    run = make(folder)
+    with pytest.raises(CheckpointError, match=r"rng_state_1\.pth is missing"):
+        manager.load_model(f"{folder}/checkpoint-2", accelerator=run.accelerator, model=run.model)
+
+
+def test_two_processes(tmp_path: Path) -> None:
+    launch(_all, tmp_path, str(tmp_path))
+
+
+def _unshared(rank: int, make: Any, out: str) -> None:
+    run = make(f"{out}/node{rank}")  # each process has its own disk
+    run.train(1)
+    with pytest.raises(CheckpointError, match=r"1 of 2 processes|Process 0"):
+        run.save()
+    assert not (Path(f"{out}/node0") / "checkpoint-1").exists()
+
+
+def test_folder_that_is_not_shared(tmp_path: Path) -> None:
+    launch(_unshared, tmp_path, str(tmp_path))
