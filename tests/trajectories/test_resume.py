@@ -1,4 +1,4 @@
-"""Interrupted and resumed equals uninterrupted, to the last bit: weights, optimizer, schedule, history, random state."""
+"""Interrupted and resumed equals uninterrupted, bit for bit: weights, optimizer, schedule, history, random state."""
 
 import random
 from pathlib import Path

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from finetune.distributed import ranks
 from finetune.errors import NonFiniteLossError
 
 if TYPE_CHECKING:
@@ -129,6 +130,11 @@ class LossMeter:
         found = [self._describe(place, -1 if alone else rank) for rank, place in enumerate(places) if place >= 0]
         return f", first in {'; '.join(found)}" if found else ""
 
+    def load_state_dicts(self, states: list[dict[str, float | int]]) -> None:
+        """As `load_state_dict` for another number of processes: each goes on from the mean, which is what is logged."""
+        mean = sum(float(state["running"]) for state in states) / len(states)
+        self.load_state_dict({**states[0], "running": mean})
+
     def _raise(self, step: int, loss: float, where: str) -> None:
         raise NonFiniteLossError(
             f"The training loss became {loss} at update {step + 1}{where}. Lower `learning_rate`, set `max_grad_norm`, "
@@ -151,7 +157,21 @@ class MetricBag:
     def add(self, name: str, total: Tensor, count: Tensor | int) -> None:
         """Adds `total` over `count` items to the quantity `name`; both stay on the device."""
         pair = torch.stack([total.detach().double(), torch.as_tensor(count, device=total.device).double()])
-        self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+        self._sums[name] = self._sums[name].to(pair.device) + pair if name in self._sums else pair
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Returns the sums since the last drain, for a checkpoint between two logs."""
+        return {name: pair.cpu() for name, pair in self._sums.items()}
+
+    def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
+        """Goes on from saved sums; they follow the device of the next `add`."""
+        self._sums = dict(state_dict)
+
+    def load_state_dicts(self, states: list[dict[str, Tensor]]) -> None:
+        """As `load_state_dict` for another number of processes: each takes an equal share of all sums."""
+        names = {name for state in states for name in state}
+        share = 1 / ranks.world_size()
+        self._sums = {name: sum(state[name] for state in states if name in state) * share for name in names}
 
     def drain(self, accelerator: "Accelerator | None" = None) -> dict[str, float]:
         """Returns each quantity's mean over all processes since the last drain; empty quantities are left out."""

@@ -10,6 +10,7 @@ of `sum over the global batch / count over the global batch`, whatever the numbe
 """
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -134,7 +135,10 @@ def forward_loss(
     if compute_loss_func is not None:
         if "num_items_in_batch" in _parameters(compute_loss_func):
             return compute_loss_func(outputs, labels, num_items_in_batch=num_items_in_batch), outputs
-        return compute_loss_func(outputs, labels), outputs
+        loss = compute_loss_func(outputs, labels)
+        local = count_items([{**inputs, "labels": labels}], shifts_labels=shifts_labels)
+        # A function that is not told the count returns a mean.
+        return loss if num_items_in_batch is None or local is None else loss * (local / num_items_in_batch), outputs
     if label_smoother is not None and labels is not None:
         return label_smoother(outputs, labels, num_items_in_batch=num_items_in_batch), outputs
     loss = _loss_of(outputs, inputs)
@@ -181,6 +185,35 @@ def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]
 def accepts_num_items(compute_loss: Callable[..., Any]) -> bool:
     """Returns whether a (possibly overridden) `compute_loss` takes `num_items_in_batch`: older subclasses do not."""
     return "num_items_in_batch" in _parameters(compute_loss)
+
+
+class DivisionCheck:
+    """Says so, once, when an overridden `compute_loss` ignores `num_items_in_batch` although that decides its scale.
+
+    transformers takes such a loss for one that was divided by the whole batch's count: over A micro-batches its
+    gradients are A times too large. So it is here, because an override may well have divided by A itself.
+    """
+
+    def __init__(self) -> None:
+        self.done = False
+
+    def pass_on(self, num_items: Any) -> Any:
+        """Returns the count to pass to `compute_loss`, traceable the first time."""
+        return num_items if self.done or num_items is None else torch.as_tensor(num_items).float().requires_grad_()
+
+    def look_at(self, loss: Tensor, num_items: Any, accumulation: int, owner: str) -> None:
+        """Warns if `loss` does not depend on `num_items`, as returned by `pass_on`."""
+        if self.done or num_items is None or accumulation == 1:
+            return
+        self.done = True
+        if torch.autograd.grad(loss, num_items, retain_graph=True, allow_unused=True)[0] is None:
+            warnings.warn(
+                f"`{owner}.compute_loss` does not use `num_items_in_batch`. If it returns a mean over the micro-batch, "
+                f"its gradients are {accumulation} times too large under `gradient_accumulation_steps={accumulation}`: "
+                f"set `loss_is_scaled_for_ga = False` on `{owner}`. Set it to True if the loss is divided already.",
+                UserWarning,
+                stacklevel=2,
+            )
 
 
 class LabelSmoother:

@@ -346,7 +346,7 @@ class SFTTrainer(Trainer):
 
     def _stateful(self) -> dict[str, Any]:
         self._tokens.read(self.accelerator)
-        return {**super()._stateful(), "tokens": self._tokens}
+        return {**super()._stateful(), "tokens": self._tokens, "token_metrics": self._metrics["train"]}
 
 
 def brings_packed_attention(model: nn.Module) -> bool:

@@ -65,3 +65,20 @@ def test_metric_bag_weighs_by_count() -> None:
     bag.add("empty", torch.tensor(0.0), 0)
     assert bag.drain() == {"accuracy": 0.25}
     assert bag.drain() == {}
+
+
+def test_other_process_counts_take_over_what_was_not_logged_yet() -> None:
+    meters = [LossMeter(CPU, "raise", 0), LossMeter(CPU, "raise", 0)]
+    for meter, loss in zip(meters, (1.0, 3.0), strict=True):
+        meter.add(torch.tensor(loss), 0)
+    alone = LossMeter(CPU, "raise", 0)
+    alone.load_state_dicts([meter.state_dict() for meter in meters])
+    assert alone.running == 2.0
+
+    bags = [MetricBag(), MetricBag()]
+    bags[0].add("accuracy", torch.tensor(1.0), 2)
+    bags[1].add("accuracy", torch.tensor(5.0), 6)
+    joined = MetricBag()
+    joined.load_state_dicts([bag.state_dict() for bag in bags])
+    joined.add("accuracy", torch.tensor(0.0), 4)
+    assert joined.drain() == {"accuracy": 0.5}
