@@ -171,7 +171,9 @@ class MetricBag:
         """As `load_state_dict` for another number of processes: each takes an equal share of all sums."""
         names = {name for state in states for name in state}
         share = 1 / ranks.world_size()
-        self._sums = {name: sum(state[name] for state in states if name in state) * share for name in names}
+        self._sums = {
+            name: torch.stack([state[name] for state in states if name in state]).sum(0) * share for name in names
+        }
 
     def drain(self, accelerator: "Accelerator | None" = None) -> dict[str, float]:
         """Returns each quantity's mean over all processes since the last drain; empty quantities are left out."""
