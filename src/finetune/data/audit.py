@@ -155,7 +155,7 @@ class SupervisionAudit:
             lines.append(
                 f"{self.num_truncated} rows were cut at `max_length`; {lost} tokens ({self.lost_share:.1%}) lost."
             )
-        if self.stop_share is not None and 0 < self.stop_share < 0.99:
+        if self.stop_share is not None and self.stop_share < 0.99:
             missing = self.num_stop_expected - self.num_stop_trained
             lines.append(f"{missing} rows do not train the token that ends their answer.")
         if self.num_doubled_bos:

@@ -1,0 +1,305 @@
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from datasets import Dataset, DatasetDict
+
+from finetune.data import cache
+from finetune.data.mixtures import mix_datasets, mixture_counts
+from finetune.data.pipeline import first_row, prepare_dataset, prepare_split
+from finetune.data.settings import DataSettings
+from finetune.errors import ArgumentError, DataFormatError
+
+TEXTS = ["the cat sat on a mat", "sun", "stars over the hills", "a"]
+CHATS = [
+    [{"role": "user", "content": "what"}, {"role": "assistant", "content": text}] for text in ("the cat", "the sun")
+]
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Any:
+    datasets.disable_progress_bars()
+    yield
+    datasets.enable_progress_bars()
+
+
+@pytest.fixture
+def on_disk(tmp_path: Path) -> Any:
+    Dataset.from_dict({"text": TEXTS, "extra": [1, 2, 3, 4]}).save_to_disk(tmp_path / "rows")
+    return datasets.load_from_disk(str(tmp_path / "rows"))
+
+
+def silent(line: str) -> None:
+    pass
+
+
+def prepared(dataset: Any, tokenizer: Any, **options: Any) -> list[dict[str, Any]]:
+    return list(prepare_split(dataset, tokenizer, DataSettings(**options), say=silent).dataset)
+
+
+def test_columns_and_types(on_disk: Any, chat_tokenizer: Any) -> None:
+    made = prepare_split(on_disk, chat_tokenizer, DataSettings(), say=silent).dataset
+    assert made.column_names == ["input_ids", "labels", "length"]
+    assert made.features["input_ids"].feature.dtype == "int32"
+    assert made["length"][:] == [len(row["input_ids"]) for row in made]
+    kept = prepare_split(on_disk, chat_tokenizer, DataSettings(keep_columns="all"), say=silent).dataset
+    assert kept["extra"][:] == [1, 2, 3, 4]
+    assert kept["text"][:] == TEXTS
+    assert kept["input_ids"][:] == made["input_ids"][:]
+    assert "text" not in prepared(on_disk, chat_tokenizer, keep_columns=("extra",))[0]
+
+
+def test_masks_are_kept_on_request(chat_tokenizer: Any) -> None:
+    rows = Dataset.from_dict({"prompt": [chat[:1] for chat in CHATS], "completion": [chat[1:] for chat in CHATS]})
+    for dataset in (rows, rows.to_iterable_dataset()):
+        made = prepared(dataset, chat_tokenizer, emit_masks=True, assistant_only_loss=True)
+        for row in made:
+            both = [c and a for c, a in zip(row["completion_mask"], row["assistant_masks"], strict=True)]
+            assert [label != -100 for label in row["labels"]] == [bool(bit) for bit in both]
+
+
+def test_streams_give_the_same_rows(on_disk: Any, chat_tokenizer: Any) -> None:
+    for options in ({}, {"max_length": 3}, {"keep_columns": "all"}, {"batch_size": 1}):
+        expected = prepared(on_disk, chat_tokenizer, **options)
+        assert prepared(on_disk.to_iterable_dataset(), chat_tokenizer, **options) == expected
+
+
+def test_rows_with_nothing_to_learn_are_left_out_and_counted(chat_tokenizer: Any) -> None:
+    rows = Dataset.from_dict({"prompt": ["the cat " * 9, "a"], "completion": [" sat", " mat"]})
+    split = prepare_split(rows, chat_tokenizer, DataSettings(max_length=6), say=silent)
+    assert len(split.dataset) == 1
+    audit = split.audit
+    assert (audit.num_rows, audit.num_dropped, audit.num_dropped_by_truncation) == (2, 1, 1)
+    assert audit.first_dropped_rows == (0,)
+    stream = prepare_split(rows.to_iterable_dataset(), chat_tokenizer, DataSettings(max_length=6), say=silent)
+    assert list(stream.dataset) == list(split.dataset)
+    assert stream.audit.sampled
+
+
+def test_preparing_twice_changes_nothing(on_disk: Any, chat_tokenizer: Any) -> None:
+    once = prepare_split(on_disk, chat_tokenizer, DataSettings(), say=silent)
+    twice = prepare_split(once.dataset, chat_tokenizer, DataSettings(), say=silent)
+    assert twice.dataset is once.dataset
+    assert twice.cache == "already prepared"
+    assert twice.audit.num_supervised == once.audit.num_supervised
+    shorter = prepare_split(once.dataset, chat_tokenizer, DataSettings(max_length=3), say=silent)
+    assert max(shorter.dataset["length"]) == 3
+
+
+def test_packed_rows_are_left_alone(chat_tokenizer: Any) -> None:
+    rows = Dataset.from_dict({"input_ids": [[1, 2]], "labels": [[1, 2]], "seq_lengths": [[1, 1]]})
+    assert prepare_split(rows, chat_tokenizer, DataSettings(max_length=1), say=silent).dataset is rows
+    with pytest.raises(DataFormatError, match="no `labels`"):
+        prepare_split(rows.remove_columns("labels"), chat_tokenizer, DataSettings(), say=silent)
+
+
+def test_a_dictionary_of_data_sets_stays_one(chat_tokenizer: Any) -> None:
+    splits = DatasetDict({"a": Dataset.from_dict({"text": TEXTS}), "b": Dataset.from_dict({"text": ["sun set"]})})
+    made = prepare_dataset(splits, chat_tokenizer, DataSettings(), say=silent)
+    assert isinstance(made, DatasetDict)
+    assert {name: len(split) for name, split in made.items()} == {"a": 4, "b": 1}
+
+
+def test_shuffled_and_formatted_data_sets(on_disk: Any, chat_tokenizer: Any) -> None:
+    expected = prepared(on_disk, chat_tokenizer)
+    shuffled = on_disk.select([2, 0])
+    assert prepared(shuffled, chat_tokenizer) == [expected[2], expected[0]]
+    assert prepared(on_disk.with_format("numpy"), chat_tokenizer) == expected
+    with pytest.raises(DataFormatError, match="set_transform"):
+        prepared(on_disk.with_transform(lambda row: row), chat_tokenizer)
+
+
+def test_empty_data_sets_are_an_error(chat_tokenizer: Any) -> None:
+    for empty in (Dataset.from_dict({"text": []}), Dataset.from_dict({"text": ["a"]}).to_iterable_dataset().take(0)):
+        with pytest.raises(DataFormatError, match="The eval data set is empty"):
+            prepare_split(empty, chat_tokenizer, DataSettings(), name="eval", say=silent)
+    with pytest.raises(DataFormatError, match="expected dictionaries"):
+        first_row([1])
+
+
+@pytest.mark.parametrize("num_proc", [None, 2])
+def test_a_bad_row_is_named_by_its_place_in_the_data_set(num_proc: int | None, chat_tokenizer: Any) -> None:
+    rows = Dataset.from_dict({"text": ["a"] * 7 + [None]})
+    with pytest.raises(DataFormatError, match="Row 7 of the train data set: `text` is None"):
+        prepared(rows, chat_tokenizer, batch_size=2, num_proc=num_proc)
+
+
+def test_worker_processes_give_the_same_rows(on_disk: Any, chat_tokenizer: Any, tmp_path: Path) -> None:
+    expected = prepared(on_disk, chat_tokenizer)
+    lines: list[str] = []
+    settings = DataSettings(num_proc=2, cache_dir=str(tmp_path / "cache"))
+    assert list(prepare_split(on_disk, chat_tokenizer, settings, say=lines.append).dataset) == expected
+    assert list(prepare_split(on_disk, chat_tokenizer, settings, say=lines.append).dataset) == expected
+    assert ["MISS" in lines[0], lines[1].endswith("HIT")] == [True, True], lines
+
+
+# ---- Cache ----
+
+
+def cache_line(dataset: Any, tokenizer: Any, **options: Any) -> str:
+    return prepare_split(dataset, tokenizer, DataSettings(**options), say=silent).cache
+
+
+def test_the_cache_hits_and_says_why_it_misses(on_disk: Any, chat_tokenizer: Any) -> None:
+    assert cache_line(on_disk, chat_tokenizer) == "MISS (first preparation of these rows)"
+    assert cache_line(on_disk, chat_tokenizer) == "HIT"
+    assert cache_line(on_disk, chat_tokenizer, batch_size=2) == "HIT"
+    assert cache_line(on_disk, chat_tokenizer, max_length=5) == "MISS (`max_length` 1024 -> 5)"
+    # Padding leaves a mark on the tokenizer; it must not cost the cache.
+    chat_tokenizer(["a", "the cat"], padding=True, truncation=True, max_length=4)
+    assert cache_line(on_disk, chat_tokenizer) == "HIT"
+    chat_tokenizer.add_tokens(["<new>"])
+    assert cache_line(on_disk, chat_tokenizer, max_length=5) == "MISS (the tokenizer changed)"
+    changed = on_disk.map(lambda row: {"text": row["text"] + "!"})
+    assert "first preparation" in cache_line(changed, chat_tokenizer)
+
+
+def test_a_hit_gives_the_rows_and_the_audit_of_the_miss(on_disk: Any, chat_tokenizer: Any) -> None:
+    miss = prepare_split(on_disk, chat_tokenizer, DataSettings(max_length=4), say=silent)
+    hit = prepare_split(on_disk, chat_tokenizer, DataSettings(max_length=4), say=silent)
+    assert hit.cache == "HIT"
+    assert list(hit.dataset) == list(miss.dataset)
+    assert hit.audit == miss.audit
+    assert hit.audit.num_truncated > 0
+
+
+def test_the_template_is_part_of_the_key(chat_tokenizer: Any, tmp_path: Path) -> None:
+    rows = Dataset.from_dict({"messages": CHATS})
+    options = {"cache_dir": str(tmp_path)}
+    assert "first" in cache_line(rows, chat_tokenizer, **options)
+    assert cache_line(rows, chat_tokenizer, **options) == "HIT"
+    chat_tokenizer.chat_template += " "
+    assert cache_line(rows, chat_tokenizer, **options) == "MISS (the template changed)"
+    line = cache_line(rows, chat_tokenizer, assistant_only_loss=True, **options)
+    assert line == "MISS (`assistant_only_loss` False -> True)"
+
+
+def test_a_formatting_function_is_part_of_the_key(on_disk: Any, chat_tokenizer: Any) -> None:
+    def first(row: dict[str, Any]) -> str:
+        return row["text"]
+
+    def second(row: dict[str, Any]) -> str:
+        return row["text"] + "."
+
+    assert "MISS" in cache_line(on_disk, chat_tokenizer, formatting_func=first)
+    assert cache_line(on_disk, chat_tokenizer, formatting_func=first) == "HIT"
+    assert cache_line(on_disk, chat_tokenizer, formatting_func=second) == "MISS (the formatting_func changed)"
+
+
+def test_rows_in_memory_are_not_cached_without_a_folder(chat_tokenizer: Any, tmp_path: Path) -> None:
+    rows = Dataset.from_dict({"text": TEXTS})
+    assert cache_line(rows, chat_tokenizer) == "off (the rows live in memory)"
+    assert "MISS" in cache_line(rows, chat_tokenizer, cache_dir=str(tmp_path))
+    assert cache_line(Dataset.from_dict({"text": TEXTS}), chat_tokenizer, cache_dir=str(tmp_path)) == "HIT"
+
+
+def test_a_killed_preparation_leaves_no_rows_behind(on_disk: Any, chat_tokenizer: Any, tmp_path: Path) -> None:
+    bad = Dataset.from_dict({"text": ["a", None]})
+    for _ in range(2):
+        with pytest.raises(DataFormatError):
+            prepared(bad, chat_tokenizer, batch_size=1, cache_dir=str(tmp_path / "cache"))
+    assert not list((tmp_path / "cache").glob("*.arrow"))
+
+
+def test_every_part_of_the_key_counts(on_disk: Any, chat_tokenizer: Any) -> None:
+    parts = cache.key_parts(on_disk, chat_tokenizer, DataSettings(), "template")
+    assert set(parts) == {"data", "tokenizer", "template", "formatting_func", "settings", "version"}
+    keys = {cache.fingerprint({**parts, name: "other"}) for name in parts}
+    assert len(keys | {cache.fingerprint(parts)}) == len(parts) + 1
+    assert json.loads(json.dumps(parts)) == parts
+
+
+def test_processes_that_start_together_prepare_the_rows_once(tmp_path: Path, chat_tokenizer: Any) -> None:
+    Dataset.from_dict({"text": TEXTS * 200}).save_to_disk(tmp_path / "rows")
+    chat_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    program = textwrap.dedent("""
+        import sys, datasets
+        from transformers import AutoTokenizer
+        from finetune.data.pipeline import prepare_split
+        from finetune.data.settings import DataSettings
+        datasets.disable_progress_bars()
+        rows = datasets.load_from_disk(sys.argv[1] + "/rows")
+        tokenizer = AutoTokenizer.from_pretrained(sys.argv[1] + "/tokenizer")
+        open(sys.argv[1] + "/ready" + sys.argv[2], "w").close()
+        import os, time
+        while not all(os.path.exists(sys.argv[1] + f"/ready{i}") for i in "01"): time.sleep(0.01)
+        print("CACHE", prepare_split(rows, tokenizer, DataSettings(), say=lambda line: None).cache)
+    """)
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    running = [subprocess.Popen([*command, str(i)], stdout=subprocess.PIPE, text=True) for i in range(2)]
+    lines = [process.communicate(timeout=120)[0] for process in running]
+    assert [process.returncode for process in running] == [0, 0]
+    assert sorted("MISS" in line for line in lines) == [False, True], lines
+
+
+# ---- Workers that hang or die ----
+
+
+def _hang_in_workers(row: dict[str, Any]) -> str:
+    if os.getpid() != MAIN:
+        time.sleep(60)
+    return row["text"]
+
+
+def _die_in_workers(row: dict[str, Any]) -> str:
+    if os.getpid() != MAIN:
+        os._exit(9)
+    return row["text"]
+
+
+MAIN = os.getpid()
+
+
+@pytest.mark.parametrize("function", [_hang_in_workers, _die_in_workers])
+def test_a_worker_that_hangs_or_dies_is_reported_and_replaced(function: Any, chat_tokenizer: Any) -> None:
+    lines: list[str] = []
+    rows = Dataset.from_dict({"text": TEXTS})
+    settings = DataSettings(num_proc=2, stall_seconds=2.0, formatting_func=function)
+    began = time.monotonic()
+    made = prepare_split(rows, chat_tokenizer, settings, say=lines.append).dataset
+    assert time.monotonic() - began < 50
+    assert list(made) == prepared(rows, chat_tokenizer)
+    if function is _hang_in_workers:
+        assert "No worker has made progress" in lines[0]
+        assert "_hang_in_workers" in lines[0]
+    else:
+        assert "A worker process died" in lines[0]
+    assert "again in this process" in lines[1]
+
+
+# ---- Mixtures ----
+
+
+def test_mixture_counts_sum_up() -> None:
+    assert mixture_counts([1, 1, 1], 10) == [4, 3, 3]
+    assert mixture_counts([0.9, 0.1], 5) == [5, 0]
+    assert mixture_counts([3, 0], 4) == [4, 0]
+
+
+def test_mixtures_show_every_row_before_any_twice() -> None:
+    parts = {"a": Dataset.from_dict({"x": list(range(6))}), "b": Dataset.from_dict({"x": [10, 11]})}
+    seen: list[int] = []
+    for epoch in range(3):
+        rows = mix_datasets(parts, {"a": 1, "b": 1}, num_rows=4, seed=3, epoch=epoch)["x"][:]
+        assert sum(x >= 10 for x in rows) == 2
+        assert rows == mix_datasets(parts, {"b": 1, "a": 1}, num_rows=4, seed=3, epoch=epoch)["x"][:]
+        seen += rows
+    assert sorted(x for x in seen if x < 10) == list(range(6))
+    assert sorted(x for x in seen if x >= 10) == [10] * 3 + [11] * 3
+    assert sorted(mix_datasets(list(parts.values()))["x"][:]) == [0, 1, 2, 3, 4, 5, 10, 11]
+
+
+def test_mixtures_refuse_weights_that_do_not_fit() -> None:
+    parts = {"a": Dataset.from_dict({"x": [1]}), "b": Dataset.from_dict({"x": []})}
+    for weights in ({"a": 1}, [1], [1, -1], [0, 0]):
+        with pytest.raises(ArgumentError, match="weights"):
+            mix_datasets(parts, weights)
+    with pytest.raises(ArgumentError, match="is empty"):
+        mix_datasets(parts, [1, 1], num_rows=2)

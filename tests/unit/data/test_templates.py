@@ -1,0 +1,164 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune.data.formats import Conversations
+from finetune.data.span_check import verify_spans
+from finetune.data.spans import ChatRenderer
+from finetune.data.templates import (
+    get_training_chat_template,
+    has_generation_markers,
+    load_chat_template,
+    resolve_template,
+    set_eos_token,
+    stop_token_ids,
+    try_training_template,
+)
+from finetune.errors import ArgumentError, DataFormatError, ModelLoadError
+
+PLAIN = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+GENERATE = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
+
+
+def batch(*chats: list[dict[str, Any]], train: list[bool] | None = None, tools: Any = None) -> Conversations:
+    count = len(chats)
+    return Conversations([list(chat) for chat in chats], [train] * count, [tools] * count, [None] * count)
+
+
+def trained(renderer: ChatRenderer, *chats: list[dict[str, Any]], **options: Any) -> list[list[str]]:
+    made = renderer.render_with_spans(batch(*chats, **options), range(len(chats)))
+    return [[text[a:b] for a, b in spans] for text, spans in zip(made.texts, made.spans, strict=True)]
+
+
+@pytest.mark.parametrize("marker", ["{% generation %}", "{%- generation %}", "{%- generation -%}", "{%generation%}"])
+def test_markers_are_found_however_they_are_spaced(marker: str) -> None:
+    assert has_generation_markers(marker)
+    assert has_generation_markers({"default": marker, "tool_use": ""})
+    assert not has_generation_markers({"tool_use": marker, "default": ""})
+    assert not has_generation_markers("{{ generation }}")
+    assert not has_generation_markers(None)
+
+
+def test_templates_are_loaded_from_files_and_tokenizers(chat_tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.jinja").write_text("äöü")
+    assert load_chat_template(str(tmp_path / "a.jinja")) == "äöü"
+    chat_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    assert load_chat_template(str(tmp_path / "tokenizer")) == chat_tokenizer.chat_template
+    for missing in ("none.jinja", "none"):
+        with pytest.raises(ModelLoadError, match="chat_template_path"):
+            load_chat_template(str(tmp_path / missing))
+
+
+def test_a_tokenizer_without_template_is_an_error(chat_tokenizer: Any) -> None:
+    chat_tokenizer.chat_template = None
+    with pytest.raises(DataFormatError, match="chat_template_path"):
+        resolve_template(chat_tokenizer)
+    assert resolve_template(chat_tokenizer, "given") == "given"
+    chat_tokenizer.chat_template = {"default": "a", "tool_use": "b"}
+    assert resolve_template(chat_tokenizer) == "a"
+    assert resolve_template(chat_tokenizer, tools=True) == "b"
+
+
+def test_training_template_renders_like_the_original(chat_tokenizer: Any) -> None:
+    found = get_training_chat_template(chat_tokenizer, PLAIN + GENERATE)
+    assert has_generation_markers(found)
+    for messages, generate in ((CHAT, False), (CHAT[:1], True), ([{"role": "system", "content": " x "}, *CHAT], False)):
+        original = chat_tokenizer.apply_chat_template(
+            messages, chat_template=PLAIN + GENERATE, tokenize=False, add_generation_prompt=generate
+        )
+        assert original == chat_tokenizer.apply_chat_template(
+            messages, chat_template=found, tokenize=False, add_generation_prompt=generate
+        )
+
+
+def test_templates_that_depend_on_content_get_no_training_template(chat_tokenizer: Any) -> None:
+    odd = PLAIN.replace("m.content", "m.content.split('</think>')[-1]") + GENERATE
+    assert try_training_template(chat_tokenizer, odd) is None
+    with pytest.raises(DataFormatError, match="chat_template_path"):
+        get_training_chat_template(chat_tokenizer, odd)
+    thinking = [CHAT[0], {"role": "assistant", "content": "<think>hm</think>Yo"}]
+    assert trained(ChatRenderer(chat_tokenizer, odd), thinking) == [["Yo<|im_end|>\n"]]
+
+
+def test_the_worked_example_of_the_spans(chat_tokenizer: Any) -> None:
+    template = (
+        "{% for m in messages %}{{ ('<u>' if m.role == 'user' else '<a>') + m.content + '<e>' }}{% endfor %}"
+        "{% if add_generation_prompt %}<a>{% endif %}"
+    )
+    made = ChatRenderer(chat_tokenizer, template).render_with_spans(batch(CHAT), [0])
+    assert made.texts == ["<u>Hi<e><a>Yo<e>"]
+    assert made.spans == [[(11, 16)]]
+
+
+def test_rows_outside_the_training_template_go_by_prefixes(chat_tokenizer: Any) -> None:
+    training = try_training_template(chat_tokenizer, PLAIN + GENERATE)
+    renderer = ChatRenderer(chat_tokenizer, PLAIN + GENERATE, training)
+    doubled = [CHAT[0], CHAT[0], CHAT[1], {"role": "assistant", "content": "more"}, {"role": "tool", "content": "t"}]
+    assert trained(renderer, doubled, CHAT) == [["Yo<|im_end|>\n", "more<|im_end|>\n"], ["Yo<|im_end|>\n"]]
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_train_flags_choose_turns(marked: bool, chat_tokenizer: Any) -> None:
+    renderer = ChatRenderer(chat_tokenizer, None if marked else PLAIN + GENERATE)
+    assert renderer.method == ("markers" if marked else "prefixes")
+    chat = [*CHAT, {"role": "user", "content": "so"}, {"role": "assistant", "content": "end"}]
+    assert [text.strip() for text in trained(renderer, chat, train=[False, True])[0]] == ["end<|im_end|>"]
+    assert trained(renderer, chat, train=[False, False]) == [[]]
+
+
+def test_a_template_that_hides_where_answers_are_is_an_error(chat_tokenizer: Any) -> None:
+    shuffled = "{% for m in messages[::-1] %}{{ m.role + m.content }}{% endfor %}"
+    with pytest.raises(DataFormatError, match=r"Row 3 of the eval data set.*chat_template_path"):
+        ChatRenderer(chat_tokenizer, shuffled, name="eval").render_with_spans(batch(CHAT), [3])
+
+
+def test_markers_that_mark_nothing_are_an_error(chat_tokenizer: Any) -> None:
+    empty = PLAIN + "{% generation %}{% endgeneration %}"
+    with pytest.raises(DataFormatError, match="marks none of their text"):
+        ChatRenderer(chat_tokenizer, empty).render_with_spans(batch(CHAT), [0])
+
+
+def test_a_conversation_that_the_template_refuses_names_its_row(chat_tokenizer: Any) -> None:
+    picky = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + PLAIN
+    renderer = ChatRenderer(chat_tokenizer, picky)
+    with pytest.raises(DataFormatError, match=r"Row 8 .*'system'.*no system"):
+        renderer.render(batch(CHAT, [{"role": "system", "content": "a"}, *CHAT]), [7, 8])
+
+
+def test_tools_and_template_variables_of_a_row_are_its_own(chat_tokenizer: Any) -> None:
+    renderer = ChatRenderer(chat_tokenizer, "{{ tools | length }}{{ depth }}", template_kwargs={"depth": 1})
+    chats = Conversations([CHAT, CHAT], [None, None], [[{"a": 1}], [{"a": 1}, {"b": 2}]], [None, {"depth": 9}])
+    assert renderer.render(chats, [0, 1]) == ["11", "29"]
+
+
+@pytest.mark.parametrize(
+    ("spans", "problem"),
+    [
+        ([(11, 16)], ""),
+        ([], "1 assistant messages but 0 spans"),
+        ([(12, 16)], "not wholly inside"),
+        ([(11, 11)], "is empty"),
+        ([(3, 16)], "message 0 (user) is inside a trained span"),
+    ],
+)
+def test_spans_are_verified(spans: list[tuple[int, int]], problem: str) -> None:
+    assert problem in verify_spans("<u>Hi<e><a>Yo<e>", CHAT, spans)
+    assert bool(problem) == bool(verify_spans("<u>Hi<e><a>Yo<e>", CHAT, spans))
+
+
+def test_stop_tokens_are_eos_and_the_end_of_a_turn(chat_tokenizer: Any) -> None:
+    end, eos = chat_tokenizer.convert_tokens_to_ids(["<|im_end|>", "</s>"])
+    assert stop_token_ids(chat_tokenizer) == {end}
+    chat_tokenizer.eos_token = "</s>"
+    assert stop_token_ids(chat_tokenizer) == {end, eos}
+    chat_tokenizer.chat_template = None
+    assert stop_token_ids(chat_tokenizer) == {eos}
+
+
+def test_eos_must_be_in_the_vocabulary(chat_tokenizer: Any) -> None:
+    set_eos_token(chat_tokenizer, "</s>")
+    assert chat_tokenizer.eos_token == "</s>"
+    with pytest.raises(ArgumentError, match="`eos_token` is `<none>`"):
+        set_eos_token(chat_tokenizer, "<none>")
