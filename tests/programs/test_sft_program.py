@@ -58,6 +58,7 @@ def flags(folder: Path, output: Path, **changes: object) -> list[str]:
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 2,
         "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant",
         "logging_steps": 1,
         "save_strategy": "no",
         "gradient_checkpointing": "false",
@@ -81,6 +82,11 @@ def run(*words: str, script: bool = False) -> subprocess.CompletedProcess[str]:
 def losses(output: Path) -> list[float]:
     state = json.loads((output / "trainer_state.json").read_text())
     return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+
+
+def files(folder: Path) -> dict[Path, int]:
+    """Returns every file with the time it was last written, and every folder."""
+    return {path: path.stat().st_mtime_ns if path.is_file() else 0 for path in folder.rglob("*")}
 
 
 @pytest.fixture(scope="module")
@@ -112,14 +118,11 @@ def test_the_script_and_a_yaml_file_give_the_same_losses(folder: Path, trained: 
 
 def test_a_run_is_resumed_as_if_it_had_never_stopped(folder: Path, trained: Path) -> None:
     output = folder / "resumed"
-    constant = {"lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": 2}
-    whole = run(*flags(folder, folder / "whole", lr_scheduler_type="constant"))
-    assert whole.returncode == 0, whole.stderr[-3000:]
-    half = run(*flags(folder, output, max_steps=2, **constant))
+    half = run(*flags(folder, output, max_steps=2, save_strategy="steps", save_steps=2))
     assert half.returncode == 0, half.stderr[-3000:]
-    rest = run(*flags(folder, output, resume_from_checkpoint="auto", **constant))
+    rest = run(*flags(folder, output, resume_from_checkpoint="auto"))
     assert rest.returncode == 0, rest.stderr[-3000:]
-    assert losses(output) == losses(folder / "whole")
+    assert losses(output) == losses(trained)
 
 
 def test_two_processes_train_as_one_with_twice_the_accumulation(folder: Path, trained: Path) -> None:
@@ -173,13 +176,13 @@ def test_a_mistake_is_one_line_and_nothing_is_written(
     (folder / "empty.jsonl").touch()
     (folder / "columns.jsonl").write_text('{"question": "a", "reply": "b"}\n')
     output = folder / "mistake"
-    before = {path: path.stat().st_mtime_ns for path in sorted(folder.rglob("*"))}
+    before = files(folder)
     changes = {name: str(value).format(folder=folder) if value else None for name, value in changes.items()}
     assert main(["sft", *flags(folder, output, **changes)]) in (1, 2)
     lines = [line for line in capfd.readouterr().err.splitlines() if "error: " in line]
     assert len(lines) == 1
     assert expected in lines[0]
-    assert {path: path.stat().st_mtime_ns for path in sorted(folder.rglob("*"))} == before
+    assert files(folder) == before
 
 
 def test_a_mistake_before_a_launch_is_reported_once(folder: Path) -> None:
