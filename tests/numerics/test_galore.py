@@ -213,8 +213,8 @@ def test_layerwise_equals_the_ordinary_run_without_accumulation(name, max_norm):
     width, rank = (96, 48) if "8bit" in name else (12, 4)
     a, first = build(name, width, rank)
     b, second = build(f"{name}_layerwise", width, rank)
-    norms_a = train(a, first, batches(8, width), max_norm=max_norm)[1]
-    norms_b = train(b, second, batches(8, width), max_norm=max_norm)[1]
+    norms_a = train(a, first, batches(20, width), max_norm=max_norm)[1]
+    norms_b = train(b, second, batches(20, width), max_norm=max_norm)[1]
     if max_norm is None:
         assert all(torch.equal(x, y) for x, y in zip(weights(a).values(), weights(b).values(), strict=True))
     else:

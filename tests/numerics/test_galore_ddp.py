@@ -19,8 +19,7 @@ from finetune.optim.registry import build_optimizer
 def arguments(optim, svd):
     return SimpleNamespace(
         optim=optim,
-        # Rotated, because the sign of a singular vector is arbitrary: the last bit of a gradient may flip it.
-        optim_args=f"rank=4, update_proj_gap=2, scale=0.5, svd={svd}, stagger=true, rotate_moments=true",
+        optim_args=f"rank=4, update_proj_gap=2, scale=0.5, svd={svd}, stagger=true",
         optim_target_modules="all-linear",
         learning_rate=1e-2,
         weight_decay=0.1,

@@ -128,6 +128,19 @@ def _leading(
         trial = torch.linalg.qr(trial).Q  # (m, l)
     small = reduce(trial.t() @ matrix)  # (l, n)
     energies, rotation = torch.linalg.eigh(small @ small.t())  # ascending
-    found = trial @ rotation.flip(1)[:, :rank]
+    found = _with_settled_signs(trial @ rotation.flip(1)[:, :rank], previous)
     total = reduce(matrix.square().sum())
     return found, energies.flip(0)[:rank].sum() / total
+
+
+def _with_settled_signs(found: Tensor, previous: Tensor | None) -> Tensor:
+    """Returns the columns with the signs that continue `previous`, or else with their largest entry positive.
+
+    An eigenvector has no sign of its own. Without this the last bit of a gradient could reverse a direction, and with
+    it the meaning of the moments that are kept over a refresh.
+    """
+    if previous is not None and previous.shape == found.shape:
+        agreement = (found * previous.float()).sum(dim=0)
+    else:
+        agreement = found.gather(0, found.abs().argmax(dim=0, keepdim=True)).squeeze(0)
+    return torch.where(agreement < 0, -found, found)

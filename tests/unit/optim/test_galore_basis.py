@@ -108,3 +108,16 @@ def test_bfloat16_bases_keep_the_type_of_the_gradient():
     assert basis.left.dtype == torch.bfloat16
     again, _ = randomized_basis(gradient(8, 12, 1.0).bfloat16(), 3, "left", previous=basis, generator=generator())
     assert isinstance(again, Basis)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_directions_keep_their_sign_from_one_refresh_to_the_next(side):
+    matrix = gradient(16, 24, 1.0)
+    basis, _ = randomized_basis(matrix, 4, side, previous=None, generator=generator(1))
+    for factor in (1.0, -1.0, 0.37):
+        again, _ = randomized_basis(matrix * factor, 4, side, previous=basis, generator=generator(2))
+        old, new = (b.left if side == "left" else b.right.T for b in (basis, again))
+        assert torch.all((old * new).sum(dim=0) > 0.99)
+    other, _ = randomized_basis(-matrix, 4, side, previous=None, generator=generator(3))
+    new = other.left if side == "left" else other.right.T
+    assert torch.all((old * new).sum(dim=0) > 0.99)
