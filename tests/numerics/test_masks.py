@@ -234,12 +234,29 @@ def test_a_template_that_writes_earlier_turns_otherwise(tokenizer: Any) -> None:
     check()
 
 
-@pytest.mark.parametrize("variant", ["plain", "adds BOS", "adds BOS and EOS", "trims offsets", "slow path"])
+def metaspace_tokenizer() -> Any:
+    """Returns a tokenizer in the style of Llama 2: a space becomes part of the next piece, unknown bytes are pieces."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    inner.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="first")])
+    special = ["<unk>", BOS, EOS, *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False)
+    inner.train_from_iterator(["ab abc ba bab. c a b"] * 3, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", bos_token=BOS, eos_token=EOS)
+
+
+@pytest.mark.parametrize(
+    "variant", ["plain", "adds BOS", "adds BOS and EOS", "trims offsets", "slow path", "metaspace"]
+)
 def test_completion_masks_of_random_rows(variant: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Trained is every token with a character of the completion; a border inside a token is counted as a mismatch."""
     from tokenizers.processors import ByteLevel, TemplateProcessing
 
-    own = copy.deepcopy(tokenizer)
+    own = metaspace_tokenizer() if variant == "metaspace" else copy.deepcopy(tokenizer)
+    oracle_tokenizer = own if variant == "metaspace" else tokenizer
     specials = [(BOS, own.bos_token_id), (EOS, own.eos_token_id)]
     if variant.startswith("adds"):
         single = f"{BOS} $A" + (f" {EOS}" if variant.endswith("EOS") else "")
@@ -258,12 +275,12 @@ def test_completion_masks_of_random_rows(variant: str, tokenizer: Any, monkeypat
         made = processor.process(batch, range(len(rows))).tokens
         for i, (prompt, completion) in enumerate(rows):
             text = prompt + completion + EOS
-            ids, mask = expected_mask(tokenizer, text, [(len(prompt), len(text))])
+            ids, mask = expected_mask(oracle_tokenizer, text, [(len(prompt), len(text))])
             row = slice(made.offsets[i], made.offsets[i + 1])
             assert made.ids[row].tolist() == [own.bos_token_id] * has_bos + ids
             assert made.labels is not None
             assert (made.labels[row] != -100).tolist() == [False] * has_bos + mask
-            alone = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+            alone = oracle_tokenizer(prompt, add_special_tokens=False)["input_ids"]
             mismatch = alone != ids[: len(alone)] or mask.index(True) != len(alone)
             assert bool(made.flags[i] & 16) == mismatch
 
