@@ -187,3 +187,28 @@ class MetricBag:
             assert isinstance(reduced, Tensor)
             pairs = reduced
         return {name: total / count for name, (total, count) in zip(names, pairs.tolist(), strict=True) if count}
+
+
+class TokenCounter:
+    """Tokens trained on so far: counted on the device, saved with the checkpoint (TRL starts from 0 on resume)."""
+
+    def __init__(self) -> None:
+        self.total = 0
+        self._pending: Tensor | int = 0
+
+    def add(self, tokens: Tensor | int) -> None:
+        self._pending = self._pending + tokens
+
+    def read(self, accelerator: Any) -> int:
+        """Returns the tokens of all processes since the start of the run. Reads the device."""
+        pending, self._pending = self._pending, 0
+        if accelerator.num_processes > 1:
+            pending = accelerator.reduce(torch.as_tensor(pending, device=accelerator.device), reduction="sum")
+        self.total += int(pending)
+        return self.total
+
+    def state_dict(self) -> dict[str, int]:
+        return {"total": self.total}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self.total, self._pending = state_dict["total"], 0

@@ -46,6 +46,7 @@ class DataPlan:
         completion_only = args.completion_only_loss
         if completion_only is None:
             completion_only = has_completion and formatting_func is None
+        options = args.dataset_kwargs if isinstance(args.dataset_kwargs, dict) else {}
         plan = cls(
             padding_free=True if args.packing and args.packing_strategy != "wrapped" else args.padding_free,
             packing=bool(args.packing),
@@ -54,7 +55,8 @@ class DataPlan:
             completion_only_loss=bool(completion_only),
             assistant_only_loss=bool(args.assistant_only_loss),
             conversational=_is_conversational(sample),
-            skip_prepare=isinstance(args.dataset_kwargs, dict) and bool(args.dataset_kwargs.get("skip_prepare_dataset")),
+            skip_prepare=isinstance(args.dataset_kwargs, dict)
+            and bool(args.dataset_kwargs.get("skip_prepare_dataset")),
         )
         broken = [message for applies, message in RULES if applies(args, plan, sample, formatting_func)]
         if broken:

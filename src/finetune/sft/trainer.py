@@ -1,58 +1,33 @@
 """`SFTTrainer`: supervised fine-tuning of causal language models, with TRL's constructor and behaviour."""
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from finetune.compat import coerce_training_arguments
-from finetune.data.audit import SupervisionAudit, audit_table
+from finetune.compat import TrainOutput, coerce_training_arguments
+from finetune.data.audit import SupervisionAudit
 from finetune.data.collate import DataCollatorForLanguageModeling
+from finetune.data.inspect import Preview, preview
 from finetune.data.packing import pack_dataset, packing_report
 from finetune.data.pipeline import first_row, is_stream, prepare_split
 from finetune.data.settings import DataSettings
-from finetune.data.templates import clone_chat_template, load_chat_template
 from finetune.engine import setup
-from finetune.engine.meter import MetricBag
+from finetune.engine.meter import MetricBag, TokenCounter
 from finetune.errors import ArgumentError
 from finetune.hub.card import create_sft_model_card
-from finetune.kernels.attention import packed_unsupported_reason, use_packed_attention
+from finetune.kernels.attention import use_packed_attention
 from finetune.kernels.fused_head import FusedHead, fuse_head, unsupported_reason
-from finetune.kernels.isolation import probe_isolation, require_isolation
-from finetune.models.adapters import add_adapters, prepare_quantized
-from finetune.models.load import load_model, load_tokenizer
-from finetune.models.tokens import choose_eos_token, choose_pad_token
+from finetune.kernels.isolation import require_isolation
+from finetune.models.tokens import choose_pad_token
+from finetune.sft import inspection
+from finetune.sft.build import brings_packed_attention, can_be_padding_free, load_for_sft
 from finetune.sft.config import SFTConfig
 from finetune.sft.losses import token_sums
 from finetune.sft.plan import DataPlan
 from finetune.trainer import Trainer
-
-
-class TokenCounter:
-    """Tokens trained on so far: counted on the device, saved with the checkpoint (TRL starts from 0 on resume)."""
-
-    def __init__(self) -> None:
-        self.total = 0
-        self._pending: Tensor | int = 0
-
-    def add(self, tokens: Tensor | int) -> None:
-        self._pending = self._pending + tokens
-
-    def read(self, accelerator: Any) -> int:
-        """Returns the tokens of all processes since the start of the run. Reads the device."""
-        pending, self._pending = self._pending, 0
-        if accelerator.num_processes > 1:
-            pending = accelerator.reduce(torch.as_tensor(pending, device=accelerator.device), reduction="sum")
-        self.total += int(pending)
-        return self.total
-
-    def state_dict(self) -> dict[str, int]:
-        return {"total": self.total}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        self.total, self._pending = state_dict["total"], 0
 
 
 class SFTTrainer(Trainer):
@@ -98,7 +73,7 @@ class SFTTrainer(Trainer):
         self._plan = DataPlan.resolve(args, first_row(train_dataset), formatting_func)
         self._formatting_func = formatting_func
         setup.seed_everything(args)
-        model, processing_class = self._load(args, model, processing_class, quantization_config, peft_config)
+        model, processing_class = load_for_sft(args, model, processing_class, quantization_config, peft_config)
         wants_logits = compute_metrics or preprocess_logits_for_metrics or compute_loss_func
         ours = data_collator is None and not wants_logits and not self._plan.packing
         self._plan = self._plan.settle(padding_free=ours and can_be_padding_free(model))
@@ -133,8 +108,8 @@ class SFTTrainer(Trainer):
         self._plain_loss_reason = self._why_not_fused()
         self._metrics = {"train": MetricBag(), "eval": MetricBag()}
         self._tokens = TokenCounter()
-        if self.audits and self.is_world_process_zero():
-            print(audit_table(self.audits), flush=True)
+        if self.is_world_process_zero() and args.get_process_log_level() <= logging.WARNING:
+            inspection.show(self._preview, self.audits)
 
     # ---- Construction ----
 
@@ -143,46 +118,6 @@ class SFTTrainer(Trainer):
         """Returns the configuration for a trainer that was given none: the folder `<model name>-SFT`."""
         name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
         return SFTConfig(f"{(name or type(model).__name__).rstrip('/').split('/')[-1]}-SFT")
-
-    @staticmethod
-    def _load(
-        args: SFTConfig, model: Any, processing_class: Any, quantization_config: Any, peft_config: Any
-    ) -> tuple[nn.Module, Any]:
-        """Returns model (with adapters) and tokenizer, loaded where they were given by name."""
-        assert not isinstance(args.model_init_kwargs, str)  # parsed when the arguments were made
-        init: dict[str, Any] = {**(args.model_init_kwargs or {})}
-        given = model
-        if isinstance(model, str):
-            model = load_model(
-                model,
-                model_init_kwargs=init,
-                quantization_config=quantization_config,
-                trust_remote_code=args.trust_remote_code,
-            )
-        elif init or quantization_config is not None:
-            raise ArgumentError(
-                "`model_init_kwargs` and `quantization_config` act when the model is loaded here, but a loaded `model` "
-                "was passed. Pass its name, or drop them."
-            )
-        if processing_class is None:
-            processing_class = load_tokenizer(
-                given if isinstance(given, str) else model,
-                revision=init.get("revision"),
-                trust_remote_code=args.trust_remote_code,
-            )
-        if args.eos_token is not None:
-            choose_eos_token(processing_class, args.eos_token, model)
-        added: list[int] = []
-        if args.chat_template_path is not None:
-            if args.chat_template_path.endswith((".jinja", ".j2")):
-                processing_class.chat_template = load_chat_template(args.chat_template_path)
-            else:
-                model, processing_class, added = clone_chat_template(model, processing_class, args.chat_template_path)
-        if peft_config is not None:
-            checkpointing = bool(args.gradient_checkpointing)
-            model = prepare_quantized(model, activation_checkpointing=checkpointing)
-            model = add_adapters(model, peft_config, added_token_ids=added, activation_checkpointing=checkpointing)
-        return model, processing_class
 
     def _prepare_dataset(
         self,
@@ -213,6 +148,8 @@ class SFTTrainer(Trainer):
                 audit = audit.with_packing(packing_report(rows, packed, args.max_length or 0).efficiency)
             rows = packed
         self.audits[dataset_name] = audit
+        if dataset_name == "train":
+            self._preview = preview(dataset, processing_class, settings)
         return rows
 
     def _prepare_eval(self, eval_dataset: Any, processing_class: Any, args: SFTConfig) -> Any:
@@ -271,6 +208,8 @@ class SFTTrainer(Trainer):
 
     _features_are_on = False
     _isolation_is_proven = False
+    _loss_only = False
+    _preview: Preview | None = None
     _head: FusedHead | None = None
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -330,9 +269,18 @@ class SFTTrainer(Trainer):
         finally:
             self._loss_only = False
 
-    _loss_only = False
-
     # ---- Logging and saving ----
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """As `Trainer.train`; the audit and the preview of the data go to the run folder first."""
+        if self.args.should_save:
+            inspection.write(self.output_dir, self._preview, self.audits)
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the token metrics since the last log. Called as `Trainer.log`."""
@@ -347,25 +295,6 @@ class SFTTrainer(Trainer):
     def _stateful(self) -> dict[str, Any]:
         self._tokens.read(self.accelerator)
         return {**super()._stateful(), "tokens": self._tokens, "token_metrics": self._metrics["train"]}
-
-
-def brings_packed_attention(model: nn.Module) -> bool:
-    """Returns whether the model was loaded with a FlashAttention, which keeps the samples of a row apart itself."""
-    implementation = getattr(getattr(model, "config", None), "_attn_implementation", None) or ""
-    return "flash" in implementation
-
-
-def can_be_padding_free(model: nn.Module) -> bool:
-    """Returns whether batches without padding train the same: the model takes them, and a probe moved no neighbour."""
-    if brings_packed_attention(model) or packed_unsupported_reason(model) is not None:
-        return False
-    if any(parameter.numel() == 0 or parameter.is_meta for parameter in model.parameters()):
-        return False  # sharded while loading: a probe would need all processes
-    with use_packed_attention(model):
-        try:
-            return probe_isolation(model).isolated
-        except (ArgumentError, TypeError, ValueError):
-            return False
 
 
 def _num_tokens(inputs: Mapping[str, Any]) -> Tensor | int:
