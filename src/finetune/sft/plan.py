@@ -55,8 +55,7 @@ class DataPlan:
             completion_only_loss=bool(completion_only),
             assistant_only_loss=bool(args.assistant_only_loss),
             conversational=_is_conversational(sample),
-            skip_prepare=isinstance(args.dataset_kwargs, dict)
-            and bool(args.dataset_kwargs.get("skip_prepare_dataset")),
+            skip_prepare=bool(options.get("skip_prepare_dataset")),
         )
         broken = [message for applies, message in RULES if applies(args, plan, sample, formatting_func)]
         if broken:
