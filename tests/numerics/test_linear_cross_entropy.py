@@ -97,9 +97,9 @@ def test_float32_agrees_with_torch_cross_entropy() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["plain", "softcap", "scale"])
 def test_autocast_and_low_precision_weights(dtype, name: str) -> None:
-    exact = run(reference, inputs(), **OPTIONS[name])
+    exact = run(reference, inputs(bias=True), **OPTIONS[name])
     step = torch.finfo(dtype).eps
-    for values, autocast in ((inputs(torch.float32), True), (inputs(dtype), False)):
+    for values, autocast in ((inputs(torch.float32, bias=True), True), (inputs(dtype, bias=True), False)):
         with torch.autocast("cpu", dtype, enabled=autocast):
             result, grads = run(linear_cross_entropy, values, chunk_tokens=6, **OPTIONS[name])
         assert result.loss.dtype == torch.float32

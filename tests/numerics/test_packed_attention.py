@@ -154,6 +154,7 @@ def test_a_cache_does_not_open_the_walls() -> None:
     expected = one_by_one(model)
     with use_packed_attention(model):
         assert_same(in_one_row(model, use_cache=True), expected, 3e-6)
+        assert model(**packed(), use_cache=True).past_key_values is None
 
 
 def test_recomputed_activations() -> None:
