@@ -50,7 +50,13 @@ def load_for_sft(
     if peft_config is not None:
         checkpointing = bool(args.gradient_checkpointing)
         model = prepare_quantized(model, activation_checkpointing=checkpointing)
-        model = add_adapters(model, peft_config, added_token_ids=added, activation_checkpointing=checkpointing)
+        model = add_adapters(
+            model,
+            peft_config,
+            added_token_ids=added,
+            zero_stage=getattr(args.deepspeed_plugin, "zero_stage", 0) or 0,
+            activation_checkpointing=checkpointing,
+        )
     return model, processing_class
 
 

@@ -17,6 +17,7 @@ from finetune.data.settings import DataSettings
 from finetune.engine import setup
 from finetune.engine.meter import MetricBag, TokenCounter
 from finetune.errors import ArgumentError
+from finetune.features.offload import offload_activations
 from finetune.hub.card import create_sft_model_card
 from finetune.kernels.attention import use_packed_attention
 from finetune.kernels.fused_head import FusedHead, fuse_head, unsupported_reason
@@ -105,7 +106,6 @@ class SFTTrainer(Trainer):
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
-        self._plain_loss_reason = self._why_not_fused()
         self._metrics = {"train": MetricBag(), "eval": MetricBag()}
         self._tokens = TokenCounter()
         if self.is_world_process_zero() and args.get_process_log_level() <= logging.WARNING:
@@ -177,11 +177,9 @@ class SFTTrainer(Trainer):
     # ---- Loss ----
 
     def _why_not_fused(self) -> str | None:
-        """Returns why the loss needs the full logits; None where the fused head computes it."""
+        """Returns why the loss needs the full logits (Liger may own the head); None where the fused head computes it."""
         if self.compute_loss_func is not None:
             return "`compute_loss_func` takes the model's outputs"
-        if self.args.use_liger_kernel:
-            return "Liger's kernels own the head"
         return unsupported_reason(self.model)
 
     @contextmanager
@@ -198,7 +196,9 @@ class SFTTrainer(Trainer):
                 if not self._isolation_is_proven:
                     require_isolation(self.model)
                     self._isolation_is_proven = True
-            if self._plain_loss_reason is None:
+            if self.args.activation_offloading:
+                stack.enter_context(offload_activations(self.model))
+            if self._why_not_fused() is None:
                 options = {"label_smoothing": self.args.label_smoothing_factor, "dft": self.args.loss_type == "dft"}
                 self._head = stack.enter_context(fuse_head(self.model, entropy=True, **options))
                 self.label_smoother = None
