@@ -37,6 +37,8 @@ _EXPORTS: dict[str, str] = {
     "run_program": "cli.programs",
     "parse_arguments": "arguments",
     "register_optimizer": "optim.registry",
+    "SequenceClassificationConfig": "sequence_classification.config",
+    "SequenceClassificationTrainer": "sequence_classification.trainer",
     "SFTConfig": "sft.config",
     "SFTTrainer": "sft.trainer",
 }

@@ -7,6 +7,7 @@ from finetune.errors import nearest
 
 COMMANDS = {
     "sft": "supervised fine-tuning: `finetune sft --model_name_or_path ... --dataset_name ... --output_dir ...`",
+    "classify": "sequence classification: `finetune classify --model_name_or_path ... --dataset_name ...`",
     "demo": "fine-tune the small model that comes with this package, and show what changed",
     "preview": "show what a model would be trained on: `finetune preview --model_name_or_path ... --dataset_name ...`",
     "report": "write report.html for a finished or running training: `finetune report RUN_FOLDER`",
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"error: {name!r} is no command.{nearest(name, COMMANDS)} See `finetune --help`.", file=sys.stderr)
         return 2
-    if name == "sft":
+    if name in ("sft", "classify"):
         from finetune.cli.launch import run
 
         return run(name, rest)

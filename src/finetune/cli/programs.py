@@ -13,7 +13,7 @@ from typing import Any
 from finetune.errors import ArgumentError, FinetuneError, nearest
 
 PACKAGE = Path(__file__).resolve().parents[1]
-PROGRAMS = {"sft": "sft.py"}
+PROGRAMS = {"sft": "sft.py", "classify": "sequence_classification.py"}
 _WEIGHTS = ("model*.safetensors", "adapter_model*.safetensors", "pytorch_model*.bin", "adapter_model*.bin")
 
 Program = Callable[[Sequence[str] | None], Any]

@@ -1,0 +1,332 @@
+"""`SequenceClassificationTrainer`: classes, several classes per row, or numbers from text, on the common trainer."""
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import DataLoader
+
+from finetune.compat import coerce_training_arguments
+from finetune.data.collate import default_collator
+from finetune.data.pipeline import first_row, is_stream, say_on_main_process
+from finetune.data.samplers import SequentialSampler
+from finetune.engine import setup
+from finetune.errors import ArgumentError
+from finetune.models.adapters import add_adapters, is_peft_model, prepare_quantized, unwrap
+from finetune.models.load import load_config, load_model, load_tokenizer
+from finetune.models.tokens import choose_pad_token
+from finetune.models.traits import takes_argument
+from finetune.sequence_classification.config import SequenceClassificationConfig
+from finetune.sequence_classification.data import (
+    MULTI,
+    SINGLE,
+    Task,
+    as_dataset,
+    balanced_weights,
+    find_columns,
+    prepare_rows,
+    read_task,
+)
+from finetune.sequence_classification.metrics import first_output, metrics_for
+from finetune.trainer import Trainer
+
+
+class SequenceClassificationTrainer(Trainer):
+    """Fine-tunes a model to classify texts or pairs of texts, or to predict numbers from them.
+
+    `SequenceClassificationTrainer(model="path-or-id", train_dataset=rows).train()` is enough: text and labels are
+    found (`text`, `sentence1` and `sentence2`, ...; `label`), and so is what the labels mean: one class (names,
+    integers), several classes (lists) or numbers (floats). The head gets the right size, the names of the classes are
+    saved in `id2label`, rows are padded per batch and grouped by length.
+
+    The loss is a sum over rows divided by the rows of the whole step, so it does not depend on accumulation or the
+    number of processes. `class_weights` change how much a row counts, see `data.balanced_weights`.
+
+    With `peft_config`, the head is trained in full and saved with the adapter, beside the `config.json` that names the
+    classes. Data given later to `evaluate` and `predict` may be raw rows.
+
+    Attributes:
+        task: what the labels mean: `problem_type`, `names`, `counts`.
+
+    Raises:
+        ArgumentError: arguments that contradict each other or the data.
+        DataFormatError: rows without text or labels.
+        ModelLoadError: the model or the tokenizer cannot be read.
+    """
+
+    _tag_names = ["sequence-classification"]
+
+    def __init__(
+        self,
+        model: Any,
+        args: Any = None,
+        data_collator: Callable[[list[Any]], Any] | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        compute_loss_func: Callable[..., Tensor] | None = None,
+        compute_metrics: Any = None,
+        callbacks: list[Any] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type, dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[[Any, Any], Any] | None = None,
+        quantization_config: Any = None,
+        peft_config: Any = None,
+        **old_names: Any,
+    ) -> None:
+        processing_class = setup.accept_old_names(old_names, processing_class, type(self))
+        args = _default_arguments(model) if args is None else args
+        args = coerce_training_arguments(args, SequenceClassificationConfig)
+        if train_dataset is None:
+            raise ArgumentError("`train_dataset` is required.")
+        setup.seed_everything(args)
+        train_dataset = as_dataset(train_dataset)
+        self._columns = find_columns(train_dataset, args.text_columns, args.label_column, "train")
+        self.task = read_task(
+            train_dataset,
+            self._columns.label,
+            problem_type=args.problem_type,
+            class_names=args.class_names,
+            model_labels=_labels_of(model, args),
+        )
+        weights = None if args.class_weights is None else balanced_weights(self.task, args.class_weights)
+        self._class_weights = None if weights is None else torch.tensor(weights)
+        if processing_class is None:
+            revision = (args.model_init_kwargs or {}).get("revision")
+            processing_class = load_tokenizer(model, revision=revision, trust_remote_code=args.trust_remote_code)
+        model = _load(model, args, self.task, quantization_config)
+        self._max_length = _longest(args.max_length, processing_class, model)
+        train_dataset = self._prepare_dataset(train_dataset, processing_class, args, "train")
+        eval_dataset = self._prepare_eval(eval_dataset, processing_class, args)
+        _settle_padding(processing_class, model, args.pad_token, train_dataset)
+        if peft_config is not None:
+            model = _with_adapters(model, peft_config, bool(args.gradient_checkpointing))
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator or default_collator(processing_class, args.pad_to_multiple_of),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_loss_func=compute_loss_func,
+            compute_metrics=compute_metrics or metrics_for(self.task),
+            callbacks=callbacks,
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics or first_output,
+        )
+        # `compute_loss` divides by the count itself, whatever the model's `forward` takes.
+        self.model_accepts_loss_kwargs = True
+        self._takes_use_cache = takes_argument(self.model, "use_cache")
+        say_on_main_process(f"train: text in {', '.join(self._columns.texts) or 'input_ids'}; {self.task.describe()}")
+
+    # ---- Data ----
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
+        """Returns the rows as token ids and labels. Called for the training and each evaluation data set."""
+        dataset = as_dataset(dataset)
+        columns = self._columns
+        if dataset_name != "train":
+            named = columns.texts or None
+            columns = find_columns(dataset, named, columns.label, dataset_name)
+        return prepare_rows(
+            dataset, processing_class, columns, self.task, self._max_length, dataset_name, args.dataset_num_proc
+        )
+
+    def _prepare_eval(self, eval_dataset: Any, processing_class: Any, args: Any) -> Any:
+        if isinstance(eval_dataset, Mapping):
+            return {
+                name: self._prepare_dataset(part, processing_class, args, str(name))
+                for name, part in eval_dataset.items()
+            }
+        return None if eval_dataset is None else self._prepare_dataset(eval_dataset, processing_class, args, "eval")
+
+    def _prepare_if_raw(self, dataset: Any, name: str) -> Any:
+        dataset = as_dataset(dataset)
+        if not hasattr(dataset, "column_names") or "input_ids" in first_row(dataset, name):
+            return dataset
+        return self._prepare_dataset(dataset, self.processing_class, self.args, name)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """As `Trainer.get_eval_dataloader`; raw rows are prepared."""
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset = self._prepare_if_raw(eval_dataset, "eval")
+        return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
+        """As `Trainer.get_test_dataloader`, in the order of the rows; raw rows are prepared, labels may be missing."""
+        self._keeps_order = True
+        try:
+            return super().get_test_dataloader(self._prepare_if_raw(test_dataset, "test"))
+        finally:
+            self._keeps_order = False
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        # Predictions are read by position, so they are never grouped by length.
+        return SequentialSampler(eval_dataset) if self._keeps_order else super()._get_eval_sampler(eval_dataset)
+
+    _keeps_order = False
+
+    # ---- Loss ----
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """Returns the loss, or (loss, outputs): the weighted sum over rows (or labels) / `num_items_in_batch`."""
+        if self._takes_use_cache:
+            inputs = {**inputs, "use_cache": False}
+        if self.compute_loss_func is not None or "labels" not in inputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels = inputs["labels"]
+        outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
+        logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
+        if self._class_weights is not None and self._class_weights.device != logits.device:
+            self._class_weights = self._class_weights.to(logits.device)
+        total = loss_sum(logits, labels, self.task, self._class_weights, self.args.label_smoothing_factor)
+        loss = total / (labels.numel() if num_items_in_batch is None else num_items_in_batch)
+        loss = self._undo_process_average(loss, num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+    # ---- Saving ----
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """As `Trainer._save`; an adapter's folder also gets the `config.json` with the names of the classes."""
+        super()._save(output_dir, state_dict)
+        if is_peft_model(unwrap(self.model, keep_adapters=True)):
+            inner: Any = unwrap(self.model)
+            inner.config.save_pretrained(output_dir or self.output_dir)
+
+
+def loss_sum(logits: Tensor, labels: Tensor, task: Task, weights: Tensor | None, label_smoothing: float) -> Tensor:
+    """Returns the summed loss of logits (B, C): cross-entropy, binary cross-entropy of each label, or squared error.
+
+    `weights` (C,) are those of `data.balanced_weights`: of a row's class, or of a label's positives.
+    """
+    logits = logits.float()
+    if task.problem_type == SINGLE:
+        return functional.cross_entropy(logits, labels, weights, reduction="sum", label_smoothing=label_smoothing)
+    labels = labels.float()
+    if task.problem_type == MULTI:
+        if label_smoothing:
+            labels = labels * (1 - label_smoothing) + label_smoothing / 2
+        return functional.binary_cross_entropy_with_logits(logits, labels, reduction="sum", pos_weight=weights)
+    return functional.mse_loss(logits.view_as(labels), labels, reduction="sum")
+
+
+def _default_arguments(model: Any) -> SequenceClassificationConfig:
+    """Returns the configuration for a trainer that was given none: the folder `<model name>-classification`."""
+    name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
+    return SequenceClassificationConfig(f"{(name or type(model).__name__).rstrip('/').split('/')[-1]}-classification")
+
+
+def _labels_of(model: Any, args: SequenceClassificationConfig) -> dict[int, str] | None:
+    """Returns the classes a model was made for, None where `id2label` is what transformers fills in for a new one."""
+    if isinstance(model, str):
+        revision = (args.model_init_kwargs or {}).get("revision")  # pyright: ignore[reportAttributeAccessIssue]
+        options = {} if revision is None else {"revision": revision}
+        config: Any = load_config(model, trust_remote_code=args.trust_remote_code, **options)
+    else:
+        config = getattr(unwrap(model), "config", None)
+    labels = {int(index): str(name) for index, name in (getattr(config, "id2label", None) or {}).items()}
+    default = labels == {index: f"LABEL_{index}" for index in range(len(labels))}
+    return None if not labels or (default and isinstance(model, str)) else labels
+
+
+def _load(model: Any, args: SequenceClassificationConfig, task: Task, quantization_config: Any) -> nn.Module:
+    """Returns the model with a head for `task`, loaded where it was given by name."""
+    assert not isinstance(args.model_init_kwargs, str)  # parsed when the arguments were made
+    init: dict[str, Any] = {**(args.model_init_kwargs or {})}
+    labels = dict(enumerate(task.names))
+    described = {"id2label": labels, "label2id": {name: index for index, name in labels.items()}}
+    described["problem_type"] = task.problem_type  # pyright: ignore[reportArgumentType]
+    if isinstance(model, str):
+        options: dict[str, Any] = {"num_labels": len(labels), **described, **init}
+        found = load_config(model, trust_remote_code=args.trust_remote_code)
+        if found.num_labels != len(labels):
+            options.setdefault("ignore_mismatched_sizes", True)  # a head for other classes is replaced by a new one
+        model = load_model(
+            model,
+            auto_class="AutoModelForSequenceClassification",
+            model_init_kwargs=options,
+            quantization_config=quantization_config,
+            trust_remote_code=args.trust_remote_code,
+        )
+        return prepare_quantized(model, activation_checkpointing=bool(args.gradient_checkpointing))
+    if init or quantization_config is not None:
+        raise ArgumentError(
+            "`model_init_kwargs` and `quantization_config` act when the model is loaded here, but a loaded `model` "
+            "was passed. Pass its name, or drop them."
+        )
+    config = getattr(unwrap(model), "config", None)
+    if config is None:
+        return model
+    if config.num_labels != len(labels):
+        raise ArgumentError(
+            f"`model` has {config.num_labels} outputs and the data needs {len(labels)} ({task.describe()}). Pass "
+            f"`model` by its name, or load it with `num_labels={len(labels)}`."
+        )
+    for name, value in described.items():
+        setattr(config, name, value)
+    return model
+
+
+def _longest(max_length: int | None, tokenizer: Any, model: Any) -> int | None:
+    """Returns the most tokens a row may have: `max_length`, what the tokenizer says, what the model has positions for.
+
+    A tokenizer that knows no limit says 1e30; then RoBERTa's positions count, which start behind the padding token.
+    """
+    limits = [max_length] if max_length is not None else []
+    config: Any = getattr(unwrap(model), "config", None)
+    known = getattr(tokenizer, "model_max_length", None)
+    if known is not None and known < 1e9:
+        limits.append(int(known))
+    elif (positions := getattr(config, "max_position_embeddings", None)) and positions > 0:
+        limits.append(positions - (2 if "roberta" in str(getattr(config, "model_type", "")) else 0))
+    return min(limits) if limits else None
+
+
+def _settle_padding(tokenizer: Any, model: Any, pad_token: str | None, dataset: Any) -> None:
+    """Chooses the padding token and tells the model's config.
+
+    A decoder's head reads the last token that is not padding, by its id. If padding is the end-of-sequence token and
+    rows end with it, that is the wrong token; then another special token of the vocabulary becomes the padding token,
+    so that training here and inference anywhere read the same one. Without another one, the token before is read in
+    both; attention only looks back, so it is as if the rows had no end token.
+    """
+    same = tokenizer.pad_token in (None, tokenizer.eos_token)
+    if pad_token is None and same and _ends_with(dataset, tokenizer.eos_token_id):
+        known = [str(token) for token in tokenizer.added_tokens_decoder.values() if getattr(token, "special", True)]
+        last_resort = (tokenizer.eos_token, tokenizer.bos_token)
+        free = [token for token in [*tokenizer.all_special_tokens, *known] if token not in last_resort]
+        pad_token = next(iter(sorted(free, key=lambda token: "pad" not in token.lower())), None)
+    if getattr(unwrap(model), "config", None) is not None:
+        choose_pad_token(tokenizer, model, pad_token)
+
+
+def _ends_with(dataset: Any, token_id: int | None) -> bool:
+    """Returns whether one of the first 1000 rows ends with the token."""
+    if token_id is None:
+        return False
+    rows = dataset.take(64) if is_stream(dataset) else dataset.select(range(min(len(dataset), 1000)))
+    return any(row["input_ids"][-1] == token_id for row in rows)
+
+
+def _with_adapters(model: Any, peft_config: Any, activation_checkpointing: bool) -> nn.Module:
+    """Returns the model with adapters, and its head trained in full and saved with them."""
+    config = copy.deepcopy(peft_config)
+    if getattr(config, "task_type", "SEQ_CLS") in (None, "CAUSAL_LM"):
+        config.task_type = "SEQ_CLS"
+    if hasattr(config, "modules_to_save"):
+        prefix = getattr(model, "base_model_prefix", "")
+        heads = [
+            name for name, child in model.named_children() if name != prefix and any(True for _ in child.parameters())
+        ]
+        config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *heads]))
+    return add_adapters(model, config, activation_checkpointing=activation_checkpointing)

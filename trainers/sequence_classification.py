@@ -1,0 +1,79 @@
+"""Fine-tuning for sequence classification: one class, several classes, or a number for a text or a pair of texts.
+
+All weights:
+
+    python trainers/sequence_classification.py \
+        --model_name_or_path google-bert/bert-base-cased \
+        --dataset_name imdb --class_weights balanced \
+        --learning_rate 2e-5 --num_train_epochs 2 --per_device_train_batch_size 16 --eval_strategy epoch \
+        --output_dir bert-imdb
+
+A LoRA adapter (the head is trained with it) on local rows with `text` and `label`, a tenth of them held out:
+
+    python trainers/sequence_classification.py \
+        --model_name_or_path ./my-model --dataset_name rows.csv \
+        --dataset_train_split "train[:90%]" --dataset_test_split "train[90%:]" --eval_strategy epoch \
+        --use_peft --lora_target_modules all-linear --learning_rate 2e-4 \
+        --output_dir my-adapter
+
+Other columns: `--text_columns premise hypothesis --label_column entailed`. Several processes: `finetune classify
+--accelerate_config ddp --num_processes 4 ...`. Arguments from a file: `--config run.yaml`; the command line wins over
+it. `--help` lists all arguments. What an interrupted run has saved is continued by the same command with
+`--resume_from_checkpoint auto`.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def parse(argv: Sequence[str] | None = None) -> tuple[Any, Any, Any]:
+    """Returns (ScriptArguments, SequenceClassificationConfig, ModelConfig), checked without model and data set."""
+    from finetune import ModelConfig, ScriptArguments, SequenceClassificationConfig, check_before_start, parse_arguments
+
+    types = (ScriptArguments, SequenceClassificationConfig, ModelConfig)
+    script_args, training_args, model_args = parse_arguments(types, argv)
+    check_before_start(training_args, model_args.model_name_or_path)
+    return script_args, training_args, model_args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Trains, evaluates if asked, and saves."""
+    script_args, training_args, model_args = parse(argv)
+
+    from finetune import (
+        SequenceClassificationTrainer,
+        get_peft_config,
+        get_quantization_config,
+        load_datasets,
+        with_model_options,
+    )
+
+    train_dataset, eval_dataset = load_datasets(script_args, evaluate=training_args.eval_strategy != "no")
+    trainer = SequenceClassificationTrainer(
+        model=model_args.model_name_or_path,
+        args=with_model_options(training_args, model_args),
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+
+    trainer.save_model()
+    trainer.save_state()
+    trainer.log_metrics("train", result.metrics)
+    trainer.save_metrics("train", result.metrics)
+    if eval_dataset is not None:
+        metrics = trainer.evaluate()
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+    trainer.accelerator.print(f"Model saved to {training_args.output_dir}")
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset=script_args.dataset_name)
+    trainer.end()
+
+
+if __name__ == "__main__":
+    from finetune import run_program
+
+    raise SystemExit(run_program(main))
