@@ -116,6 +116,7 @@ def test_killed_at_every_touch_of_a_file_during_one_save(
     per_save = expected[1] // STEPS
     for number in range(per_save + 4, 2 * per_save + 8):
         folder = tmp_path / str(number)
-        assert server.train(folder / "run", folder / "end.pt", kill_at=number) == -signal.SIGKILL
+        status = server.train(folder / "run", folder / "end.pt", kill_at=number)
+        assert status == -signal.SIGKILL, server.log.read_text()[-3000:]
         assert server.train(folder / "run", folder / "end.pt") == 0, server.log.read_text()[-3000:]
         assert same(torch.load(folder / "end.pt"), expected[0]), number

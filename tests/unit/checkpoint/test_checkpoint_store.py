@@ -223,6 +223,12 @@ class TestRecovery:
         assert manifest is not None and manifest.metric == (2.0 if new_is_good else 1.0)
         assert find_problem(tmp_path / "checkpoint-9") is None
 
+    def test_a_save_clears_what_the_crashed_one_of_its_step_left(self, tmp_path: Path) -> None:
+        (tmp_path / ".staging" / "checkpoint-9").mkdir(parents=True)
+        (tmp_path / ".staging" / "checkpoint-9" / "old.pt").write_text("half")
+        path = commit(CheckpointStore(tmp_path), 9)
+        assert not (path / "old.pt").exists() and names(tmp_path) == ["checkpoint-9", "latest"]
+
     def test_half_deleted_checkpoint_is_removed(self, tmp_path: Path) -> None:
         (tmp_path / ".staging" / "deleted-checkpoint-1").mkdir(parents=True)
         CheckpointStore(tmp_path).recover()
