@@ -33,6 +33,7 @@ from finetune.facade.evaluation import EvaluationMethods
 from finetune.facade.optimization import OptimizerMethods
 from finetune.facade.saving import SavingMethods
 from finetune.models.traits import check_trainable
+from finetune.optim.fused_backward import optimizer_logs, release_optimizer, unwrap
 from finetune.reporting import flops, header, speed
 
 
@@ -72,6 +73,7 @@ class Trainer(EvaluationMethods, OptimizerMethods, SavingMethods):
         checkpoint = checkpoints.resolve_resume(resume_from_checkpoint, self._get_output_dir(trial))
         with contextlib.ExitStack() as stack:
             self.is_in_train = True
+            stack.callback(self._release_optimizer)
             stack.callback(setattr, self, "is_in_train", False)
             if self.model_init is not None:
                 self._reset_model(trial)
@@ -193,6 +195,8 @@ class Trainer(EvaluationMethods, OptimizerMethods, SavingMethods):
         """Creates optimizer and schedule, wraps the model, and loads their state. Returns the model to train."""
         if self._created_lr_scheduler:
             self.lr_scheduler, self._created_lr_scheduler = None, False
+        if self._optimizer_is_released:
+            self.optimizer, self._optimizer_is_released = None, False
         prepared = preparation.prepare(
             self.accelerator,
             self.model,
@@ -226,6 +230,12 @@ class Trainer(EvaluationMethods, OptimizerMethods, SavingMethods):
             return self.optimizer
 
         return create_both
+
+    def _release_optimizer(self) -> None:
+        """Takes the optimizer's hooks off the model (layerwise GaLore); the next `train` then makes a new one."""
+        if callable(getattr(unwrap(self.optimizer), "clip_grad_norm", None)):
+            release_optimizer(self.optimizer)
+            self._optimizer_is_released = True
 
     def _finalize_training(self, run: TrainingRun) -> TrainOutput:
         """Logs the run's totals, loads the best model if asked, and returns what `train` returns."""
@@ -285,16 +295,23 @@ class Trainer(EvaluationMethods, OptimizerMethods, SavingMethods):
         """
         step.enter_train_mode(model, self.optimizer)
         inputs = self._prepare_inputs(inputs)
+        told = num_items_in_batch is not None and self._passes_num_items
+        accumulation = self.current_gradient_accumulation_steps
+        overridden = type(self).compute_loss is not Trainer.compute_loss
+        assumed = told and overridden and accumulation > 1 and self.loss_is_scaled_for_ga is None
+        if assumed:
+            num_items_in_batch = self._division_check.pass_on(num_items_in_batch)
         with self.compute_loss_context_manager():
             extra = {"num_items_in_batch": num_items_in_batch} if self._passes_num_items else {}
             loss = self.compute_loss(model, inputs, **extra)
         del inputs
         step.empty_cache(self.args.torch_empty_cache_steps, self.state.global_step)
+        if assumed:
+            self._division_check.look_at(loss, num_items_in_batch, accumulation, type(self).__name__)
         scaled = self.loss_is_scaled_for_ga
         if scaled is None:
-            told = num_items_in_batch is not None and self._passes_num_items
-            scaled = self.compute_loss_func is not None or (self.model_accepts_loss_kwargs and told)
-        loss = step.scale_loss(loss, already_scaled=scaled, accumulation=self.current_gradient_accumulation_steps)
+            scaled = told and (self.model_accepts_loss_kwargs or self.compute_loss_func is not None)
+        loss = step.scale_loss(loss, already_scaled=scaled, accumulation=accumulation)
         extra = step.backward_kwargs(self.args.optim, self.accelerator, self._get_learning_rate)
         self.accelerator.backward(loss, **extra)
         return loss.detach()
@@ -406,6 +423,7 @@ class Trainer(EvaluationMethods, OptimizerMethods, SavingMethods):
             logs["learning_rate"] = self._get_learning_rate() if learning_rate is None else learning_rate
             if nonfinite:
                 logs["nonfinite_losses"] = nonfinite
+            logs |= optimizer_logs(self.optimizer)
             self.store_flos()
             self.log(logs, start_time)
         if self.control.should_evaluate:

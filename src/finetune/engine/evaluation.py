@@ -96,12 +96,14 @@ def evaluation_loop(
         if losses is not None:
             loss_sum.add(losses.detach().mean(), _weight(counted, settings.shifts_labels))
         if sums is not None and logits is not None and labels is not None and counted.valid:
-            seen = logits if settings.preprocess_logits is None else settings.preprocess_logits(logits, labels)
-            sums.add(seen, labels)
+            prepare = settings.preprocess_logits
+            sums.add(prepare(logits, labels) if prepare is not None else logits, labels)
         if sums is None or settings.keep_all:
             batch = kept.gather(hooks, counted.inputs, find_batch_size(raw), losses, logits, labels)
             if args.batch_eval_metrics and sums is None:
                 metrics = _batch_metrics(settings, batch) or metrics
+            del batch
+        # Gone before the next batch is computed, so that two never lie in memory.
         del losses, logits, labels
         events.fire("on_prediction_step")
         if args.eval_accumulation_steps is not None and (step + 1) % args.eval_accumulation_steps == 0:

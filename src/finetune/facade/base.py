@@ -91,7 +91,7 @@ class TrainerBase:
         self._traits = inspect_model(self.model, args.label_names)
         self.model_accepts_loss_kwargs = self._traits.accepts_loss_kwargs
         self.label_names, self.can_return_loss = list(self._traits.label_names), self._traits.can_return_loss
-        self._loss_divisor = step.LossDivisor()
+        self._loss_divisor, self._division_check = step.LossDivisor(), step.DivisionCheck()
         self.label_smoother = setup.label_smoother(args, self.model)
         self.data_collator = data_collator or setup.default_collator(processing_class)
         self.train_dataset, self.eval_dataset, self.processing_class = train_dataset, eval_dataset, processing_class
@@ -112,7 +112,7 @@ class TrainerBase:
             self.init_hf_repo()  # pyright: ignore[reportAttributeAccessIssue]
         self._run: TrainingRun | None = None
         self._writer = CheckpointWriter(args.async_save)
-        self._created_lr_scheduler = False
+        self._created_lr_scheduler = self._optimizer_is_released = False
         self._eval_loaders: dict[str, Any] = {}
         self.model_preparation_time: float | None = None
         self.deepspeed: Any = None
