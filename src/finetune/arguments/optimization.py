@@ -12,7 +12,7 @@ from finetune.compat import OptimizerNames, SchedulerType
 from finetune.errors import ArgumentError, nearest
 
 # Names that `finetune.optim` or a user registered besides those of transformers. `optim` is checked against both.
-REGISTERED_OPTIMIZERS: set[str] = set()
+REGISTERED_OPTIMIZERS = {"adadelta", "adam", "adamax", "asgd", "muon", "nadam", "radam", "rprop"}
 
 
 @cache

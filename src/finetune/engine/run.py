@@ -14,6 +14,7 @@ from finetune.control.state import TrainerState
 from finetune.engine.meter import LossMeter
 from finetune.engine.plan import ResumePoint, StepPlan
 from finetune.hooks import LoopHooks
+from finetune.optim.fused_backward import unwrap
 from finetune.optim.schedules import needs_metric
 
 if TYPE_CHECKING:
@@ -79,6 +80,8 @@ class TrainingRun:
         )
         self._no_sync = partial(self.accelerator.no_sync, model=self.model)
         self._single = self.accelerator.num_processes == 1
+        # Layerwise GaLore keeps projections in place of gradients, and they too belong to one window only.
+        self._optimizer_owns_gradients = callable(getattr(unwrap(self.optimizer), "clip_grad_norm", None))
         self._trainable = [p for p in self.model.parameters() if p.requires_grad]
         self._metric_schedule = needs_metric(self.lr_scheduler)
 
@@ -141,5 +144,7 @@ class TrainingRun:
         if self._engine_owns_gradients:
             self.model.zero_grad()
             return
+        if self._optimizer_owns_gradients:
+            self.optimizer.zero_grad()
         for parameter in self._trainable:
             parameter.grad = None
