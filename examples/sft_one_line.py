@@ -1,0 +1,12 @@
+"""Supervised fine-tuning in one line: model, tokenizer, format, masks and labels are found by the trainer."""
+
+from common import read_options
+
+from finetune import SFTConfig, SFTTrainer
+
+options = read_options(__doc__, "runs/sft-one-line")
+args = SFTConfig(
+    options.output_dir, max_steps=options.max_steps, report_to="none"
+)  # only so that the example ends soon
+
+SFTTrainer(model=options.model, args=args, train_dataset=options.rows()).train()
