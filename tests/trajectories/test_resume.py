@@ -24,7 +24,7 @@ COMMON: dict[str, Any] = {
     "use_cpu": True,
     "seed": 3,
 }
-TIMED = ("runtime", "per_second", "preparation_time")
+TIMED = ("runtime", "per_second", "preparation_time", "refresh_seconds")
 
 
 class Interrupt(finetune.TrainerCallback):

@@ -67,9 +67,7 @@ class GaLoreOptimizer(Optimizer):
         super().__init__(groups, defaults)
         self.seed = seed
         self._index = {p: i for i, p in enumerate(self.targets())}
-        self._refreshes = 0
         self._refresh_seconds = 0.0
-        self._energies: dict[int, Tensor] = {}
         self.backward = ProjectInBackward(self) if in_backward else None
         # The trainer asks for this first: gradients that are projected in backward cannot be clipped from outside.
         self.clip_grad_norm = None if self.backward is None else self.backward.clip
@@ -169,9 +167,10 @@ class GaLoreOptimizer(Optimizer):
         if group.get("rotate_moments") and old != Basis(None, None):
             self.rotate(state, old, basis)
         state.update({f"basis_{name}": t for name, t in basis._asdict().items() if t is not None})
-        self._refreshes += 1
+        # In the state, so that a resumed run logs the numbers of an uninterrupted one.
+        state["captured_energy"] = energy
+        state["refreshes"] = state.get("refreshes", torch.zeros(())) + 1
         self._refresh_seconds += time.perf_counter() - started
-        self._energies[self._index[p]] = energy
 
     def _generator(self, p: Tensor, step: int) -> torch.Generator:
         """Returns a generator that depends on seed, parameter and step only: nothing to save, nothing disturbed."""
@@ -189,15 +188,17 @@ class GaLoreOptimizer(Optimizer):
             self.backward.clear()
 
     def stats(self) -> dict[str, float]:
-        """Returns refreshes so far, seconds spent in them, and the mean captured energy of the current bases.
+        """Returns refreshes so far, seconds spent in them since this process began, and the mean captured energy of
+        the current bases.
 
         Reads the device: call it when logging. Seconds are host time; on a GPU they leave out queued kernels.
         """
-        if not self._energies:
+        projected = [state for state in self.state.values() if "captured_energy" in state]
+        if not projected:
             return {}
-        energies = torch.stack([e.float().cpu() for e in self._energies.values()])
+        energies = torch.stack([torch.as_tensor(state["captured_energy"]).float().cpu() for state in projected])
         return {
-            "galore_refreshes": float(self._refreshes),
+            "galore_refreshes": float(sum(state["refreshes"] for state in projected)),
             "galore_refresh_seconds": self._refresh_seconds,
             "galore_captured_energy": energies.mean().item(),
         }
