@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from finetune.data.rows import IGNORE_INDEX
 from finetune.errors import ArgumentError, DataFormatError
 
-IGNORE_INDEX = -100
 _MASKS = ("completion_mask", "assistant_masks")
 
 
