@@ -15,7 +15,7 @@ nothing is downloaded but the data set of `--task_name`. Written to `output_dir`
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from finetune import (
     ArgumentError,
     SequenceClassificationConfig,
     SequenceClassificationTrainer,
+    check_before_start,
     load_datasets,
     parse_arguments,
     run_program,
@@ -51,11 +52,18 @@ class GlueArguments:
     train_file: str | None = field(default=None, metadata={"help": "CSV or JSON file to train on."})
     validation_file: str | None = field(default=None, metadata={"help": "CSV or JSON file to evaluate on."})
     test_file: str | None = field(default=None, metadata={"help": "CSV or JSON file to predict."})
-    max_seq_length: int = field(default=128, metadata={"help": "Longest sequence in tokens."})
+    max_seq_length: int | None = field(default=None, metadata={"help": "Another name for `max_length`."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first rows only."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on the first rows only."})
     max_predict_samples: int | None = field(default=None, metadata={"help": "Predict the first rows only."})
     dataset_name: str = field(default="nyu-mll/glue", metadata={"help": "Where the tasks of `task_name` are."})
+
+
+@dataclass
+class GlueConfig(SequenceClassificationConfig):
+    """Arguments of training, with the length of the well-known script."""
+
+    max_length: int | None = field(default=128, metadata={"help": "Longest sequence in tokens."})
 
 
 def read_data(options: GlueArguments) -> dict[str, Any]:
@@ -105,14 +113,14 @@ def write_predictions(path: Path, trainer: Any, rows: Any) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Trains, evaluates and predicts, as asked."""
-    options, args = parse_arguments((GlueArguments, SequenceClassificationConfig), argv)
-    if not options.model_name_or_path:
+    options, args = parse_arguments((GlueArguments, GlueConfig), argv)
+    if args.do_train:
+        check_before_start(args, options.model_name_or_path)
+    elif not options.model_name_or_path:
         raise ArgumentError("no model was named. Give a folder or a Hub id: `--model_name_or_path`.")
     data = read_data(options)
-    wanted = None
-    args.max_length = options.max_seq_length
-    if options.task_name is not None:
-        args.text_columns, wanted = TASKS[options.task_name]
+    texts, wanted = (args.text_columns, None) if options.task_name is None else TASKS[options.task_name]
+    args = replace(args, max_length=options.max_seq_length or args.max_length, text_columns=texts)
     trainer = SequenceClassificationTrainer(
         model=options.model_name_or_path,
         args=args,

@@ -32,9 +32,7 @@ class SequenceClassificationArguments(ArgumentGroup):
     class_weights: list[float] | str | None = arg(
         None, "`balanced` (every class weighs the same in total) or one number for each class."
     )
-    max_length: int | None = arg(
-        512, "Longest sequence in tokens, pairs included; longer ones are cut.", old=["max_seq_length"]
-    )
+    max_length: int | None = arg(512, "Longest sequence in tokens, pairs included; longer ones are cut.")
     pad_token: str | None = arg(None, "Token used for padding; unset means the tokenizer's, or one that is free.")
     pad_to_multiple_of: int | None = arg(None, "Pad batches to a multiple of this many tokens.")
     dataset_num_proc: int | None = arg(None, "Processes that prepare the data set.")
