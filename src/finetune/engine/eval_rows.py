@@ -1,7 +1,8 @@
 """Which rows of an evaluation batch count.
 
-Processes stay in step, so accelerate fills up the last round of batches with rows that were seen before. Example: 5
-rows, 2 processes, batch 2. The last round holds the rows [4, 0 | 1, 2], of which one counts.
+Processes stay in step, so the last round of batches is filled up with rows that were seen before. Example: 5 rows,
+2 processes, batch 2. The last round holds the rows [4, 0 | 1, 2], of which one counts. (A stream shares the short
+round out: [4 | 4].)
 """
 
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from finetune.data.position import batch_rows, rows_per_batch
+from finetune.data.position import batch_rows, is_stream, rows_per_batch
 from finetune.data.rows import IGNORE_INDEX
 from finetune.engine.gather import find_batch_size
 from finetune.errors import ArgumentError
@@ -35,17 +36,26 @@ def count_rows(inputs: Any, number: int, accelerator: "Accelerator", dataloader:
     size = find_batch_size(inputs) or 0
     if accelerator.num_processes == 1:
         return CountedBatch(inputs, size, size)
-    state, rank = accelerator.gradient_state, accelerator.process_index
-    everywhere = rows_per_batch(dataloader)
-    # Packed and padding-free batches have one long row for several of the data set.
-    own = everywhere // accelerator.num_processes if everywhere else size
+    state = accelerator.gradient_state
     filled_up = getattr(getattr(dataloader, "batch_sampler", None), "even_batches", True)
-    if not (filled_up and state.end_of_dataloader and state.remainder > 0):
+    last = filled_up and state.end_of_dataloader and state.remainder > 0
+    own = _rows_of_a_process(size, state.remainder if last else None, accelerator, dataloader)
+    if not last:
         return CountedBatch(inputs, own, own * accelerator.num_processes)
-    valid = min(max(state.remainder - rank * own, 0), own)
+    valid = min(max(state.remainder - accelerator.process_index * own, 0), own)
     if valid < own:
         inputs = _without_repetitions(inputs, valid, own, number, dataloader)
     return CountedBatch(inputs, valid, state.remainder)
+
+
+def _rows_of_a_process(size: int, remainder: int | None, accelerator: "Accelerator", dataloader: Any) -> int:
+    """Returns the rows in a batch of one process. Packed and padding-free batches have one long row for several."""
+    everywhere = rows_per_batch(dataloader)
+    if not everywhere:
+        return size
+    if remainder is not None and is_stream(getattr(dataloader, "dataset", None)):
+        everywhere = min(everywhere, remainder)
+    return -(-everywhere // accelerator.num_processes)
 
 
 def _without_repetitions(inputs: Any, valid: int, own: int, number: int, dataloader: Any) -> Any:
@@ -56,15 +66,19 @@ def _without_repetitions(inputs: Any, valid: int, own: int, number: int, dataloa
         labels = inputs.get("labels")
         return {**inputs, "labels": torch.full_like(labels, IGNORE_INDEX)} if isinstance(labels, Tensor) else inputs
     indices = batch_rows(dataloader, number)
-    if indices is None or len(indices) != own:
-        raise ArgumentError(
-            "The rows that accelerate repeats in the last evaluation batch cannot be taken out of these batches, "
-            "whose tensors have no row dimension. Evaluate with the default sampler, or set "
-            "`accelerator_config={'even_batches': False}`."
-        )
-    device = next((value.device for value in inputs.values() if isinstance(value, Tensor)), None)
-    batch = dataloader.collate_fn([dataloader.dataset[index] for index in indices[:valid]])
-    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+    if indices is not None and len(indices) == own:
+        device = next((value.device for value in inputs.values() if isinstance(value, Tensor)), None)
+        batch = dataloader.collate_fn([dataloader.dataset[index] for index in indices[:valid]])
+        return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+    ends = inputs.get("cu_seq_lens_q")
+    if isinstance(ends, Tensor) and len(ends) == own + 1:
+        real = torch.arange(inputs["labels"].shape[-1], device=ends.device) < ends[valid]
+        return {**inputs, "labels": inputs["labels"].masked_fill(~real, IGNORE_INDEX)}
+    raise ArgumentError(
+        "The last evaluation batch repeats rows to keep the processes in step, and they cannot be told from the others "
+        "in these batches, which have no row dimension. Evaluate on a map-style data set with the default sampler, or "
+        "on rows that are not packed (`eval_packing=False`)."
+    )
 
 
 def _has_rows(inputs: Any, size: int) -> bool:

@@ -14,6 +14,7 @@ from finetune.compat import EvalLoopOutput, PredictionOutput
 from finetune.distributed import prepare as preparation
 from finetune.engine import evaluation, prediction, step
 from finetune.facade.data import DataMethods
+from finetune.models.activation import use_cache
 from finetune.models.traits import takes_argument
 from finetune.optim import schedules
 from finetune.reporting import speed
@@ -96,7 +97,8 @@ class EvaluationMethods(DataMethods):
             keep_all=description == "Prediction",
         )
         step.enter_eval_mode(self.optimizer)
-        output = evaluation.evaluation_loop(self, model, dataloader, settings, self._events)
+        with use_cache(self.model, bool(self.args.use_cache)):
+            output = evaluation.evaluation_loop(self, model, dataloader, settings, self._events)
         if self.model_preparation_time is not None:
             output.metrics[f"{metric_key_prefix}_model_preparation_time"] = self.model_preparation_time
         return output
