@@ -22,7 +22,7 @@ ALLOWED = {
     "transformers.Trainer": ["compat.py"],
     "transformers.TrainingArguments": ["compat.py"],
     "galore_torch": [],
-    "peft": ["models/adapters.py", "checkpoint/weights.py"],
+    "peft": ["models/adapters.py", "checkpoint/weights.py", "cli/script_arguments.py"],
     "liger_kernel": ["kernels/liger.py"],
     "bitsandbytes": ["optim/builders.py", "optim/galore_rules.py", "models/load.py"],
     "deepspeed": ["distributed/", "checkpoint/backends.py", "arguments/distributed.py"],
