@@ -41,9 +41,12 @@ def answer(content: str) -> list[dict[str, str]]:
 
 
 ROWS: dict[str, dict[str, list[Any]]] = {
-    "text": {"text": ["the cat sat on a mat", "stars </s>", "sun"]},
+    "text": {"text": ["the cat sat on a mat", "stars<|im_end|>", "sun"]},
     "other field": {"body": ["the cat sat", "on a mat"]},
-    "prompt-completion": {"prompt": ["the cat", "what is", ""], "completion": [" sat on a mat", " your name", "hills"]},
+    "prompt-completion": {
+        "prompt": ["the cat", "what is", ""],
+        "completion": [" sat on a mat", " your name<|im_end|>", "hills"],
+    },
     "messages": {"messages": [turns("what is your name", "the cat"), turns("a", "b c", "the red sun", "go down")]},
     "prompt-completion as messages": {
         "prompt": [turns("what is your name"), turns("a", "b", "more")],

@@ -91,6 +91,11 @@ def test_conversations_that_end_with_a_question_need_no_stop(chat_tokenizer: Any
     assert made.stop_share is None
 
 
+def test_rows_that_never_had_anything_to_learn_need_no_stop(chat_tokenizer: Any) -> None:
+    made = audit_of({"text": ["", "the cat"]}, chat_tokenizer)
+    assert (made.num_dropped, made.num_stop_expected, made.num_stop_trained) == (1, 1, 1)
+
+
 def test_tokens_cut_off_are_limited(chat_tokenizer: Any) -> None:
     made = audit_of({"text": ["the cat sat on a mat " * 20, "sun"]}, chat_tokenizer, max_length=4)
     assert made.lost_share > 0.9

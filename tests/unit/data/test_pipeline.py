@@ -216,6 +216,26 @@ def test_every_part_of_the_key_counts(on_disk: Any, chat_tokenizer: Any) -> None
     assert json.loads(json.dumps(parts)) == parts
 
 
+def test_the_tokenizer_counts_by_what_it_does(chat_tokenizer: Any) -> None:
+    before = cache.tokenizer_digest(chat_tokenizer)
+    chat_tokenizer(["a", "the cat"], padding=True, truncation=True, max_length=4)
+    chat_tokenizer.name_or_path = "elsewhere"
+    assert cache.tokenizer_digest(chat_tokenizer) == before
+    chat_tokenizer.eos_token = "</s>"
+    assert cache.tokenizer_digest(chat_tokenizer) != before
+
+
+def test_rows_that_another_process_made_meanwhile_are_used(
+    on_disk: Any, chat_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = prepared(on_disk, chat_tokenizer)
+    answers = iter([False, True])
+    monkeypatch.setattr(cache, "is_cached", lambda path: next(answers))
+    split = prepare_split(on_disk, chat_tokenizer, DataSettings(), say=silent)
+    assert split.cache == "HIT (another process prepared the rows)"
+    assert list(split.dataset) == expected
+
+
 def test_processes_that_start_together_prepare_the_rows_once(tmp_path: Path, chat_tokenizer: Any) -> None:
     Dataset.from_dict({"text": TEXTS * 200}).save_to_disk(tmp_path / "rows")
     chat_tokenizer.save_pretrained(tmp_path / "tokenizer")

@@ -99,6 +99,19 @@ def test_rows_outside_the_training_template_go_by_prefixes(chat_tokenizer: Any) 
     assert trained(renderer, doubled, CHAT) == [["Yo<|im_end|>\n", "more<|im_end|>\n"], ["Yo<|im_end|>\n"]]
 
 
+def test_a_training_template_that_writes_another_text_is_not_used(chat_tokenizer: Any) -> None:
+    marked = "{% generation %}x{% endgeneration %}"
+    wrong = "{% for m in messages %}{% if m.role == 'assistant' %}" + marked + "{% endif %}{% endfor %}"
+    renderer = ChatRenderer(chat_tokenizer, PLAIN + GENERATE, wrong)
+    assert trained(renderer, CHAT) == [["Yo<|im_end|>\n"]]
+
+
+def test_a_prompt_that_changes_once_it_is_answered_is_an_error(chat_tokenizer: Any) -> None:
+    changing = PLAIN.replace("m.content +", "m.content + ('?' if loop.last else '!') +") + GENERATE
+    with pytest.raises(DataFormatError, match="cannot be told from the rest"):
+        ChatRenderer(chat_tokenizer, changing).render_with_spans(batch(CHAT), [0])
+
+
 @pytest.mark.parametrize("marked", [True, False])
 def test_train_flags_choose_turns(marked: bool, chat_tokenizer: Any) -> None:
     renderer = ChatRenderer(chat_tokenizer, None if marked else PLAIN + GENERATE)
