@@ -49,7 +49,7 @@ def run_demo(output_dir: Path, *, seed: int = 42, max_steps: int = -1) -> dict[s
         max_length=192,
         gradient_checkpointing=False,
         eval_strategy="epoch",
-        logging_steps=5,
+        logging_steps=10,
         save_strategy="no",
         report_to="none",
         seed=seed,
