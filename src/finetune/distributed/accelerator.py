@@ -105,6 +105,12 @@ def verify_what_runs(accelerator: Any, args: Any) -> None:
             "`Accelerator` was made earlier in this process with other settings: make it after the training "
             "arguments, or give both the same precision (`bf16`, `fp16`)."
         )
+    if args.torch_compile_backend is not None and accelerator.state.dynamo_plugin.backend.value == "NO":
+        raise ArgumentError(
+            f"`args` ask for `torch_compile_backend={args.torch_compile_backend!r}`, but accelerate compiles nothing: "
+            "another `Accelerator` was made earlier in this process without it, and they share their settings. Make "
+            "the compiled trainer first, or run it in a process of its own."
+        )
 
 
 _SHARDING_REMEDY = {

@@ -1,0 +1,189 @@
+"""What the facade decides itself: which arguments it accepts, sizes, names, and what it says when asked in vain."""
+
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from datasets import Dataset
+
+import finetune
+from finetune.engine import setup
+from finetune.errors import ArgumentError
+
+COMMON: dict[str, Any] = {"report_to": "none", "disable_tqdm": True, "use_cpu": True}
+
+
+@pytest.fixture
+def trainer(tiny_bert: Any, tmp_path: Path) -> finetune.Trainer:
+    options = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, **COMMON}
+    return finetune.Trainer(model=tiny_bert(), args=finetune.TrainingArguments(str(tmp_path), **options))
+
+
+def rows(count: int = 8) -> Dataset:
+    labels = [i % 3 for i in range(count)]
+    return Dataset.from_dict({"input_ids": [[3 + i] * 6 for i in range(count)], "labels": labels})
+
+
+def test_arguments_of_transformers_and_trl_are_accepted(tiny_bert: Any, tmp_path: Path) -> None:
+    import trl
+
+    for theirs in (
+        transformers.TrainingArguments(str(tmp_path), learning_rate=0.25, max_steps=1, **COMMON),
+        trl.SFTConfig(str(tmp_path), learning_rate=0.25, max_steps=1, bf16=False, **COMMON),
+        {"output_dir": str(tmp_path), "learning_rate": 0.25, "max_steps": 1, **COMMON},
+    ):
+        trainer = finetune.Trainer(model=tiny_bert(), args=theirs, train_dataset=rows())
+        assert isinstance(trainer.args, finetune.TrainingArguments)
+        assert trainer.args.learning_rate == 0.25
+        assert trainer.train().global_step == 1
+
+
+def test_the_old_name_of_the_tokenizer_is_accepted(tiny_bert: Any, chat_tokenizer: Any, tmp_path: Path) -> None:
+    args = finetune.TrainingArguments(str(tmp_path), **COMMON)
+    with pytest.warns(FutureWarning, match="`processing_class`"):
+        trainer = finetune.Trainer(model=tiny_bert(), args=args, tokenizer=chat_tokenizer)
+    assert trainer.processing_class is chat_tokenizer
+    assert isinstance(trainer.data_collator, transformers.DataCollatorWithPadding)
+
+
+def test_arguments_are_not_changed_by_a_run(trainer: finetune.Trainer) -> None:
+    trainer.train_dataset = rows()
+    before = trainer.args.to_dict()
+    trainer.train()
+    assert trainer.args.to_dict() == before
+
+
+def test_processes_that_share_rows_count_once(trainer: finetune.Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (trainer.get_tp_size(), trainer.get_cp_size(), trainer.get_sp_size()) == (1, 1, 1)
+    assert trainer.get_total_train_batch_size(trainer.args) == 8
+    trainer.model._tp_size = 2
+    monkeypatch.setattr(type(trainer.args), "world_size", 6)
+    assert trainer.get_total_train_batch_size(trainer.args) == 4 * 2 * 3
+    labels = {"labels": torch.tensor([1, 2, -100])}
+    assert trainer._get_num_items_in_batch([labels, labels], torch.device("cpu")) == 4 / 2
+
+
+def test_splitting_rows_is_refused(trainer: finetune.Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = SimpleNamespace(cp_size=2, sp_size=1, tp_size=1)
+    monkeypatch.setattr(type(trainer.accelerator), "parallelism_config", asked)
+    with pytest.raises(ArgumentError, match="`cp_size` and `sp_size`"):
+        trainer._validate_args()
+
+
+def test_folders_of_trials(trainer: finetune.Trainer, tmp_path: Path) -> None:
+    trial = SimpleNamespace(number=3)
+    assert trainer._get_output_dir(trial) == str(tmp_path), "outside a search there are no trials"
+    trainer.hp_search_backend = "optuna"
+    assert trainer._get_output_dir(trial) == str(tmp_path / "run-3")
+    trainer.hp_name = lambda trial: f"mine-{trial.number}"
+    assert trainer._get_output_dir(trial) == str(tmp_path / "mine-3")
+
+
+def test_questions_about_an_optimizer_that_is_not_there(trainer: finetune.Trainer) -> None:
+    with pytest.raises(ArgumentError, match="`create_optimizer`"):
+        trainer.get_learning_rates()
+    trainer.create_optimizer()
+    assert trainer.get_learning_rates() == [5e-5, 5e-5]
+    parameter = next(trainer.model.parameters())
+    group = trainer.get_optimizer_group(parameter)
+    assert any(member is parameter for member in group["params"])
+    assert trainer.get_num_trainable_parameters() == sum(p.numel() for p in trainer.model.parameters())
+
+
+def test_an_empty_batch_is_an_error(trainer: finetune.Trainer) -> None:
+    trainer._set_signature_columns_if_needed()
+    with pytest.raises(ArgumentError, match="columns it takes: input_ids"):
+        trainer._prepare_inputs({})
+
+
+def test_no_training_data(trainer: finetune.Trainer) -> None:
+    with pytest.raises(ArgumentError, match="pass `train_dataset`"):
+        trainer.train()
+    assert trainer.is_in_train is False
+    with pytest.raises(ArgumentError, match="pass `eval_dataset`"):
+        trainer.evaluate()
+
+
+def test_persistent_workers_keep_their_loader(tiny_bert: Any, tmp_path: Path) -> None:
+    args = finetune.TrainingArguments(
+        str(tmp_path), dataloader_persistent_workers=True, dataloader_num_workers=1, **COMMON
+    )
+    trainer = finetune.Trainer(model=tiny_bert(), args=args, eval_dataset={"a": rows(), "b": rows(4)})
+    first = trainer.get_eval_dataloader("a")
+    assert trainer.get_eval_dataloader("a") is first
+    assert trainer.get_eval_dataloader("b") is not first
+
+
+def compiled_run(make_bert: Any, out: Path, **options: Any) -> tuple[finetune.Trainer, list[float]]:
+    args = finetune.TrainingArguments(
+        str(out), max_steps=2, logging_steps=1, gradient_accumulation_steps=2, save_strategy="no",
+        per_device_train_batch_size=2, **COMMON, **options,
+    )  # fmt: skip
+    model = make_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    trainer = finetune.Trainer(model=model, args=args, train_dataset=rows(), eval_dataset=rows())
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return trainer, [*losses, trainer.evaluate()["eval_loss"]]
+
+
+def test_compiled_models_train_and_evaluate_the_same(tiny_bert: Any, tmp_path: Path) -> None:
+    from accelerate.state import AcceleratorState
+
+    trainer, losses = compiled_run(tiny_bert, tmp_path)
+    with pytest.raises(ArgumentError, match="`torch_compile_backend='eager'`.*accelerate compiles nothing"):
+        compiled_run(tiny_bert, tmp_path, torch_compile_backend="eager")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    trainer, compiled = compiled_run(tiny_bert, tmp_path, torch_compile_backend="eager")
+    assert isinstance(trainer.model_wrapped, torch._dynamo.OptimizedModule)
+    assert not isinstance(trainer.model, torch._dynamo.OptimizedModule)
+    assert compiled == pytest.approx(losses, rel=1e-5)
+
+
+def test_ending_a_run_ends_the_trackers(trainer: finetune.Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[bool] = []
+    monkeypatch.setattr(trainer.accelerator, "end_training", lambda: ended.append(True))
+    trainer.end()
+    assert ended == [True]
+
+
+def test_starting_again_with_updated_weights_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    run = SimpleNamespace(initial_step=2)
+    setup.warn_of_second_start(run, 2, 4)
+    setup.warn_of_second_start(None, 7, 4)
+    assert caplog.text == ""
+    setup.warn_of_second_start(run, 7, 4)
+    assert "after 5 updates" in caplog.text and "`per_device_train_batch_size` 4" in caplog.text
+
+
+def test_the_overflow_debugger_reports_and_goes(tiny_bert: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny_bert()
+    with setup.underflow_debugger(model, []):
+        assert not any(module._forward_hooks for module in model.modules())
+    with setup.underflow_debugger(model, ["underflow_overflow"]):
+        assert any(module._forward_hooks for module in model.modules())
+        with torch.no_grad():
+            model.classifier.weight.fill_(float("inf"))
+        with pytest.raises(ValueError, match="inf/nan"):
+            model(input_ids=torch.ones(1, 4, dtype=torch.long))
+    assert "Detected inf/nan" in capsys.readouterr().out
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_information_is_shown_when_it_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = logging.getLogger("finetune")
+    monkeypatch.setattr(ours, "handlers", [])
+    monkeypatch.setattr(ours, "propagate", False)  # pytest's own handler would count
+    level, theirs = ours.level, transformers.utils.logging.get_verbosity()
+    try:
+        setup.set_log_level(finetune.TrainingArguments(str(tmp_path), log_level="warning", **COMMON))
+        assert ours.handlers == []
+        setup.set_log_level(finetune.TrainingArguments(str(tmp_path), log_level="info", **COMMON))
+        setup.set_log_level(finetune.TrainingArguments(str(tmp_path), log_level="info", **COMMON))
+        assert len(ours.handlers) == 1
+    finally:
+        ours.setLevel(level)
+        transformers.utils.logging.set_verbosity(theirs)
