@@ -302,7 +302,7 @@ class Trainer(EvaluationMethods, OptimizerMethods, SavingMethods):
         if assumed:
             num_items_in_batch = self._division_check.pass_on(num_items_in_batch)
         with self.compute_loss_context_manager():
-            extra = {"num_items_in_batch": num_items_in_batch} if self._passes_num_items else {}
+            extra: dict[str, Any] = {"num_items_in_batch": num_items_in_batch} if self._passes_num_items else {}
             loss = self.compute_loss(model, inputs, **extra)
         del inputs
         step.empty_cache(self.args.torch_empty_cache_steps, self.state.global_step)

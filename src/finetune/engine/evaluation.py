@@ -36,13 +36,14 @@ class EvalSettings:
     """What one evaluation needs beside the model and the data.
 
     Attributes:
+        compute_metrics: a function of an `EvalPrediction`, `SumMetrics`, or None.
         main_input_name: the batch entry handed to `compute_metrics` as `inputs`.
         keep_all: whether outputs are kept although metrics are computed batch by batch (`predict`).
     """
 
     args: "TrainingArguments"
     accelerator: "Accelerator"
-    compute_metrics: Callable[..., dict[str, Any]] | SumMetrics | None
+    compute_metrics: Any
     preprocess_logits: Callable[[Any, Any], Any] | None
     gather_function: Callable[[Any], Any]
     prediction_loss_only: bool
@@ -113,7 +114,7 @@ def evaluation_loop(
     if sums is not None:
         metrics = sums.result(accelerator)
     elif compute_metrics is not None and not args.batch_eval_metrics and not (predictions is None or label_ids is None):
-        metrics = compute_metrics(kept.as_prediction(predictions, label_ids))
+        metrics = settings.compute_metrics(kept.as_prediction(predictions, label_ids))
     metrics = _prefixed(metrics or {}, loss_sum.mean(accelerator), settings.metric_key_prefix)
     return EvalLoopOutput(
         predictions=predictions, label_ids=label_ids, metrics=metrics, num_samples=_num_samples(dataloader, num_rows)

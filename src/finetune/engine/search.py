@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from finetune.arguments import TrainingArguments, replace_arguments
 from finetune.compat import BestRun, HPSearchBackend
+from finetune.control.callbacks import Events
 from finetune.errors import ArgumentError, nearest
 
 logger = logging.getLogger(__name__)
@@ -23,19 +24,19 @@ class Searchable(Protocol):
 
     args: TrainingArguments
     model_init: Callable[..., Any] | None
-    accelerator: Any
-    is_deepspeed_enabled: bool
     hp_search_backend: Any
-    hp_name: Callable[[Any], str] | None
-    hp_space: Callable[[Any], dict[str, Any]] | None
-    compute_objective: Callable[[dict[str, float]], Any] | None
+    hp_name: Any
+    hp_space: Any
+    compute_objective: Any
     objective: Any
+    is_deepspeed_enabled: bool
+    accelerator: Any
     _trial: Any
-    _events: Any
+    _events: Events
     _train_batch_size: int
-    _searched_args: TrainingArguments | None
+    _searched_args: Any
 
-    def train(self, resume_from_checkpoint: Any = None, trial: Any = None) -> Any: ...
+    def train(self, resume_from_checkpoint: str | bool | None = None, trial: Any = None) -> Any: ...
 
     def evaluate(self) -> dict[str, float]: ...
 

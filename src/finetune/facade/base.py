@@ -35,8 +35,26 @@ class TrainerBase:
 
     loss_is_scaled_for_ga: bool | None = None
 
+    # Set within `hyperparameter_search` only.
+    hp_search_backend: Any = None
+    hp_name: Any = None
+    hp_space: Any = None
+    compute_objective: Any = None
+    objective: Any = None
+    _trial: Any = None
+    _searched_args: Any = None
+
     if TYPE_CHECKING:  # what one half of the facade asks of another
 
+        def train(
+            self,
+            resume_from_checkpoint: str | bool | None = None,
+            trial: Any = None,
+            ignore_keys_for_eval: list[str] | None = None,
+        ) -> Any: ...
+        def evaluate(
+            self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+        ) -> dict[str, float]: ...
         def log(self, logs: dict[str, float], start_time: float | None = None) -> None: ...
         def compute_loss(
             self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -119,8 +137,6 @@ class TrainerBase:
         self._signature_columns: list[str] | None = None
         self._train_batch_size = args.train_batch_size
         self.is_in_train = False
-        self._trial = self._searched_args = self.objective = None
-        self.hp_search_backend = self.hp_name = self.hp_space = self.compute_objective = None
         self._events = Events(args, self.callback_handler, self._new_state(), TrainerControl())
         self._events.fire("on_init_end")
         self._memory_tracker.stop()
