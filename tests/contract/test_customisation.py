@@ -450,6 +450,39 @@ def test_every_kind_of_data_set_trains_and_evaluates(make: Any, tmp_path: Path) 
     assert prediction.label_ids.tolist() == labels.tolist()
 
 
+class Windows(finetune.TrainerCallback):
+    def __init__(self) -> None:
+        self.micro_batches, self.sizes = 1, []
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.micro_batches += 1
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.sizes.append(self.micro_batches)
+        self.micro_batches = 1
+
+
+def test_a_stream_that_ends_inside_a_window(tmp_path: Path) -> None:
+    """10 rows in batches of 2, 2 micro-batches per update: each pass has windows of 2, 2 and 1."""
+    windows = Windows()
+    args = arguments(tmp_path, max_steps=6, max_grad_norm=0.0, optim="sgd", lr_scheduler_type="constant")
+    model = Hungry(99)
+    start = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    trainer = finetune.Trainer(model=model, args=args, train_dataset=Stream(float_rows(10)), callbacks=[windows])
+    trainer.train()
+    assert windows.sizes == [2, 2, 1] * 2
+    # The same by hand: each window's gradient is that of its own mean.
+    by_hand = nn.Linear(4, 2)
+    by_hand.load_state_dict({name.removeprefix("layer."): value for name, value in start.items()})
+    optimizer = torch.optim.SGD(by_hand.parameters(), lr=1e-3)
+    for rows in [float_rows(10)[i : i + 4] for i in (0, 4, 8)] * 2:
+        x, labels = torch.stack([row["x"] for row in rows]), torch.tensor([row["labels"] for row in rows])
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(by_hand(x), labels).backward()
+        optimizer.step()
+    torch.testing.assert_close(trainer.model.layer.weight, by_hand.weight)
+
+
 def test_columns_nobody_takes_are_an_error_that_names_them(tiny_bert: Any, tmp_path: Path) -> None:
     data = Dataset.from_dict({"text": ["a"] * 4, "score": [1] * 4})
     trainer = finetune.Trainer(model=tiny_bert(), args=arguments(tmp_path), train_dataset=data)

@@ -11,7 +11,7 @@ from datasets import Dataset
 
 import finetune
 
-WORDS = "the cat sat on a mat and saw the red sun go down over hills while birds sang to rivers".split()  # noqa: SIM905
+WORDS = "the cat sat on a mat and saw the red sun go down over hills while birds sang to rivers".split()
 
 
 def sentences(count: int) -> list[str]:

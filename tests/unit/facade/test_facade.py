@@ -74,6 +74,12 @@ def test_splitting_rows_is_refused(trainer: finetune.Trainer, monkeypatch: pytes
         trainer._validate_args()
 
 
+def test_label_smoothing_of_several_labels_is_refused(tiny_bert: Any, tmp_path: Path) -> None:
+    args = finetune.TrainingArguments(str(tmp_path), label_smoothing_factor=0.1, **COMMON)
+    with pytest.raises(ArgumentError, match="`label_smoothing_factor`.*multi_label_classification"):
+        finetune.Trainer(model=tiny_bert(problem_type="multi_label_classification"), args=args)
+
+
 def test_folders_of_trials(trainer: finetune.Trainer, tmp_path: Path) -> None:
     trial = SimpleNamespace(number=3)
     assert trainer._get_output_dir(trial) == str(tmp_path), "outside a search there are no trials"
@@ -134,7 +140,7 @@ def test_compiled_models_train_and_evaluate_the_same(tiny_bert: Any, tmp_path: P
     from accelerate.state import AcceleratorState
 
     trainer, losses = compiled_run(tiny_bert, tmp_path)
-    with pytest.raises(ArgumentError, match="`torch_compile_backend='eager'`.*accelerate compiles nothing"):
+    with pytest.raises(ArgumentError, match=r"`torch_compile_backend='eager'`.*accelerate compiles nothing"):
         compiled_run(tiny_bert, tmp_path, torch_compile_backend="eager")
     AcceleratorState._reset_state(reset_partial_state=True)
     trainer, compiled = compiled_run(tiny_bert, tmp_path, torch_compile_backend="eager")
