@@ -6,8 +6,8 @@ writes `model/`, `train.jsonl` and `test.jsonl`, the files shipped in `src/finet
 the seeds below, so the same versions on the same kind of machine give the same files.
 
 The pretraining rows ask about one fact ("Where does Ada Wood live?"), ask to rewrite, repeat, quote and add. None of
-them asks for JSON or contains any: that is the skill which the demonstration teaches. The rows to learn it from use
-three quarters of the names, cities and professions and eight of the ten sentence patterns; the test rows use all.
+them asks for JSON or contains any: that is the skill which the demonstration teaches. No prompt of the test rows is
+among the rows to learn from: the words are known, who does what where is not.
 """
 
 import argparse
@@ -107,17 +107,13 @@ TEMPLATE = (
 Person = dict[str, Any]
 
 
-def draw_person(draw: random.Random, common: bool = False) -> Person:
-    """Returns an invented person; if `common`, every fourth word of each list is left out."""
-
-    def pick(words: list[str]) -> str:
-        return draw.choice([word for index, word in enumerate(words) if index % 4] if common else words)
-
-    job, pronoun = pick(JOBS), draw.choice(["he", "she"])
+def draw_person(draw: random.Random) -> Person:
+    """Returns an invented person."""
+    job, pronoun = draw.choice(JOBS), draw.choice(["he", "she"])
     return {
-        "name": f"{pick(FIRST)} {pick(LAST)}",
+        "name": f"{draw.choice(FIRST)} {draw.choice(LAST)}",
         "age": draw.randint(18, 79),
-        "city": pick(CITIES),
+        "city": draw.choice(CITIES),
         "job": job,
         "a_job": f"{'an' if job[0] in 'aeiou' else 'a'} {job}",
         "he": pronoun,
@@ -125,9 +121,9 @@ def draw_person(draw: random.Random, common: bool = False) -> Person:
     }
 
 
-def describe(draw: random.Random, person: Person, patterns: int = len(SENTENCES)) -> str:
+def describe(draw: random.Random, person: Person) -> str:
     """Returns one sentence that tells all four facts."""
-    return SENTENCES[draw.randrange(patterns)].format(**person)
+    return SENTENCES[draw.randrange(len(SENTENCES))].format(**person)
 
 
 def pretraining_row(draw: random.Random) -> tuple[str, str]:
@@ -179,11 +175,11 @@ def _words(draw: random.Random) -> tuple[str, str]:
     return f"Which word comes first?\n{listed}", words[0]
 
 
-def target_row(draw: random.Random, common: bool = False, patterns: int = len(SENTENCES)) -> tuple[str, str]:
+def target_row(draw: random.Random) -> tuple[str, str]:
     """Returns a row of the skill that the demonstration teaches."""
-    person = draw_person(draw, common)
+    person = draw_person(draw)
     record = {key: person[key] for key in ("name", "age", "city", "job")}
-    return TASK + describe(draw, person, patterns), json.dumps(record)
+    return TASK + describe(draw, person), json.dumps(record)
 
 
 def make_tokenizer(vocabulary: int) -> Any:
@@ -271,12 +267,12 @@ def pretrain(options: argparse.Namespace, tokenizer: Any) -> Any:
     return trainer.model
 
 
-def write_rows(path: Path, seed: int, number: int, common: bool, patterns: int, without: set[str]) -> set[str]:
+def write_rows(path: Path, seed: int, number: int, without: set[str]) -> set[str]:
     """Writes `number` rows about people that are not in `without`, and returns their prompts."""
     draw, prompts = random.Random(seed), set[str]()
     with path.open("w", encoding="utf-8") as file:
         while len(prompts) < number:
-            prompt, answer = target_row(draw, common, patterns)
+            prompt, answer = target_row(draw)
             if prompt in prompts or prompt in without:
                 continue
             prompts.add(prompt)
@@ -296,8 +292,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     options.output_dir.mkdir(parents=True, exist_ok=True)
-    train = write_rows(options.output_dir / "train.jsonl", 1, 800, common=True, patterns=8, without=set())
-    write_rows(options.output_dir / "test.jsonl", 2, 200, common=False, patterns=len(SENTENCES), without=train)
+    train = write_rows(options.output_dir / "train.jsonl", 1, 2000, without=set())
+    write_rows(options.output_dir / "test.jsonl", 2, 200, without=train)
     tokenizer = make_tokenizer(vocabulary=1536)
     model = pretrain(options, tokenizer)
     # Half the size, and the weights are exact again when the demonstration loads them as float32.

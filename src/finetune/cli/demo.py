@@ -39,7 +39,7 @@ def run_demo(output_dir: Path, *, seed: int = 42, max_steps: int = -1) -> dict[s
     data: Any = load_dataset("json", data_files={"train": str(TRAIN), "test": str(TEST)})
     args = SFTConfig(
         str(output_dir),
-        num_train_epochs=2,
+        num_train_epochs=3,
         max_steps=max_steps,
         per_device_train_batch_size=16,
         per_device_eval_batch_size=50,
