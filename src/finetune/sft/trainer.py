@@ -177,7 +177,7 @@ class SFTTrainer(Trainer):
     # ---- Loss ----
 
     def _why_not_fused(self) -> str | None:
-        """Returns why the loss needs the full logits (Liger may own the head); None where the fused head computes it."""
+        """Returns why the loss needs the full logits (Liger may own the head), or None."""
         if self.compute_loss_func is not None:
             return "`compute_loss_func` takes the model's outputs"
         return unsupported_reason(self.model)
