@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from finetune.arguments import TrainingArguments, write_resolved_config
 from finetune.checkpoint import manager as checkpoints
+from finetune.checkpoint.preemption import saving_on_signals
 from finetune.compat import TrainOutput
 from finetune.data import loader as loaders
 from finetune.distributed import prepare as preparation
@@ -83,6 +84,8 @@ class Trainer(EvaluationMethods, OptimizerMethods, SavingMethods):
             features.enter(stack, self.model, args, self.processing_class, self.neftune_noise_alpha)
             stack.enter_context(self._model_features())
             stack.enter_context(setup.underflow_debugger(self.model, args.debug))
+            if args.enable_jit_checkpoint:
+                stack.enter_context(saving_on_signals(self.callback_handler, self.accelerator))
             if checkpoint is not None and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
                 self._load_from_checkpoint(checkpoint)
             loop: Any = self._inner_training_loop

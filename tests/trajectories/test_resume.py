@@ -1,6 +1,8 @@
 """Interrupted and resumed equals uninterrupted, bit for bit: weights, optimizer, schedule, history, random state."""
 
+import os
 import random
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -188,3 +190,30 @@ def test_checkpoints_cross_over_both_ways(at: int, tiny_llama: Any, padded_datas
     for name, tensor in whole.model.state_dict().items():
         assert torch.equal(into_ours.model.state_dict()[name], tensor), name
         assert torch.equal(into_theirs.model.state_dict()[name], tensor), name
+
+
+class SignalAt(finetune.TrainerCallback):
+    """Sends this process the signal a scheduler sends before it takes the machine away."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_signal_saves_and_the_next_run_goes_on(tiny_llama: Any, padded_dataset: Any, tmp_path: Path) -> None:
+    dataset = padded_dataset(18)
+    options = {"enable_jit_checkpoint": True, "save_strategy": "no"}
+    handler = signal.getsignal(signal.SIGTERM)
+    whole = build(tiny_llama, dataset, tmp_path / "whole", **options)
+    whole.train()
+    cut = build(tiny_llama, dataset, tmp_path / "cut", [SignalAt(4)], **options)
+    cut.train()
+    assert cut.state.global_step == 5
+    assert signal.getsignal(signal.SIGTERM) is handler
+    resumed = build(tiny_llama, dataset, tmp_path / "cut", **options)
+    resumed.train(resume_from_checkpoint="auto")
+    assert_equal(everything(resumed)["weights"], everything(whole)["weights"])
+    assert resumed.state.global_step == 10

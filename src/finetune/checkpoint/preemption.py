@@ -7,12 +7,16 @@ Exit codes, for schedulers that requeue: 75 (`EX_TEMPFAIL`: saved, start me agai
 128 + signal number after the second.
 """
 
+import contextlib
 import logging
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any
+
+from finetune.control.callbacks import CallbackHandler, TrainerCallback
 
 logger = logging.getLogger(__name__)
 
@@ -74,3 +78,27 @@ class PreemptionGuard:
         self.received = number
         # Only `os.write`: logging from a handler can meet its own lock.
         os.write(2, b"Signal received: saving after this step, then stopping. Send it again to leave at once.\n")
+
+
+class _StopOnSignal(TrainerCallback):
+    """Saves and stops after the step in which a signal came."""
+
+    def __init__(self, guard: PreemptionGuard, accelerator: Any) -> None:
+        self.guard, self.accelerator = guard, accelerator
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> dict[str, bool] | None:
+        if self.guard.requested(self.accelerator):
+            return {"should_save": True, "should_training_stop": True}
+        return None
+
+
+@contextlib.contextmanager
+def saving_on_signals(handler: CallbackHandler, accelerator: Any) -> Iterator[PreemptionGuard]:
+    """Within, a first signal ends training after a checkpoint (`enable_jit_checkpoint`); see the module."""
+    with PreemptionGuard() as guard:
+        callback = _StopOnSignal(guard, accelerator)
+        handler.add_callback(callback)
+        try:
+            yield guard
+        finally:
+            handler.remove_callback(callback)
