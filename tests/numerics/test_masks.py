@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from finetune.data.batches import BatchProcessor
@@ -269,6 +269,7 @@ def test_completion_masks_of_random_rows(variant: str, tokenizer: Any, monkeypat
     has_bos = variant.startswith("adds")
 
     @FAST
+    @example([("", " .")])
     @given(st.lists(st.tuples(st.text(alphabet="ab \n\té😀", max_size=40), words), min_size=1, max_size=4))
     def check(rows: list[tuple[str, str]]) -> None:
         batch = {"prompt": [p for p, _ in rows], "completion": [c for _, c in rows]}

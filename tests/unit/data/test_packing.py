@@ -84,7 +84,7 @@ def test_dataset_dict_and_stream():
 
 def test_lost_tokens_are_counted_and_said(caplog):
     dataset = Dataset.from_dict(ROWS)
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="finetune"):
         packed = pack_dataset(dataset, 4)
         pack_dataset(dataset, 4, "bfd_split")
     lossy, lossless = caplog.records
