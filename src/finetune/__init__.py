@@ -4,7 +4,7 @@ Names are imported when first used, so `import finetune` costs milliseconds.
 """
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 __version__ = "0.1.0"
 

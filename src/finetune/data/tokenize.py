@@ -67,15 +67,10 @@ class Encoded:
         # Some tokenizers leave white space out of the offsets; then no token claims it.
         ends = np.fromiter((end for _, end in self._encoding.offsets), np.int64, len(self.ids))
         after = ends > character
-        index = int(after.argmax()) if after.any() else len(self.ids)
-        # A token of white space alone is left with an empty span at its place; it belongs to what follows it.
-        while index and self._is_trimmed_away(index - 1, character):
-            index -= 1
-        return index
-
-    def _is_trimmed_away(self, token: int, character: int) -> bool:
-        start, end = self._encoding.offsets[token]
-        return start == end >= character and not self._encoding.special_tokens_mask[token]
+        if character == 0:
+            # White space that opens the text is left with the span (0, 0), as special tokens are, but is none.
+            after |= ~np.array(self._encoding.special_tokens_mask, bool)
+        return int(after.argmax()) if after.any() else len(self.ids)
 
     def starts_before(self, token: int, character: int) -> bool:
         """Returns whether a token begins before a character position and reaches past it."""
