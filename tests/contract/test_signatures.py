@@ -1,7 +1,9 @@
 """Every method of transformers.Trainer exists with the same parameters, or its absence has a reason given here."""
 
 import inspect
+import re
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -116,3 +118,17 @@ def test_the_old_name_of_the_tokenizer_reads_and_sets(tiny_bert: Any, tmp_path: 
     with pytest.warns(FutureWarning, match="processing_class"):
         assert trainer.tokenizer == "mine"
     assert trainer.processing_class == "mine"
+
+
+def test_the_tests_that_the_table_names_exist() -> None:
+    root = Path(__file__).parents[1]
+    table = (root / "contract" / "README.md").read_text()
+    named = set(re.findall(r"test_[a-z_0-9]+(?:\.py)?…?", table))
+    sources = "\n".join(path.read_text() for path in root.rglob("test_*.py"))
+    files = {path.name for path in root.rglob("test_*.py")}
+    assert len(named) > 20
+    for name in named:
+        known = name in files if name.endswith(".py") else f"def {name.rstrip('…')}" in sources
+        assert known, f"README.md names {name}"
+    for name in ABSENT:
+        assert f"`{name}`" in table, f"README.md does not name {name}"

@@ -1,6 +1,6 @@
 """Trains a tiny model with the given JSON options and writes what happened; started by the tests, once or per process.
 
-    python run_trainer.py OUT '{"model": "llama", "rows": 18, "arguments": {...}}'
+python run_trainer.py OUT '{"model": "llama", "rows": 18, "arguments": {...}}'
 """
 
 import importlib.util

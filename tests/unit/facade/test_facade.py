@@ -76,7 +76,7 @@ def test_splitting_rows_is_refused(trainer: finetune.Trainer, monkeypatch: pytes
 
 def test_label_smoothing_of_several_labels_is_refused(tiny_bert: Any, tmp_path: Path) -> None:
     args = finetune.TrainingArguments(str(tmp_path), label_smoothing_factor=0.1, **COMMON)
-    with pytest.raises(ArgumentError, match="`label_smoothing_factor`.*multi_label_classification"):
+    with pytest.raises(ArgumentError, match=r"`label_smoothing_factor`.*multi_label_classification"):
         finetune.Trainer(model=tiny_bert(problem_type="multi_label_classification"), args=args)
 
 
