@@ -140,6 +140,18 @@ def test_resuming_a_resumed_run(tiny_llama: Any, padded_dataset: Any, tmp_path: 
     assert_equal(everything(resumed), everything(whole))
 
 
+@pytest.mark.parametrize("steps", [9, 10])
+def test_resuming_behind_the_last_step_changes_nothing(
+    steps: int, tiny_llama: Any, padded_dataset: Any, tmp_path: Path
+) -> None:
+    """The process may die after the last checkpoint and before its end; 9 steps end in the middle of an epoch."""
+    dataset = padded_dataset(18)
+    whole = build(tiny_llama, dataset, tmp_path / "whole", max_steps=steps)
+    whole.train()
+    resumed = interrupted_and_resumed(tiny_llama, dataset, tmp_path / "cut", steps, max_steps=steps)
+    assert_equal(everything(resumed), everything(whole))
+
+
 def test_changed_data_is_refused_and_can_be_forced(tiny_llama: Any, padded_dataset: Any, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         build(tiny_llama, padded_dataset(18), tmp_path, [Interrupt(3)]).train()

@@ -18,7 +18,13 @@ logger = logging.getLogger(__name__)
 
 
 def run_training(run: TrainingRun, hooks: LoopHooks, events: Events) -> None:
-    """Runs all epochs of `run`. Fires the events of `transformers.Trainer` in its order."""
+    """Runs all epochs of `run`. Fires the events of `transformers.Trainer` in its order.
+
+    A run resumed behind its last step makes no step more (transformers makes one).
+    """
+    if events.state.global_step >= run.plan.max_steps:
+        run.restore_rng_once()
+        return
     for epoch in range(run.resume.epoch, run.plan.num_train_epochs):
         events.fire("on_epoch_begin")
         _run_epoch(run, epoch, hooks, events)
