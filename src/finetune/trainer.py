@@ -22,7 +22,7 @@ from finetune.checkpoint.preemption import saving_on_signals
 from finetune.compat import TrainOutput
 from finetune.data import loader as loaders
 from finetune.distributed import prepare as preparation
-from finetune.engine import features, setup, step
+from finetune.engine import checks, features, setup, step
 from finetune.engine.accumulation import global_count, take
 from finetune.engine.loop import run_training
 from finetune.engine.meter import LossMeter, NonFinitePolicy
@@ -138,7 +138,7 @@ class Trainer(EvaluationMethods, OptimizerMethods, SavingMethods):
         """Runs one training with one batch size; `auto_find_batch_size` calls it again with a smaller one."""
         args = args or self.args
         self.accelerator.free_memory()
-        setup.warn_of_second_start(self._run, self.state.global_step, batch_size)
+        checks.warn_of_second_start(self._run, self.state.global_step, batch_size)
         self._train_batch_size = batch_size or self._train_batch_size
         loader = self.get_train_dataloader()
         plan = StepPlan.from_values(args.gradient_accumulation_steps, self.set_initial_training_values(args, loader))

@@ -10,7 +10,7 @@ import pytest
 import transformers
 
 import finetune
-from finetune.engine.setup import DEAD_OVERRIDES
+from finetune.engine.checks import DEAD_OVERRIDES
 
 THEIRS, OURS = transformers.Trainer, finetune.Trainer
 

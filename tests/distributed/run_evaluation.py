@@ -141,7 +141,7 @@ def fixtures_model() -> Any:
 def main(out: Path) -> None:
     from accelerate import PartialState
 
-    report = {"found": evaluations(out), "search": searched(out)}
+    report: dict[str, Any] = {"found": evaluations(out), "search": searched(out)}
     state = PartialState()
     report["processes"] = state.num_processes
     try:

@@ -265,7 +265,7 @@ def test_batches_of_different_width_are_padded(tiny_llama: Any, token_rows: Any,
         )
         for library in (transformers, finetune)
     )
-    width = max(len(row["input_ids"]) for row in data)
+    width = max(len(ids) for ids in data["input_ids"][:])
     assert ours.predictions.shape == theirs.predictions.shape == (7, width, 128)
     np.testing.assert_allclose(ours.predictions, theirs.predictions, rtol=1e-4, atol=1e-5)
     assert np.array_equal(ours.label_ids, theirs.label_ids)
@@ -382,7 +382,11 @@ def test_classification_metrics_as_sums_equal_scikit_learn(tiny_bert: Any, tmp_p
     metrics = streamed.evaluate(data)
     predictions = make(finetune, tiny_bert(), tmp_path).predict(data).predictions.argmax(-1)
     precision, recall, f1, _ = precision_recall_fscore_support(
-        data["labels"][:], predictions, average="macro", labels=[0, 1, 2], zero_division=0
+        data["labels"][:],
+        predictions,
+        average="macro",
+        labels=[0, 1, 2],
+        zero_division=0,  # pyright: ignore[reportArgumentType]
     )
     assert metrics["eval_accuracy"] == pytest.approx(accuracy_score(data["labels"][:], predictions))
     assert (metrics["eval_precision"], metrics["eval_recall"], metrics["eval_f1"]) == pytest.approx(

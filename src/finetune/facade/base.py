@@ -15,7 +15,7 @@ from finetune.control.builtin import DefaultFlowCallback, PrinterCallback, Progr
 from finetune.control.callbacks import CallbackHandler, Events
 from finetune.control.state import TrainerControl, TrainerState, export_states
 from finetune.distributed.accelerator import build_accelerator
-from finetune.engine import search, setup, step
+from finetune.engine import checks, search, setup, step
 from finetune.engine.run import TrainingRun
 from finetune.models.traits import inspect_model
 from finetune.reporting import metrics_io, trackers
@@ -89,6 +89,7 @@ class TrainerBase:
         processing_class = setup.accept_old_names(old_names, processing_class, type(self))
         self.args = args = coerce_training_arguments(args, TrainingArguments)
         setup.set_log_level(args)
+        checks.warn_of_idle_devices(args)
         setup.seed_everything(args)
         self.model_init = model_init
         self.model = self.model_wrapped = setup.resolve_model(model, model_init)
@@ -143,11 +144,11 @@ class TrainerBase:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        setup.warn_of_dead_overrides(cls)
+        checks.warn_of_dead_overrides(cls)
 
     def _validate_args(self) -> None:
         """Raises `ArgumentError` when arguments contradict each other. Called by the constructor."""
-        setup.check_combination(self, is_fsdp=self.is_fsdp_enabled)
+        checks.check_combination(self, is_fsdp=self.is_fsdp_enabled)
 
     def _new_state(self) -> TrainerState:
         listeners = [*self.callback_handler.callbacks]

@@ -11,7 +11,7 @@ import transformers
 from datasets import Dataset
 
 import finetune
-from finetune.engine import setup
+from finetune.engine import checks, setup
 from finetune.errors import ArgumentError
 
 COMMON: dict[str, Any] = {"report_to": "none", "disable_tqdm": True, "use_cpu": True}
@@ -156,12 +156,21 @@ def test_ending_a_run_ends_the_trackers(trainer: finetune.Trainer, monkeypatch: 
     assert ended == [True]
 
 
+def test_idle_accelerators_are_said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)
+    for device, world_size in (("cpu", 1), ("cuda", 4)):
+        checks.warn_of_idle_devices(SimpleNamespace(device=torch.device(device), world_size=world_size))  # pyright: ignore
+    assert caplog.text == ""
+    checks.warn_of_idle_devices(SimpleNamespace(device=torch.device("cuda"), world_size=1))  # pyright: ignore
+    assert "4 accelerators are visible and one is used" in caplog.text and "--num_processes 4" in caplog.text
+
+
 def test_starting_again_with_updated_weights_is_said(caplog: pytest.LogCaptureFixture) -> None:
     run = SimpleNamespace(initial_step=2)
-    setup.warn_of_second_start(run, 2, 4)
-    setup.warn_of_second_start(None, 7, 4)
+    checks.warn_of_second_start(run, 2, 4)
+    checks.warn_of_second_start(None, 7, 4)
     assert caplog.text == ""
-    setup.warn_of_second_start(run, 7, 4)
+    checks.warn_of_second_start(run, 7, 4)
     assert "after 5 updates" in caplog.text and "`per_device_train_batch_size` 4" in caplog.text
 
 
