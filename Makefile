@@ -53,7 +53,7 @@ check: $(VENV)/.installed-all
 	$(BIN)/python -m pytest -q tests/unit/test_layout.py
 
 bench: $(VENV)/.installed-all
-	$(BIN)/python tests/performance/run.py
+	@for script in tests/performance/bench_*.py; do echo "$$script"; $(BIN)/python "$$script" || exit 1; done
 
 clean:
 	rm -rf $(VENV) build dist runs/demo .pytest_cache .ruff_cache .hypothesis .import_linter_cache
