@@ -158,6 +158,7 @@ class Trainer(EvaluationMethods, OptimizerMethods, SavingMethods):
                 cast(NonFinitePolicy, args.nonfinite_policy),
                 self.state.global_step,
                 partial(describe_batch, loader),
+                self.accelerator.num_processes,
             ),
             skip_batches=loaders.skip_batches,
             restore_rng=partial(self._load_rng_state, resume_from_checkpoint) if resume_from_checkpoint else None,

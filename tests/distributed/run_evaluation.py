@@ -93,8 +93,8 @@ class Poisoned(nn.Module):
         return {"loss": (self.weight * x).mean()}
 
 
-def poisoned(out: Path) -> str:
-    """Returns the error about row 6, the first of the second process's second batch when there are two."""
+def poisoned_trainer(out: Path, policy: str) -> Any:
+    """Returns a trainer whose row 6, the first of the second process's second batch when there are two, is NaN."""
     from datasets import Dataset
 
     import finetune
@@ -102,10 +102,26 @@ def poisoned(out: Path) -> str:
     rows = Dataset.from_dict({"x": [float("nan") if i == 6 else 1.0 for i in range(8)], "labels": [0] * 8})
     args = finetune.TrainingArguments(
         str(out), **OPTIONS, per_device_train_batch_size=2, logging_steps=1, train_sampling_strategy="sequential",
-        save_strategy="no", nonfinite_policy="raise", num_train_epochs=1,
+        save_strategy="no", nonfinite_policy=policy, num_train_epochs=1, max_grad_norm=0.0,
     )  # fmt: skip
-    trainer = finetune.Trainer(model=Poisoned(), args=args, train_dataset=rows)
+    return finetune.Trainer(model=Poisoned(), args=args, train_dataset=rows)
+
+
+def skipped(out: Path) -> float:
+    """Returns the weight after a run that drops the poisoned update; there is no gradient norm that would show it."""
+    trainer = poisoned_trainer(out, "skip_step")
     trainer.train()
+    return float(trainer.model.weight)
+
+
+def poisoned(out: Path) -> str:
+    """Returns the error about the poisoned row. Ends the process group: the last thing to do."""
+    trainer = poisoned_trainer(out, "raise")
+    try:
+        trainer.train()
+    except ArithmeticError as error:
+        trainer.end()
+        return str(error)
     raise AssertionError("nothing was raised")
 
 
@@ -144,11 +160,8 @@ def main(out: Path) -> None:
     report: dict[str, Any] = {"found": evaluations(out), "search": searched(out)}
     state = PartialState()
     report["processes"] = state.num_processes
-    try:
-        poisoned(out)
-    except (ArithmeticError, RuntimeError) as error:
-        # One process finds the poison and leaves; the other ones lose their connection to it.
-        report["poisoned"] = str(error)
+    report["skipped"] = skipped(out)
+    report["poisoned"] = poisoned(out)
     (out / f"report_{state.process_index}.json").write_text(json.dumps(report))
 
 

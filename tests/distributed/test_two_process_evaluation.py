@@ -69,8 +69,13 @@ def test_a_search_runs_the_same_trials_on_all_processes(reports: Any) -> None:
     assert two[0]["search"]["learning_rate"] == one["search"]["learning_rate"]
 
 
-def test_the_error_names_the_rows_of_the_process_that_had_them(reports: Any) -> None:
+def test_all_processes_stop_with_the_error_that_names_the_rows(reports: Any) -> None:
     one, two = reports
     assert "rows [6, 7]" in one["poisoned"]
-    said = [report["poisoned"] for report in two]
-    assert any("rows [6, 7]" in text for text in said)
+    assert all("rows [6, 7]" in report["poisoned"] for report in two), [report["poisoned"] for report in two]
+
+
+def test_all_processes_drop_the_same_update(reports: Any) -> None:
+    one, two = reports
+    assert 0 < one["skipped"] < 1
+    assert 0 < two[0]["skipped"] == two[1]["skipped"] < 1

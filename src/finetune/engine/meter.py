@@ -41,6 +41,7 @@ class LossMeter:
         policy: NonFinitePolicy,
         start_step: int,
         describe_batch: Callable[[int, int], str] | None = None,
+        processes: int = 1,
     ) -> None:
         """`policy` is `nonfinite_policy`; `describe_batch(place, process)` says which rows the batch at `place` has."""
         self.policy = policy
@@ -52,12 +53,15 @@ class LossMeter:
         self._nonfinite = torch.zeros((), dtype=torch.int64, device=device)
         self._first_bad = torch.full((), -1, dtype=torch.int64, device=device)
         self._window_bad = torch.zeros((), dtype=torch.bool, device=device)
-        self._free_reads = device.type == "cpu"
+        self._processes = processes
+        # One of several processes must not stop alone: the others would wait for it until they lose the connection.
+        self._stops_at_once = device.type == "cpu" and processes == 1
 
     def add(self, loss: Tensor, step: int, place: int = -1) -> None:
-        """Adds the scaled loss of the micro-batch at `place`. With policy `raise` on the CPU a NaN stops the run here.
+        """Adds the scaled loss of the micro-batch at `place`. Under `raise`, one process on a CPU stops at a NaN here.
 
-        On an accelerator the check waits for `drain`, because reading the value would stall the device.
+        Otherwise the check waits for `drain` and `require_finite`: reading the value would stall an accelerator, and
+        several processes stop together, where all of them learn of it.
         """
         self.running += loss
         bad = ~torch.isfinite(loss)
@@ -65,21 +69,26 @@ class LossMeter:
         self._nonfinite += bad
         if self.policy == "skip_step":
             self._window_bad |= bad
-        if self.policy == "raise" and self._free_reads and bool(bad):
-            self._raise(step, float(loss), self._where([place]))
+        if self.policy == "raise" and self._stops_at_once and bool(bad):
+            self._raise(step + 1, float(loss), self._where([place]))
 
     def window_is_bad(self, grad_norm: Tensor | float | None) -> bool:
         """Returns whether the update of the finished window must be dropped, and forgets the window.
 
-        Only `skip_step` ever answers yes; that policy reads one value per update from the device.
+        Only `skip_step` ever answers yes; that policy reads one value per update from the device, and several
+        processes agree on it, so that all of them drop the same updates.
         """
         if self.policy != "skip_step":
             return False
-        bad = bool(self._window_bad)
-        if grad_norm is not None and not bad:
-            bad = not bool(torch.isfinite(torch.as_tensor(grad_norm)))
+        bad = self._window_bad.clone()
+        if grad_norm is not None:
+            bad |= ~torch.isfinite(torch.as_tensor(grad_norm, device=bad.device))
+        if self._processes > 1:
+            votes = bad.int()
+            torch.distributed.all_reduce(votes, torch.distributed.ReduceOp.MAX)
+            bad = votes.bool()
         self._window_bad.zero_()
-        return bad
+        return bool(bad)
 
     def drain(self, accelerator: "Accelerator", step: int) -> tuple[float, int]:
         """Returns the loss summed since the last log (mean over processes) and the non-finite count, and resets both.
@@ -87,16 +96,7 @@ class LossMeter:
         Raises:
             NonFiniteLossError: under `raise`, when any loss since the last log was not finite.
         """
-        running, count, first = self.running, self._nonfinite, self._first_bad
-        if accelerator.num_processes > 1:
-            all_three = torch.stack([running.double(), count.double(), first.double()])
-            everywhere = accelerator.gather(all_three.unsqueeze(0))
-            assert isinstance(everywhere, Tensor)
-            loss, bad = float(everywhere[:, 0].float().mean()), int(everywhere[:, 1].sum())
-            places = [int(place) for place in everywhere[:, 2].tolist()] if bad else []
-        else:
-            loss, bad = running.item(), int(count)
-            places = [int(first)] if bad else []
+        loss, bad, places = self._over_processes(accelerator)
         self.running.zero_()
         self._nonfinite.zero_()
         self._first_bad.fill_(-1)
@@ -107,6 +107,22 @@ class LossMeter:
         self.total += loss
         self.logged_at = step
         return loss, bad
+
+    def require_finite(self, accelerator: "Accelerator", step: int) -> None:
+        """Raises as `drain` does and resets nothing: called before saving, so that no checkpoint holds NaN weights."""
+        if self.policy == "raise":
+            loss, bad, places = self._over_processes(accelerator)
+            if bad:
+                self._raise(step, loss, self._where(places))
+
+    def _over_processes(self, accelerator: "Accelerator") -> tuple[float, int, list[int]]:
+        """Returns the mean loss, how many were not finite, and the first bad place of each process (-1: none)."""
+        running, count, first = self.running, self._nonfinite, self._first_bad
+        if accelerator.num_processes == 1:
+            return running.item(), int(count), [int(first)]
+        everywhere = accelerator.gather(torch.stack([running.double(), count.double(), first.double()]).unsqueeze(0))
+        assert isinstance(everywhere, Tensor)
+        return float(everywhere[:, 0].float().mean()), int(everywhere[:, 1].sum()), [int(n) for n in everywhere[:, 2]]
 
     def state_dict(self) -> dict[str, float | int]:
         """Returns what a resumed run needs to log the same numbers: reads the device, so call it when saving."""
@@ -135,9 +151,9 @@ class LossMeter:
         mean = sum(float(state["running"]) for state in states) / len(states)
         self.load_state_dict({**states[0], "running": mean})
 
-    def _raise(self, step: int, loss: float, where: str) -> None:
+    def _raise(self, update: int, loss: float, where: str) -> None:
         raise NonFiniteLossError(
-            f"The training loss became {loss} at update {step + 1}{where}. Lower `learning_rate`, set `max_grad_norm`, "
+            f"The training loss became {loss} by update {update}{where}. Lower `learning_rate`, set `max_grad_norm`, "
             "check the labels of that batch, or go on with `nonfinite_policy='skip_step'` or `'log'`."
         )
 

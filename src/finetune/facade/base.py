@@ -246,10 +246,6 @@ class TrainerBase:
         """Returns the rows of one optimizer step: micro-batch x accumulation x data-parallel processes."""
         return self._train_batch_size * args.gradient_accumulation_steps * (args.world_size // self._replicas)
 
-    def end(self) -> None:
-        """Ends the trackers and the process group. Call it last, where nothing needs other processes any more."""
-        self.accelerator.end_training()
-
     def is_local_process_zero(self) -> bool:
         """Returns whether this process is the first one of its machine."""
         return self.args.local_process_index == 0

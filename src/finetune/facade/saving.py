@@ -34,6 +34,8 @@ class SavingMethods(TrainerBase):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
         """Saves `checkpoint-<step>` completely or not at all. Called when `control.should_save` is set."""
+        if self._run is not None:
+            self._run.meter.require_finite(self.accelerator, self.state.global_step)
         self.store_flos()
         self.store_tokens()
         report = checkpoints.save_checkpoint(

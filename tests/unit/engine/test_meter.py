@@ -82,3 +82,18 @@ def test_other_process_counts_take_over_what_was_not_logged_yet() -> None:
     joined.load_state_dicts([bag.state_dict() for bag in bags])
     joined.add("accuracy", torch.tensor(0.0), 4)
     assert joined.drain() == {"accuracy": 0.5}
+
+
+def test_several_processes_stop_together_and_before_a_checkpoint() -> None:
+    """The first of two processes met a NaN at place 5: it goes on until both learn of it."""
+
+    def gather(mine: torch.Tensor) -> torch.Tensor:
+        return torch.cat([mine, torch.tensor([[1.0, 0.0, -1.0]], dtype=torch.float64)])
+
+    both: Any = SimpleNamespace(num_processes=2, gather=gather)
+    meter = LossMeter(CPU, "raise", 0, lambda place, process: f"batch {place} of process {process}", processes=2)
+    meter.require_finite(both, 1)
+    meter.add(torch.tensor(float("nan")), 1, place=5)
+    for check in (meter.require_finite, meter.drain):
+        with pytest.raises(NonFiniteLossError, match="by update 2, first in batch 5 of process 0"):
+            check(both, 2)
