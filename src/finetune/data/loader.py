@@ -8,7 +8,6 @@ position can be saved.
 from __future__ import annotations
 
 import logging
-import math
 import random
 from collections.abc import Callable
 from functools import partial
@@ -41,11 +40,9 @@ __all__ = [
     "load_loader_state",
     "loader_state",
     "num_examples",
-    "real_rows",
     "rows_per_batch",
     "seed_worker",
     "skip_batches",
-    "steps_per_epoch",
     "train_sampler",
 ]
 
@@ -183,22 +180,3 @@ def num_examples(loader: Any, batch_size: int = 1) -> int:
         return len(dataset if inner is None else inner)
     except (NameError, AttributeError, TypeError):
         return len(loader) * batch_size
-
-
-def real_rows(loader: Any, num_rows: int, process_index: int) -> int:
-    """Returns how many of the `num_rows` rows of the batch just received are no repetitions.
-
-    Processes must stay in step, so the last batch is filled up with rows seen before; those stand at its end, on
-    the last processes. With 5 rows, 2 processes and batches of 2, the second process's second batch has 0 (its two
-    rows come from the start) and the first one's has 1.
-    """
-    filled_up = getattr(getattr(loader, "batch_sampler", None), "even_batches", True)
-    at_end = getattr(loader, "end_of_dataloader", False) and getattr(loader, "remainder", -1) > 0
-    if not (filled_up and at_end):
-        return num_rows
-    return min(max(loader.remainder - process_index * num_rows, 0), num_rows)
-
-
-def steps_per_epoch(loader: Any, gradient_accumulation_steps: int) -> int | None:
-    """Returns the optimizer steps per epoch, at least 1, a short last window included; None without length."""
-    return max(1, math.ceil(len(loader) / gradient_accumulation_steps)) if has_length(loader) else None

@@ -26,6 +26,7 @@ from finetune.models.tokens import choose_pad_token
 from finetune.sft import inspection
 from finetune.sft.build import brings_packed_attention, can_be_padding_free, load_for_sft
 from finetune.sft.config import SFTConfig
+from finetune.sft.experts import auxiliary_loss, own_weight_is_zero, router_coefficient, without_router_outputs
 from finetune.sft.losses import token_sums
 from finetune.sft.plan import DataPlan
 from finetune.trainer import Trainer
@@ -75,6 +76,7 @@ class SFTTrainer(Trainer):
         self._formatting_func = formatting_func
         setup.seed_everything(args)
         model, processing_class = load_for_sft(args, model, processing_class, quantization_config, peft_config)
+        self._router_coefficient = router_coefficient(model, args.router_aux_loss_coef)
         wants_logits = compute_metrics or preprocess_logits_for_metrics or compute_loss_func
         ours = data_collator is None and not wants_logits and not self._plan.packing
         self._plan = self._plan.settle(padding_free=ours and can_be_padding_free(model))
@@ -196,6 +198,8 @@ class SFTTrainer(Trainer):
                 if not self._isolation_is_proven:
                     require_isolation(self.model)
                     self._isolation_is_proven = True
+            if self._router_coefficient is not None:
+                stack.enter_context(own_weight_is_zero(self.model))
             if self.args.activation_offloading:
                 stack.enter_context(offload_activations(self.model))
             if self._why_not_fused() is None:
@@ -227,6 +231,8 @@ class SFTTrainer(Trainer):
         """Returns the loss, or (loss, outputs with logits), and counts tokens, accuracy and entropy on the device."""
         mode = "train" if self.model.training else "eval"
         inputs = {**inputs, "use_cache": False}
+        if self._router_coefficient is not None:
+            inputs["output_router_logits"] = self._router_coefficient != 0
         if mode == "train":
             self._tokens.add(_num_tokens(inputs))
         wants_logits = return_outputs and not self._loss_only
@@ -240,7 +246,20 @@ class SFTTrainer(Trainer):
         if sums is not None:
             self._metrics[mode].add("mean_token_accuracy", sums.correct, sums.count)
             self._metrics[mode].add("entropy", sums.entropy, sums.count)
+        if self._router_coefficient and self._features_are_on and self.compute_loss_func is None:
+            loss = loss + self._weighted_auxiliary(outputs, mode, divide=mode == "train" and num_items_in_batch is not None)
+        if self._router_coefficient is not None:
+            outputs = without_router_outputs(outputs)
         return (loss, outputs) if return_outputs else loss
+
+    def _weighted_auxiliary(self, outputs: Any, mode: str, *, divide: bool) -> Tensor | float:
+        """Returns the load-balancing loss as it enters this micro-batch's loss, and logs it unweighted."""
+        found = auxiliary_loss(outputs)
+        if found is None:
+            return 0.0
+        self._metrics[mode].add("aux_loss", found, 1)
+        assert self._router_coefficient is not None
+        return self._router_coefficient * found / (self.current_gradient_accumulation_steps if divide else 1)
 
     def _loss_from_logits(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any

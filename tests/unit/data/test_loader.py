@@ -236,26 +236,12 @@ def test_state_names_what_changed():
     loaders.load_loader_state(build(Rows(49)), state, verify=False)
 
 
-@pytest.mark.parametrize("num_rows", range(1, 14))
-@pytest.mark.parametrize("even", [True, False])
-def test_real_rows_count_every_row_once(num_rows, even):
-    seen = []
-    for rank in range(3):
-        loader = build(Rows(num_rows), "sequential", 2, rank, 3, even_batches=even)
-        for batch in loader:
-            kept = loaders.real_rows(loader, len(batch["x"]), rank)
-            seen += batch["x"][:kept].tolist()
-    assert sorted(seen) == list(range(num_rows))
-
-
 def test_counts():
     loader = build(Rows(10), batch_size=3)
     assert loaders.num_examples(loader) == 10
     assert loaders.num_examples([1, 2, 3], batch_size=4) == 12
-    assert loaders.steps_per_epoch(loader, 3) == 2 and loaders.steps_per_epoch(loader, 9) == 1
     stream = Dataset.from_dict({"x": [1]}).to_iterable_dataset()
     assert loaders.has_length(loader) and not loaders.has_length(stream)
-    assert loaders.steps_per_epoch(stream, 2) is None
 
 
 def test_workers_differ_by_rank_and_stay_in_the_range_of_numpy(monkeypatch):
