@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from finetune.errors import ArgumentError
 from finetune.kernels.linear_cross_entropy import IGNORE_INDEX, HeadLoss, linear_cross_entropy
@@ -156,8 +157,9 @@ class FusedHead:
             **self._options,
         )
         call.loss = call.sums.loss
-        if torch.compiler.is_compiling():
-            # A compiler cannot follow the disguise. Logits of no width cost nothing, whatever is done to them.
+        if torch.compiler.is_compiling() or isinstance(hidden, FakeTensor):
+            # A compiler cannot follow the disguise, and a fake tensor (memory plans) cannot wear it. Logits of no width
+            # cost nothing, whatever is done to them.
             return hidden.new_empty(*hidden.shape[:-1], 0)
         disguised = call.loss.as_subclass(DisguisedLoss)
         disguised.recorder = call.recorder
