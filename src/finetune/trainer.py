@@ -29,7 +29,7 @@ from finetune.engine.meter import LossMeter, NonFinitePolicy
 from finetune.engine.plan import ResumePoint, StepPlan
 from finetune.engine.position import describe_batch
 from finetune.engine.run import TrainingRun
-from finetune.errors import ArgumentError, CheckpointError, NonFiniteLossError
+from finetune.errors import ArgumentError
 from finetune.facade.evaluation import EvaluationMethods
 from finetune.facade.optimization import OptimizerMethods
 from finetune.facade.saving import SavingMethods
@@ -71,6 +71,10 @@ class Trainer(EvaluationMethods, OptimizerMethods, SavingMethods):
         self._run = None
         self._hp_search_setup(trial)
         args = self.args
+        with checkpoints.agreeing():
+            if args.should_save:
+                checkpoints.require_writable(self._get_output_dir(trial))
+        self._writer.stalls.clear()
         checkpoint = checkpoints.resolve_resume(resume_from_checkpoint, self._get_output_dir(trial))
         with contextlib.ExitStack() as stack:
             self.is_in_train = True
@@ -107,25 +111,6 @@ class Trainer(EvaluationMethods, OptimizerMethods, SavingMethods):
                 trial=trial,
                 ignore_keys_for_eval=ignore_keys_for_eval,
             )
-
-    @contextlib.contextmanager
-    def _saving_on_exception(self, trial: Any) -> Iterator[None]:
-        """Within, an error saves a checkpoint (`save_on_exception`) before it goes on to the caller."""
-        try:
-            yield
-        except (Exception, KeyboardInterrupt) as error:
-            unsafe = isinstance(error, (NonFiniteLossError, CheckpointError)) or self._run is None
-            if self.args.save_on_exception and not unsafe:
-                consistent = self._run is not None and not self._run.stepping
-                checkpoints.emergency_save(
-                    lambda: self._save_checkpoint(self.model, trial), error, consistent=consistent
-                )
-            raise
-
-    def _starting_batch_size(self, checkpoint: str | None) -> int:
-        """Returns the batch size `auto_find_batch_size` begins with: the one it had found before the checkpoint."""
-        found = checkpoints.load_state(checkpoint, self.args).train_batch_size if checkpoint else None
-        return found or self._train_batch_size
 
     def _inner_training_loop(
         self,
@@ -254,7 +239,7 @@ class Trainer(EvaluationMethods, OptimizerMethods, SavingMethods):
         metrics.update(total_flos=self.state.total_flos, train_loss=loss)
         self._memory_tracker.stop(metrics)
         self.log(metrics)
-        header.log_end(self, run, metrics)
+        header.log_end(self, run, metrics, self._writer.stalls)
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
             self._load_best_model()
         checkpoints.rotate(self.args, self._get_output_dir(run.trial), self.state.best_model_checkpoint)

@@ -24,6 +24,7 @@ OURS = {
     "keep_last": "checkpoint retention as two policies instead of one number",
     "keep_best": "checkpoint retention as two policies instead of one number",
     "async_save": "checkpoints written in the background",
+    "on_save_failure": "whether training goes on when a checkpoint cannot be written",
     "save_on_exception": "a checkpoint when training stops with an error",
     "nonfinite_policy": "non-finite losses are never replaced, so there has to be a policy",
     "overwrite_output_dir": "removed from transformers 5; programs still read it",

@@ -4,7 +4,7 @@
 
 from dataclasses import dataclass
 
-from finetune.arguments.base import ArgumentGroup, arg, require, require_positive
+from finetune.arguments.base import ArgumentGroup, arg, require, require_choice, require_positive
 from finetune.arguments.evaluation import require_whole
 from finetune.compat import HubStrategy, SaveStrategy
 
@@ -31,7 +31,7 @@ class ProgramArguments(ArgumentGroup):
 
 @dataclass(kw_only=True, repr=False)
 class SavingArguments(ArgumentGroup):
-    """Checkpoints and resuming. The last five fields are ours and do not exist in transformers."""
+    """Checkpoints and resuming. The last six fields are ours and do not exist in transformers."""
 
     save_strategy: SaveStrategy | str = arg("steps", "When to save: `no`, `steps`, `epoch` or `best`.")
     save_steps: float = arg(500, "Steps between checkpoints; below 1 a share of all steps.")
@@ -47,7 +47,14 @@ class SavingArguments(ArgumentGroup):
     )
     keep_last: int | None = arg(None, "Ours: keep the newest so many checkpoints, apart from `keep_best`.")
     keep_best: int | None = arg(None, "Ours: keep the best so many checkpoints by `metric_for_best_model`.")
-    async_save: bool = arg(False, "Ours: write checkpoints in the background, from a copy of the state.")
+    async_save: bool | None = arg(
+        None,
+        "Ours: write checkpoints in the background, from a copy of the state. Unset means: when one process trains, "
+        "the copy fits into half of the free memory, and nothing (`on_save`, the Hub) reads the folder at once.",
+    )
+    on_save_failure: str = arg(
+        "stop", "Ours: when a checkpoint cannot be written, `stop` the training or `continue` without it."
+    )
     save_on_exception: bool = arg(False, "Ours: save a checkpoint when training stops with an error or Ctrl-C.")
     overwrite_output_dir: bool = arg(
         False, "Ours, kept from older transformers: programs may write into a folder that holds a finished run."
@@ -57,6 +64,7 @@ class SavingArguments(ArgumentGroup):
         if self.save_strategy == SaveStrategy.STEPS:
             require_positive("save_steps", self.save_steps)
             require_whole("save_steps", self.save_steps)
+        require_choice("on_save_failure", self.on_save_failure, ["stop", "continue"])
         for name in ("keep_last", "keep_best"):
             require_positive(name, getattr(self, name))
         require(

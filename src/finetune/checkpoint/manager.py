@@ -47,6 +47,7 @@ __all__ = [
     "MissingMetricError",
     "SaveReport",
     "Stateful",
+    "agreeing",
     "current_metric",
     "determine_best_metric",
     "load_best_model",
@@ -66,6 +67,7 @@ __all__ = [
     "save_optimizer_and_scheduler",
     "save_rng_state",
     "save_scaler",
+    "saves_in_background",
     "write_model",
 ]
 
@@ -105,7 +107,7 @@ def save_checkpoint(
         return _save(hooks, run_dir, args, events, model, optimizer, writer, stateful or {})
     except CheckpointError as error:
         events.state.best_model_checkpoint = best_before
-        if getattr(args, "on_save_failure", "stop") != "continue":
+        if args.on_save_failure != "continue":
             raise
         logger.error("Training goes on without this checkpoint (`on_save_failure` is `continue`). %s", error)
         step = events.state.global_step
@@ -139,7 +141,32 @@ def _save(
         with agreeing():
             writer.launch(finish)
     report.stall_seconds = time.perf_counter() - started
+    writer.stalls.append(report.stall_seconds)
     return report
+
+
+def saves_in_background(trainer: Any) -> bool:
+    """Returns whether the next checkpoint is written while training goes on: `async_save`, or what is safe if unset.
+
+    Unset, it is when one process trains, the copy takes at most half of the free memory, and nothing reads the folder
+    as soon as `_save_checkpoint` returns: no push to the Hub, no callback with an `on_save`, no override.
+    """
+    args = trainer.args
+    if args.async_save is not None:
+        return args.async_save
+    if args.world_size > 1 or args.push_to_hub or not _is_own(type(trainer)._save_checkpoint):
+        return False
+    if not all(_is_own(type(callback).on_save) for callback in trainer.callback_handler.callbacks):
+        return False
+    import psutil
+
+    needed = bytes_needed(trainer.model, trainer.optimizer, weights_only=args.save_only_model)
+    return needed <= psutil.virtual_memory().available // 2
+
+
+def _is_own(method: Any) -> bool:
+    """Whether a method is this package's, or the one of transformers' base class that does nothing."""
+    return method.__module__.startswith("finetune.") or method.__qualname__.startswith("TrainerCallback.")
 
 
 def _write_all(
@@ -169,21 +196,19 @@ def _committer(
     def finish(error: BaseException | None) -> None:
         if report.in_background and args.world_size > 1:
             error = meet(staging, args, error)
-        if error is not None:
-            if args.should_save:
-                store.discard(staging)
-            with files.writing(staging):
+        with _discarding(store, staging, args), files.writing(staging):
+            if error is not None:
                 raise error
-        if not args.should_save:
-            return
-        checkpoint = store.commit(
-            staging,
-            world_size=args.world_size,
-            parts=num_writers(args),
-            model_only=args.save_only_model,
-            metric=metric,
-            greater_is_better=args.greater_is_better is not False,
-        )
+            if not args.should_save:
+                return
+            checkpoint = store.commit(
+                staging,
+                world_size=args.world_size,
+                parts=num_writers(args),
+                model_only=args.save_only_model,
+                metric=metric,
+                greater_is_better=args.greater_is_better is not False,
+            )
         if best:
             store.mark_best(Path(best).name)
         deleted = store.rotate(keep, best)

@@ -35,11 +35,15 @@ class CheckpointWriter:
 
     Inside `collecting()`, `run` keeps the jobs and `snapshot` copies what they will write; `launch` starts them.
     Outside, and always without `asynchronous`, jobs run at once and nothing is copied. One save at a time: the next
-    one waits. A background failure is logged when it happens and raised by the next `wait`.
+    one waits. A background failure is logged when it happens and raised by the next `wait`, unless `tolerant`
+    (`on_save_failure` is `continue`).
+
+    `stalls` has the seconds that training stood still for each save so far.
     """
 
-    def __init__(self, asynchronous: bool = False) -> None:
-        self.asynchronous = asynchronous
+    def __init__(self, asynchronous: bool = False, tolerant: bool = False) -> None:
+        self.asynchronous, self.tolerant = asynchronous, tolerant
+        self.stalls: list[float] = []
         self.last: SaveReport | None = None
         self._jobs: list[Callable[[], None]] | None = None
         self._memo: dict[Any, Any] = {}
@@ -108,14 +112,14 @@ class CheckpointWriter:
         """Returns the seconds waited until nothing is being written.
 
         Raises:
-            CheckpointError: writing failed, in this process or another one.
+            CheckpointError: writing failed, in this process or another one, and this writer is not tolerant.
         """
         started = time.perf_counter()
         if self._thread is not None:
             self._thread.join()
         had_thread, self._thread = self._thread is not None, None
         error, self._error = self._error, None
-        if had_thread:
+        if had_thread and not self.tolerant:
             raise_together(error)
         return time.perf_counter() - started
 

@@ -130,7 +130,7 @@ class TrainerBase:
         if args.push_to_hub:
             self.init_hf_repo()  # pyright: ignore[reportAttributeAccessIssue]
         self._run: TrainingRun | None = None
-        self._writer = CheckpointWriter(args.async_save)
+        self._writer = CheckpointWriter(tolerant=args.on_save_failure == "continue")
         self._created_lr_scheduler = self._optimizer_is_released = False
         self._eval_loaders: dict[str, Any] = {}
         self.model_preparation_time: float | None = None

@@ -1,13 +1,16 @@
 """The saving half of the facade: checkpoints, weights, and the Hub."""
 
+import contextlib
 import gc
 import os
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
 from finetune.checkpoint import manager as checkpoints
 from finetune.engine.position import DataPosition
+from finetune.errors import CheckpointError, NonFiniteLossError
 from finetune.facade.base import TrainerBase
 from finetune.hub import card, repo
 
@@ -38,6 +41,7 @@ class SavingMethods(TrainerBase):
             self._run.meter.require_finite(self.accelerator, self.state.global_step)
         self.store_flos()
         self.store_tokens()
+        self._writer.asynchronous = checkpoints.saves_in_background(self)
         report = checkpoints.save_checkpoint(
             self,
             run_dir=self._get_output_dir(trial),
@@ -147,3 +151,22 @@ class SavingMethods(TrainerBase):
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any = None) -> bool:
         """Returns whether this evaluation is the best so far, and notes it in `state`."""
         return checkpoints.determine_best_metric(metrics, args=self.args, state=self.state)
+
+    @contextlib.contextmanager
+    def _saving_on_exception(self, trial: Any) -> Iterator[None]:
+        """Within, an error saves a checkpoint (`save_on_exception`) before it goes on to the caller."""
+        try:
+            yield
+        except (Exception, KeyboardInterrupt) as error:
+            unsafe = isinstance(error, (NonFiniteLossError, CheckpointError)) or self._run is None
+            if self.args.save_on_exception and not unsafe:
+                consistent = self._run is not None and not self._run.stepping
+                checkpoints.emergency_save(
+                    lambda: self._save_checkpoint(self.model, trial), error, consistent=consistent
+                )
+            raise
+
+    def _starting_batch_size(self, checkpoint: str | None) -> int:
+        """Returns the batch size `auto_find_batch_size` begins with: the one it had found before the checkpoint."""
+        found = checkpoints.load_state(checkpoint, self.args).train_batch_size if checkpoint else None
+        return found or self._train_batch_size

@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -36,8 +36,19 @@ def start_lines(
     return [f"  {name:<{width}}  {text}" for name, text in rows]
 
 
-def end_lines(*, metrics: dict[str, Any], state: Any, args: Any, optimizer: Any = None, model: Any = None) -> list[str]:
-    """Returns the summary of a finished run: time, rates, loss, memory, and the best checkpoint."""
+def end_lines(
+    *,
+    metrics: dict[str, Any],
+    state: Any,
+    args: Any,
+    optimizer: Any = None,
+    model: Any = None,
+    stalls: Sequence[float] = (),
+) -> list[str]:
+    """Returns the summary of a finished run: time, rates, loss, memory, what saving cost, and the best checkpoint.
+
+    `stalls`: seconds that training stood still, for each checkpoint.
+    """
     runtime = float(metrics.get("train_runtime", 0.0))
     rates = [
         f"{metrics[f'train_{unit}_per_second']:,.4g} {unit}/s"
@@ -55,6 +66,8 @@ def end_lines(*, metrics: dict[str, Any], state: Any, args: Any, optimizer: Any 
     share = model_flops_utilization(state.total_flos, runtime, args.device, args.world_size) if runtime else None
     if share is not None:
         rows.append(("utilisation", f"{share:.1%} of the 16-bit peak (model FLOPs)"))
+    if stalls:
+        rows.append(("saves", f"{len(stalls)}, training stood still for at most {max(stalls):.2g} s each"))
     if state.best_model_checkpoint:
         rows.append(("best", f"{state.best_metric:.4g} in {state.best_model_checkpoint}"))
     width = max(len(name) for name, _ in rows)
@@ -70,12 +83,13 @@ def log_start(trainer: Any, run: Any) -> None:
         _write("Training", lines)
 
 
-def log_end(trainer: Any, run: Any, metrics: dict[str, Any]) -> None:
+def log_end(trainer: Any, run: Any, metrics: dict[str, Any], stalls: Sequence[float] = ()) -> None:
     """Writes the summary of `run` to standard error."""
     if run.trial is None and _speaks(trainer.args, trainer.is_world_process_zero()):
         lines = end_lines(
-            metrics=metrics, state=trainer.state, args=trainer.args, optimizer=run.optimizer, model=trainer.model
-        )
+            metrics=metrics, state=trainer.state, args=trainer.args, optimizer=run.optimizer, model=trainer.model,
+            stalls=stalls,
+        )  # fmt: skip
         _write("Trained", lines)
 
 

@@ -202,3 +202,17 @@ def test_information_is_shown_when_it_was_asked_for(tmp_path: Path, monkeypatch:
     finally:
         ours.setLevel(level)
         transformers.utils.logging.set_verbosity(theirs)
+
+
+class Bomb(finetune.TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        raise KeyError("bomb")
+
+
+@pytest.mark.parametrize("saves", [True, False])
+def test_an_exception_saves_if_asked_and_goes_on_to_the_caller(saves: bool, tiny_bert: Any, tmp_path: Path) -> None:
+    args = finetune.TrainingArguments(str(tmp_path), save_on_exception=saves, save_strategy="no", **COMMON)
+    trainer = finetune.Trainer(model=tiny_bert(), args=args, train_dataset=rows(), callbacks=[Bomb()])
+    with pytest.raises(KeyError, match="bomb"):
+        trainer.train()
+    assert (tmp_path / "checkpoint-1").is_dir() == saves

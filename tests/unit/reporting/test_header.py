@@ -81,6 +81,9 @@ def test_end_says_how_it_went():
     text = "\n".join(header.end_lines(metrics=metrics, state=state, args=arguments(), model=model_with_frozen_part()))
     assert "30 in 1 min 15 s, 12.5 samples/s" in text
     assert "2.25 (mean" in text and "3 -> 1.5" in text and "1.5 in x/checkpoint-30" in text
+    stalled = header.end_lines(metrics=metrics, state=state, args=arguments(), stalls=[0.25, 0.5])
+    assert any("saves" in line and "2, training stood still for at most 0.5 s" in line for line in stalled)
+    assert "saves" not in text
     assert "process peak" in text and "parameters 39.1 KiB" in text and "utilisation" not in text
 
 
