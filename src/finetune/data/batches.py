@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from finetune.data.chat import parse_json_column
 from finetune.data.formats import (
     Columns,
     Kind,
@@ -16,8 +17,9 @@ from finetune.data.formats import (
 )
 from finetune.data.labels import LabelledBatch, StopTokens, label_batch
 from finetune.data.pretokenized import read_tokenized
+from finetune.data.rows import WEIGHTS
 from finetune.data.settings import DataSettings
-from finetune.data.spans import ChatRenderer
+from finetune.data.spans import ChatRenderer, RenderedBatch
 from finetune.data.templates import stop_token_ids, try_training_template
 from finetune.data.tokenize import Encoder, TokenBatch, tokenize_pairs, tokenize_plain, tokenize_spans
 from finetune.errors import DataFormatError
@@ -26,12 +28,21 @@ from finetune.errors import DataFormatError
 class BatchProcessor:
     """Turns batches of raw rows of one data set into `LabelledBatch`es. Built once per split from its first row.
 
+    `weighted` gives every token a weight (`token_weights`), for conversations whose turns have weights other than 0 and
+    1; None: if the first row has any `weight`. Tokenized rows bring theirs.
+
     Raises `DataFormatError` when the rows cannot be what the settings ask for (messages for `assistant_only_loss`,
     completions for `completion_only_loss`), before any work is done.
     """
 
     def __init__(
-        self, processing_class: Any, settings: DataSettings, first_row: Mapping[str, Any], name: str = "train"
+        self,
+        processing_class: Any,
+        settings: DataSettings,
+        first_row: Mapping[str, Any],
+        name: str = "train",
+        *,
+        weighted: bool | None = None,
     ) -> None:
         self.tokenizer = getattr(processing_class, "tokenizer", processing_class)
         self.settings = settings
@@ -46,8 +57,11 @@ class BatchProcessor:
         row = {key: values[0] for key, values in sample.items()}
         self.format: RowFormat = detect_format(row, field, name)
         self._check_row(row)
-        self.assistant_only = settings.assistant_only_loss or self._has_train_flags(row)
+        self.assistant_only = settings.assistant_only_loss or self._has_flags(row, ("train", "weight"))
         self.completion_only = self._resolve_completion_only(row)
+        if weighted is None or self.formats:
+            weighted = self._has_flags(row, ("weight",))
+        self.weighted = WEIGHTS in row if self.format.kind is Kind.TOKENIZED else weighted and self._is_chat
         self.encoder = Encoder(self.tokenizer)
         template = settings.chat_template
         self.stop_ids = stop_token_ids(processing_class, template)
@@ -55,7 +69,7 @@ class BatchProcessor:
             self.stop_ids |= {self.tokenizer.convert_tokens_to_ids(settings.eos_token)}
         self._stops = StopTokens(self.tokenizer, self.stop_ids)
         self.renderer: ChatRenderer | None = None
-        if self.format.kind in (Kind.CHAT, Kind.CHAT_PROMPT_COMPLETION):
+        if self._is_chat:
             training = try_training_template(processing_class, template) if self.assistant_only else None
             self.renderer = ChatRenderer(
                 processing_class, template, training, dict(settings.chat_template_kwargs), name
@@ -69,8 +83,12 @@ class BatchProcessor:
         if self.format.kind is Kind.TOKENIZED:
             return "given"
         if self.assistant_only and self.renderer is not None:
-            return f"assistant turns by {self.renderer.method}"
+            return f"assistant turns by {self.renderer.method}" + (", weighted" if self.weighted else "")
         return "completion" if self.completion_only else "all"
+
+    @property
+    def _is_chat(self) -> bool:
+        return self.format.kind in (Kind.CHAT, Kind.CHAT_PROMPT_COMPLETION)
 
     @property
     def boundary_known(self) -> bool:
@@ -124,7 +142,8 @@ class BatchProcessor:
             return tokenize_plain(self.encoder, self.renderer.render(chats, rows), special=False), ends
         rendered = self.renderer.render_with_spans(chats, rows)
         answered = [train[-1] if train else True for train in chats.train]
-        return tokenize_spans(self.encoder, rendered.texts, rendered.spans), ends & np.array(answered, bool)
+        weights = self._weights(rendered, rows)
+        return tokenize_spans(self.encoder, rendered.texts, rendered.spans, weights), ends & np.array(answered, bool)
 
     def _tokenize_chat_completions(self, batch: Columns, rows: Sequence[int]) -> tuple[TokenBatch, np.ndarray]:
         assert self.renderer is not None
@@ -133,11 +152,22 @@ class BatchProcessor:
         ends = np.array([messages[-1]["role"] == "assistant" for messages in chats.messages], bool)
         prompt_texts = self.renderer.render(prompts, rows, add_generation_prompt=True)
         if not self.assistant_only:
-            texts, spans = self.renderer.render(chats, rows), None
+            texts, spans, weights = self.renderer.render(chats, rows), None, None
         else:
             rendered = self.renderer.render_with_spans(chats, rows)
-            texts, spans = rendered.texts, rendered.spans
-        return tokenize_pairs(self.encoder, prompt_texts, texts, special=False, spans=spans), ends
+            texts, spans, weights = rendered.texts, rendered.spans, self._weights(rendered, rows)
+        return tokenize_pairs(self.encoder, prompt_texts, texts, special=False, spans=spans, weights=weights), ends
+
+    def _weights(self, rendered: RenderedBatch, rows: Sequence[int]) -> list[list[float]] | None:
+        if self.weighted:
+            return rendered.weights
+        for row, weights in zip(rows, rendered.weights, strict=True):
+            if any(weight != 1 for weight in weights):
+                raise DataFormatError(
+                    f"Row {row} of the {self.name} data set has a `weight` other than 0 and 1, and the rows before it "
+                    "gave no sign of that. Put a row with such a weight first."
+                )
+        return None
 
     def _with_eos(self, text: str) -> str:
         return text if text.endswith(self._eos) else text + self._eos
@@ -178,10 +208,12 @@ class BatchProcessor:
             return self.settings.completion_only_loss
         return self.boundary_known or "completion_mask" in row
 
-    def _has_train_flags(self, row: Mapping[str, Any]) -> bool:
+    def _has_flags(self, row: Mapping[str, Any], flags: tuple[str, ...]) -> bool:
+        """Returns whether any message of a row has one of these keys."""
         columns = ("prompt", "completion") if self.boundary_known else (self.format.column,)
-        messages = [m for column in columns if isinstance(row[column], (list, tuple)) for m in row[column]]
-        return any(isinstance(m, Mapping) and ("train" in m or "weight" in m) for m in messages)
+        chats = [parse_json_column(row[c], c, f"row 0 of the {self.name} data set") for c in columns if self._is_chat]
+        messages = [message for chat in chats if isinstance(chat, (list, tuple)) for message in chat]
+        return any(isinstance(message, Mapping) and any(flag in message for flag in flags) for message in messages)
 
 
 def _join(batch: Columns) -> list[Any]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from finetune.data.rows import IGNORE_INDEX
+from finetune.data.rows import IGNORE_INDEX, WEIGHTS
 from finetune.errors import ArgumentError, DataFormatError
 
 _MASKS = ("completion_mask", "assistant_masks")
@@ -24,8 +24,9 @@ class DataCollatorForLanguageModeling:
     """Turns tokenised rows into a batch for a causal language model; same name, fields and output as in TRL.
 
     A row is a mapping with `input_ids`, and optionally `labels` (unshifted, -100 where not trained; the default is
-    `input_ids`), `completion_mask`/`assistant_masks` (0/1; used only when there are no labels), and `seq_lengths`
-    (the samples of a packed row). Other keys, such as `length`, are ignored.
+    `input_ids`), `completion_mask`/`assistant_masks` (0/1; used only when there are no labels), `seq_lengths` (the
+    samples of a packed row), and `token_weights` (float32 in the batch, 0 on padding). Other keys, such as
+    `length`, are ignored.
 
     Padded, all int64:
 
@@ -76,10 +77,11 @@ class DataCollatorForLanguageModeling:
         """Returns the batch, see the class."""
         ids = _flat(examples, "input_ids")
         labels = _labels(examples, ids)
+        weights = _weights(examples, ids)
         packed = _has(examples, "seq_lengths")
         samples = _sample_lengths(examples, ids.lengths) if packed else ids.lengths
         if self.padding_free:
-            return self._flattened(ids.values, labels, samples)
+            return self._flattened(ids.values, labels, samples, weights)
         if packed and len(samples) > len(examples) and not self.return_position_ids:
             raise DataFormatError(
                 "These rows are packed (`seq_lengths` counts several samples per row), and a padded batch would let "
@@ -91,17 +93,22 @@ class DataCollatorForLanguageModeling:
             "input_ids": _padded(ids.values, inside, self.pad_token_id),
             "labels": _padded(labels, inside, IGNORE_INDEX),
         }
+        if weights is not None:
+            batch[WEIGHTS] = _padded(weights, inside, 0)
         if self.return_position_ids:
             batch["position_ids"] = _padded(_positions(samples), inside, 0)
         batch["attention_mask"] = torch.from_numpy(inside.astype(np.int64))
         return batch
 
-    def _flattened(self, ids: np.ndarray, labels: np.ndarray, samples: np.ndarray) -> dict[str, Any]:
+    def _flattened(
+        self, ids: np.ndarray, labels: np.ndarray, samples: np.ndarray, weights: np.ndarray | None
+    ) -> dict[str, Any]:
         num_added = _round_up(len(ids), self.pad_to_multiple_of) - len(ids)
         if num_added:
             ids = np.pad(ids, (0, num_added), constant_values=self.pad_token_id)
             labels = np.pad(labels, (0, num_added), constant_values=IGNORE_INDEX)
             samples = np.pad(samples, (0, num_added), constant_values=1)
+            weights = None if weights is None else np.pad(weights, (0, num_added))
         samples = samples[samples > 0]
         ends = np.cumsum(samples)
         labels[ends - samples] = IGNORE_INDEX
@@ -111,6 +118,7 @@ class DataCollatorForLanguageModeling:
         return {
             "input_ids": torch.from_numpy(ids)[None],
             "labels": torch.from_numpy(labels)[None],
+            **({} if weights is None else {WEIGHTS: torch.from_numpy(weights)[None]}),
             "position_ids": torch.from_numpy(_positions(samples))[None],
             "cu_seq_lens_q": cu_seq_lens,
             "cu_seq_lens_k": cu_seq_lens,
@@ -122,7 +130,7 @@ class DataCollatorForLanguageModeling:
 
 @dataclass(frozen=True)
 class _Flat:
-    values: np.ndarray  # (N,) int64, a fresh array
+    values: np.ndarray  # (N,) int64 (weights: float32), a fresh array
     lengths: np.ndarray  # (B,) int64
 
 
@@ -164,6 +172,18 @@ def _labels(rows: Sequence[Mapping[str, Any]], ids: _Flat) -> np.ndarray:
     return labels
 
 
+def _weights(rows: Sequence[Mapping[str, Any]], ids: _Flat) -> np.ndarray | None:
+    """Returns the column `token_weights` of all rows, joined; None where no row has it. (N,) float32"""
+    if not _has(rows, WEIGHTS):
+        return None
+    try:
+        columns = [np.asarray(row[WEIGHTS], np.float32) for row in rows]
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataFormatError(f"`{WEIGHTS}` must be a list of numbers in every row, or in none: {error}.") from error
+    lengths = np.array([len(column) for column in columns], np.int64)
+    return _same_length(_Flat(np.concatenate(columns), lengths), ids, WEIGHTS).values
+
+
 def _same_length(flat: _Flat, ids: _Flat, name: str) -> _Flat:
     if not np.array_equal(flat.lengths, ids.lengths):
         row = int(np.flatnonzero(flat.lengths != ids.lengths)[0])
@@ -195,8 +215,8 @@ def _positions(samples: np.ndarray) -> np.ndarray:
 
 
 def _padded(values: np.ndarray, inside: np.ndarray, fill: int) -> torch.Tensor:
-    """Returns (B, T) int64 with `values` where `inside` is true, row by row, and `fill` elsewhere."""
-    out = np.full(inside.shape, fill, dtype=np.int64)
+    """Returns (B, T) with `values` where `inside` is true, row by row, and `fill` elsewhere."""
+    out = np.full(inside.shape, fill, dtype=values.dtype)
     out[inside] = values
     return torch.from_numpy(out)
 

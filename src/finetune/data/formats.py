@@ -3,6 +3,7 @@
 Every error names the row, the column and what was found there, so that a bad row among a million can be repaired.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -24,6 +25,7 @@ ROLE_ALIASES = {
     "function_response": "tool",
 }
 KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool")
+_CHAT_COLUMNS = ("messages", "conversations", "prompt", "completion")
 _CUSTOM_PAIRS = (("instruction", "output"), ("instruction", "response"), ("question", "answer"), ("query", "response"))
 
 
@@ -54,11 +56,12 @@ class RowFormat:
 class Conversations:
     """A batch of conversations, element i belonging to row i.
 
-    `train[i]` is None, or one bool per *assistant* message of row i saying whether that turn is trained.
+    `train[i]` is None, or one number per *assistant* message of row i: the weight of that turn, 0 where it is not
+    trained and 1 where nothing was said.
     """
 
     messages: list[list[dict[str, Any]]]
-    train: list[list[bool] | None]
+    train: list[list[float] | None]
     tools: list[list[Any] | None]
     template_kwargs: list[dict[str, Any] | None]
 
@@ -146,6 +149,26 @@ def read_conversations(batch: Columns, column: str, rows: Sequence[int], name: s
     return read
 
 
+def has_other_weights(dataset: Any) -> bool | None:
+    """Returns whether any message of a `datasets.Dataset` has a `weight` other than 0, 1 and None.
+
+    Read from Arrow, without making rows. None when it cannot tell: no column is a list of messages (JSON text is not).
+    """
+    import pyarrow as pa
+
+    answer: bool | None = None
+    for name in (column for column in dataset.column_names if column in _CHAT_COLUMNS):
+        kind = dataset.data.schema.field(name).type
+        if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not pa.types.is_struct(kind.value_type):
+            continue
+        answer = bool(answer)
+        if kind.value_type.get_field_index("weight") >= 0:
+            answer = answer or any(
+                _other_weights(chunk.flatten().field("weight")) for chunk in dataset.data.column(name).chunks
+            )
+    return answer
+
+
 def apply_formatting(batch: Columns, rows: Sequence[int], function: Callable[[dict[str, Any]], Any]) -> Columns:
     """Returns the columns that `formatting_func` makes of a batch: `text`, `messages`, or those of the rows it returns.
 
@@ -168,14 +191,14 @@ def apply_formatting(batch: Columns, rows: Sequence[int], function: Callable[[di
     return {key: [row.get(key) for row in made] for key in (made[0] if made else {})}
 
 
-def _read_messages(value: Any, column: str, row: int, name: str) -> tuple[list[dict[str, Any]], list[bool] | None]:
+def _read_messages(value: Any, column: str, row: int, name: str) -> tuple[list[dict[str, Any]], list[float] | None]:
     value = parse_json_column(value, column, f"row {row} of the {name} data set")
     if not isinstance(value, (list, tuple)):
         _fail(row, name, f"`{column}` is {_type_name(value)}, expected a list of messages", "Repair the row.")
     if not value:
         _fail(row, name, f"`{column}` is an empty list, expected at least one message", "Remove the row.")
     messages: list[dict[str, Any]] = []
-    train: list[bool] = []
+    train: list[float] = []
     flagged = False
     for turn, message in enumerate(value):
         if not isinstance(message, Mapping):
@@ -183,7 +206,7 @@ def _read_messages(value: Any, column: str, row: int, name: str) -> tuple[list[d
         clean, trained = _read_message(message, turn, row, name)
         messages.append(clean)
         if clean["role"] == "assistant":
-            train.append(trained is not False)
+            train.append(1.0 if trained is None else trained)
             flagged = flagged or trained is not None
         elif trained and message.get("train"):
             _fail(row, name, f"message {turn} has `train: true` and the role `{clean['role']}`", _TRAIN_HELP)
@@ -193,7 +216,7 @@ def _read_messages(value: Any, column: str, row: int, name: str) -> tuple[list[d
 _TRAIN_HELP = "Only assistant messages can be trained; set `train` to false or leave it out."
 
 
-def _read_message(message: Mapping[str, Any], turn: int, row: int, name: str) -> tuple[dict[str, Any], bool | None]:
+def _read_message(message: Mapping[str, Any], turn: int, row: int, name: str) -> tuple[dict[str, Any], float | None]:
     clean = {key: value for key, value in message.items() if value is not None}
     trained = _read_train_flag(clean, turn, row, name)
     role = clean.pop("from", None) if "role" not in clean else clean.pop("role")
@@ -216,15 +239,16 @@ def _read_message(message: Mapping[str, Any], turn: int, row: int, name: str) ->
     return {"role": role, **clean}, trained
 
 
-def _read_train_flag(message: dict[str, Any], turn: int, row: int, name: str) -> bool | None:
+def _read_train_flag(message: dict[str, Any], turn: int, row: int, name: str) -> float | None:
     train, weight = message.pop("train", None), message.pop("weight", None)
-    if weight is not None and weight not in (0, 1):
-        _fail(row, name, f"message {turn} has `weight` {weight!r}", "Allowed: 0 (not trained) and 1 (trained).")
+    if weight is not None and not (isinstance(weight, (int, float)) and 0 <= weight < math.inf):
+        allowed = "Allowed: numbers from 0 (not trained) on; 1 is the weight of other turns."
+        _fail(row, name, f"message {turn} has `weight` {weight!r}", allowed)
     if train is not None and train not in (True, False):
         _fail(row, name, f"message {turn} has `train` {train!r}", "Allowed: true and false.")
     if train is None and weight is None:
         return None
-    return bool(train if train is not None else True) and bool(weight if weight is not None else True)
+    return 0.0 if train is not None and not train else float(1 if weight is None else weight)
 
 
 def _read_tools(value: Any, where: str) -> list[Any] | None:
@@ -268,3 +292,12 @@ def _ticked(names: Sequence[str]) -> str:
 
 def _type_name(value: Any) -> str:
     return "None" if value is None else f"`{type(value).__name__}`"
+
+
+def _other_weights(weights: Any) -> bool:
+    import pyarrow as pa
+
+    if pa.types.is_null(weights.type) or pa.types.is_boolean(weights.type):
+        return False
+    known = set(weights.unique().to_pylist())  # a data set has a handful of different weights
+    return bool(known - {0, 1, None})

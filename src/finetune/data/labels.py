@@ -42,14 +42,17 @@ def build_labels(batch: TokenBatch, *, completion_only: bool) -> np.ndarray:
     """Returns labels (N,) int32: the ids, or IGNORE_INDEX where a mask that applies is 0.
 
     `assistant_mask` always applies, `completion_mask` with `completion_only`; labels that came with the rows are kept.
+    A token of weight 0 is not trained either way.
     """
     if batch.labels is not None:
-        return batch.labels
+        return batch.labels if batch.weights is None else np.where(batch.weights == 0, IGNORE_INDEX, batch.labels)
     trained = np.ones(len(batch.ids), bool)
     if completion_only and batch.completion_mask is not None:
         trained &= batch.completion_mask
     if batch.assistant_mask is not None:
         trained &= batch.assistant_mask
+    if batch.weights is not None:
+        trained &= batch.weights != 0
     return np.where(trained, batch.ids, np.int32(IGNORE_INDEX))
 
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from finetune.data.batches import BatchProcessor
 from finetune.data.labels import LabelledBatch
+from finetune.data.rows import WEIGHTS
 from finetune.data.settings import DataSettings
 from finetune.data.tokenize import NOTHING_TRAINED, TokenBatch
 
@@ -67,6 +68,8 @@ def _arrays(labelled: LabelledBatch, processor: BatchProcessor) -> dict[str, Any
     arrays[LENGTH] = pa.array(tokens.lengths.astype(np.int32))
     for key, mask in _masks(tokens, processor).items():
         arrays[key] = lists(mask.astype(np.int8))
+    if tokens.weights is not None:
+        arrays[WEIGHTS] = lists(tokens.weights)
     arrays[SOURCE_LENGTH] = pa.array(labelled.source_lengths)
     arrays[SUPERVISED] = pa.array(labelled.supervised)
     arrays[FLAGS] = pa.array(tokens.flags)
@@ -91,6 +94,8 @@ def output_features(processor: BatchProcessor, kept: Mapping[str, Any], *, strea
             types["completion_mask"] = Sequence(Value("int8"))
         if processor.assistant_only and processor.renderer is not None:
             types["assistant_masks"] = Sequence(Value("int8"))
+    if processor.weighted:
+        types[WEIGHTS] = Sequence(Value("float32"))
     if not stream:
         types |= {SOURCE_LENGTH: Value("int32"), SUPERVISED: Value("int32"), FLAGS: Value("uint8")}
     return Features(types)
@@ -98,5 +103,5 @@ def output_features(processor: BatchProcessor, kept: Mapping[str, Any], *, strea
 
 def kept_columns(settings: DataSettings, columns: Iterable[str]) -> list[str]:
     """Returns which of the raw columns are passed on."""
-    made = ("input_ids", "labels", LENGTH, "completion_mask", "assistant_masks", *COUNT_COLUMNS)
+    made = ("input_ids", "labels", LENGTH, "completion_mask", "assistant_masks", WEIGHTS, *COUNT_COLUMNS)
     return [c for c in columns if c not in made and (settings.keep_columns == "all" or c in settings.keep_columns)]

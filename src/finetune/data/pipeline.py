@@ -20,7 +20,7 @@ import numpy as np
 from finetune.data import cache
 from finetune.data.audit import SupervisionAudit, audit_rows, count_rows
 from finetune.data.batches import BatchProcessor
-from finetune.data.formats import Kind
+from finetune.data.formats import Kind, has_other_weights
 from finetune.data.mapped import (
     COUNT_COLUMNS,
     FLAGS,
@@ -99,7 +99,7 @@ def prepare_split(
     ready = _already_prepared(dataset, columns, settings, name)
     if ready is not None:
         return ready
-    processor = BatchProcessor(processing_class, settings, row, name)
+    processor = BatchProcessor(processing_class, settings, row, name, weighted=has_other_weights(dataset))
     prepared, cached = _map(dataset.with_format(None), processor, processing_class, name, say)
     say(f"{name}: {processor.format.describe(columns)}; cache {cached}")
     return PreparedSplit(*_finish(prepared, processor), cached)

@@ -7,13 +7,14 @@ from typing import Any, NoReturn
 import numpy as np
 
 from finetune.data.formats import Columns
-from finetune.data.rows import IGNORE_INDEX
+from finetune.data.rows import IGNORE_INDEX, WEIGHTS
 from finetune.data.tokenize import DOUBLED_BOS, TokenBatch
 from finetune.errors import DataFormatError
 
 
 def read_tokenized(batch: Columns, rows: Sequence[int], tokenizer: Any, name: str = "train") -> TokenBatch:
-    """Returns the tokens of rows with `input_ids` and, where present, `labels`, `completion_mask`, `assistant_masks`.
+    """Returns the tokens of rows with `input_ids` and, where present, `labels`, `completion_mask`, `assistant_masks`,
+    `token_weights` (what each token's loss is multiplied by).
 
     Raises `DataFormatError` with the row index for lists of other lengths, values that are no integers, and ids that
     the vocabulary does not have (they would crash a GPU without saying why).
@@ -39,6 +40,8 @@ def read_tokenized(batch: Columns, rows: Sequence[int], tokenizer: Any, name: st
             tokens.completion_mask = _column(batch, "completion_mask", rows, offsets, name) != 0
         if "assistant_masks" in batch:
             tokens.assistant_mask = _column(batch, "assistant_masks", rows, offsets, name) != 0
+    if WEIGHTS in batch:
+        tokens.weights = _weights(batch, rows, offsets, name)
     _flag_doubled_bos(tokens, tokenizer)
     return tokens
 
@@ -59,6 +62,25 @@ def _column(batch: Columns, column: str, rows: Sequence[int], offsets: np.ndarra
         found = f"`{column}` has {own[i + 1] - own[i]} values for {offsets[i + 1] - offsets[i]} `input_ids`"
         _fail(rows[i], name, found, "Make them equally long.")
     return values
+
+
+def _weights(batch: Columns, rows: Sequence[int], offsets: np.ndarray, name: str) -> np.ndarray:
+    """Returns the column `token_weights` as (N,) float32."""
+    for row, values, length in zip(rows, batch[WEIGHTS], np.diff(offsets).tolist(), strict=True):
+        if not isinstance(values, (list, tuple, np.ndarray)) or len(values) != length:
+            _fail(row, name, f"`{WEIGHTS}` is not one number for each of the {length} `input_ids`", "Repair the row.")
+        found = _numbers(values)
+        if found is None or not (np.isfinite(found) & (found >= 0)).all():
+            _fail(row, name, f"`{WEIGHTS}` holds something else than numbers from 0 on", "Repair the row.")
+    return np.concatenate([np.zeros(0, np.float32), *(np.asarray(v, np.float32) for v in batch[WEIGHTS])])
+
+
+def _numbers(values: Any) -> np.ndarray | None:
+    try:
+        array = np.asarray(values)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return array.astype(np.float64) if array.ndim == 1 and (array.dtype.kind in "bif" or not len(array)) else None
 
 
 def _flat(values: Sequence[Any], column: str, rows: Sequence[int], name: str) -> tuple[np.ndarray, np.ndarray]:

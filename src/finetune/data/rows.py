@@ -17,8 +17,17 @@ IGNORE_INDEX = -100
 """Label of a position that is not trained (the default `ignore_index` of `torch.nn.functional.cross_entropy`)."""
 
 
+WEIGHTS = "token_weights"
+"""Column of rows in which tokens count differently: what the loss of each label is multiplied by."""
+
+
 class Message(TypedDict, total=False):
-    """One turn of a conversation. `train: False` or `weight: 0` keeps an assistant turn out of the loss."""
+    """One turn of a conversation. `train: False` or `weight: 0` keeps an assistant turn out of the loss.
+
+    Another `weight` multiplies the loss of each of the turn's tokens; what the batch's loss is divided by stays the
+    number of trained tokens. Of two turns of 10 tokens with nll 2 each and weights 1 and 0.5 the loss is
+    (10 * 2 + 10 * 2 * 0.5) / 20 = 1.5.
+    """
 
     role: str
     content: Any
@@ -62,6 +71,7 @@ class TokenizedRow(TypedDict):
     length: NotRequired[int]
     completion_mask: NotRequired[list[int]]
     assistant_masks: NotRequired[list[int]]
+    token_weights: NotRequired[list[float]]
 
 
 class PackedRow(TypedDict):
@@ -70,6 +80,7 @@ class PackedRow(TypedDict):
     input_ids: list[int]
     labels: list[int]
     seq_lengths: list[int]
+    token_weights: NotRequired[list[float]]
 
 
 class Batch(TypedDict, total=False):
@@ -77,6 +88,7 @@ class Batch(TypedDict, total=False):
 
     input_ids: torch.Tensor
     labels: torch.Tensor
+    token_weights: torch.Tensor
     attention_mask: torch.Tensor
     position_ids: torch.Tensor
     cu_seq_lens_q: torch.Tensor

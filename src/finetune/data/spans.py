@@ -28,10 +28,11 @@ Messages = Sequence[dict[str, Any]]
 
 @dataclass(frozen=True)
 class RenderedBatch:
-    """Rendered conversations; `spans[i]` are the trained character ranges of row i."""
+    """Rendered conversations; `spans[i]` are the trained character ranges of row i, and `weights[i]` their weights."""
 
     texts: list[str]
     spans: list[list[Span]]
+    weights: list[list[float]]
 
 
 class ChatRenderer:
@@ -82,8 +83,9 @@ class ChatRenderer:
         else:
             texts, _ = self._render(batch, rows)
             spans = self._spans_without_markers(batch, rows, texts)
-        trained = [_apply_train_flags(row_spans, batch.train[i]) for i, row_spans in enumerate(spans)]
-        return RenderedBatch(texts, trained)
+        weights = [train or [1.0] * len(row_spans) for train, row_spans in zip(batch.train, spans, strict=True)]
+        trained = [_nonzero(row_spans, row_weights) for row_spans, row_weights in zip(spans, weights, strict=True)]
+        return RenderedBatch(texts, trained, [[weight for weight in row if weight] for row in weights])
 
     def _spans_without_markers(self, batch: Conversations, rows: Sequence[int], texts: list[str]) -> list[list[Span]]:
         marked: list[str | None] = [None] * len(texts)
@@ -275,7 +277,5 @@ def _merge_adjacent(spans: Sequence[Span]) -> list[Span]:
     return merged
 
 
-def _apply_train_flags(spans: list[Span], train: list[bool] | None) -> list[Span]:
-    if train is None:
-        return spans
-    return [span for span, trained in zip(spans, train, strict=True) if trained]
+def _nonzero(spans: list[Span], weights: list[float]) -> list[Span]:
+    return [span for span, weight in zip(spans, weights, strict=True) if weight]

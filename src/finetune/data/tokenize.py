@@ -36,6 +36,7 @@ class TokenBatch:
     completion_mask: np.ndarray | None = None  # (N,) bool
     assistant_mask: np.ndarray | None = None  # (N,) bool
     labels: np.ndarray | None = None  # (N,) int32
+    weights: np.ndarray | None = None  # (N,) float32, what each token's loss is multiplied by
     flags: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint8))  # (B,) bits
 
     def __post_init__(self) -> None:
@@ -153,11 +154,20 @@ def tokenize_plain(encoder: Encoder, texts: Sequence[str], *, special: bool) -> 
     return drop_doubled_bos(batch, encoder.tokenizer)
 
 
-def tokenize_spans(encoder: Encoder, texts: Sequence[str], spans: Sequence[Sequence[Span]]) -> TokenBatch:
-    """Returns the tokens of rendered conversations with `assistant_mask` set on the tokens of the spans."""
+def tokenize_spans(
+    encoder: Encoder,
+    texts: Sequence[str],
+    spans: Sequence[Sequence[Span]],
+    weights: Sequence[Sequence[float]] | None = None,
+) -> TokenBatch:
+    """Returns the tokens of rendered conversations with `assistant_mask` set on the tokens of the spans.
+
+    With `weights`, one per span, every token of a span gets its weight, and all others 1.
+    """
     encoded = encoder.encode(texts, special=False, positions=True)
     ids, offsets = flatten([e.ids for e in encoded])
-    batch = TokenBatch(ids, offsets, assistant_mask=span_mask(encoded, spans, offsets, texts))
+    bounds = span_tokens(encoded, spans, offsets, texts)
+    batch = TokenBatch(ids, offsets, assistant_mask=_mask(bounds, len(ids)), weights=_spread(bounds, weights, len(ids)))
     return drop_doubled_bos(batch, encoder.tokenizer)
 
 
@@ -168,8 +178,11 @@ def tokenize_pairs(
     *,
     special: bool,
     spans: Sequence[Sequence[Span]] | None = None,
+    weights: Sequence[Sequence[float]] | None = None,
 ) -> TokenBatch:
     """Returns the tokens of `texts` (prompt + completion) with `completion_mask`, and `assistant_mask` for `spans`.
+
+    `weights` are those of the spans, as in `tokenize_spans`.
 
     The completion begins where prompt and text part. Rows where the tokens of the prompt alone are not the first
     tokens of the whole get `BOUNDARY_MISMATCH`, rows where its characters are not get `TEMPLATE_DRIFT`; the mask is
@@ -182,20 +195,24 @@ def tokenize_pairs(
     position = np.arange(len(ids)) - np.repeat(offsets[:-1], np.diff(offsets))
     batch = TokenBatch(ids, offsets, completion_mask=position >= np.repeat(starts, np.diff(offsets)))
     if spans is not None:
-        batch.assistant_mask = span_mask(encoded, spans, offsets, texts)
+        bounds = span_tokens(encoded, spans, offsets, texts)
+        batch.assistant_mask, batch.weights = _mask(bounds, len(ids)), _spread(bounds, weights, len(ids))
     drifted = np.array([border < len(prompt) for border, prompt in zip(borders, prompts, strict=True)], bool)
     batch.flags[drifted] |= TEMPLATE_DRIFT
     batch.flags[_mismatched(encoder, prompts, texts, encoded, borders, starts, special) | drifted] |= BOUNDARY_MISMATCH
     return drop_doubled_bos(batch, encoder.tokenizer)
 
 
-def span_mask(
+def span_tokens(
     encoded: Sequence[Encoded], spans: Sequence[Sequence[Span]], offsets: np.ndarray, texts: Sequence[str]
 ) -> np.ndarray:
-    """Returns (N,) bool, true on every token that holds a character of a span of its row."""
-    change = np.zeros(int(offsets[-1]) + 1, np.int32)
+    """Returns (S, 2): for each span of each row, its first token and the one behind its last, counted in the batch.
+
+    A token belongs to a span when it holds at least one of its characters.
+    """
+    bounds: list[tuple[int, int]] = []
     for i, row_spans in enumerate(spans):
-        row = encoded[i]
+        row, before = encoded[i], int(offsets[i])
         for start, end in row_spans:
             first = row.token_at(start)
             last = len(row.ids) if end >= len(texts[i]) else row.token_at(end)
@@ -203,9 +220,24 @@ def span_mask(
                 last += 1
             if last <= first:
                 raise DataFormatError(f"No token covers the characters {start} to {end} of {texts[i]!r}.")
-            change[offsets[i] + first] += 1
-            change[offsets[i] + last] -= 1
+            bounds.append((before + first, before + last))
+    return np.array(bounds, np.int64).reshape(-1, 2)
+
+
+def _mask(bounds: np.ndarray, num_tokens: int) -> np.ndarray:
+    """Returns (N,) bool, true within the bounds (S, 2)."""
+    change = np.bincount(bounds[:, 0], minlength=num_tokens + 1) - np.bincount(bounds[:, 1], minlength=num_tokens + 1)
     return np.cumsum(change[:-1]) > 0
+
+
+def _spread(bounds: np.ndarray, weights: Sequence[Sequence[float]] | None, num_tokens: int) -> np.ndarray | None:
+    """Returns (N,) float32: each span's weight on its tokens, 1 elsewhere; None without weights."""
+    if weights is None:
+        return None
+    spread = np.ones(num_tokens, np.float32)
+    for (first, last), weight in zip(bounds.tolist(), chain.from_iterable(weights), strict=True):
+        spread[first:last] = weight
+    return spread
 
 
 def _mismatched(
@@ -284,5 +316,6 @@ def take_tokens(batch: TokenBatch, keep: np.ndarray) -> TokenBatch:
         completion_mask=select(batch.completion_mask),
         assistant_mask=select(batch.assistant_mask),
         labels=select(batch.labels),
+        weights=select(batch.weights),
         flags=batch.flags,
     )

@@ -22,15 +22,25 @@ class TokenSums:
     entropy: Tensor
 
 
-def token_sums(logits: Tensor, labels: Tensor, *, dft: bool = False, label_smoothing: float = 0.0) -> TokenSums:
+def token_sums(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    dft: bool = False,
+    label_smoothing: float = 0.0,
+    token_weights: Tensor | None = None,
+) -> TokenSums:
     """Returns the summed loss of `logits` (B, T, V) against unshifted `labels` (B, T): position i predicts label i + 1.
 
     With `dft` each token's loss is weighted by its own probability, without gradient through the weight
-    (arXiv:2508.05629). `labels = [[-100, 7, 3]]` has two supervised tokens, predicted at positions 0 and 1.
+    (arXiv:2508.05629). `token_weights` (B, T), unshifted as well, multiply the loss of the token they stand at; `count`
+    counts tokens, whatever their weights. `labels = [[-100, 7, 3]]` has two supervised tokens, predicted at positions 0
+    and 1.
     """
     targets = labels[:, 1:].reshape(-1)
     kept = targets.ne(IGNORE_INDEX)
-    scores = logits[:, :-1].reshape(-1, logits.shape[-1])[kept].float()  # (N, V)
+    scores = logits[:, :-1].reshape(-1, logits.shape[-1])[kept]  # (N, V)
+    scores = scores if scores.dtype == torch.float64 else scores.float()
     targets = targets[kept]
     log_probs = torch.log_softmax(scores, dim=-1)
     nll = -log_probs.gather(1, targets[:, None]).squeeze(1)
@@ -39,6 +49,8 @@ def token_sums(logits: Tensor, labels: Tensor, *, dft: bool = False, label_smoot
         losses = (1 - label_smoothing) * nll - label_smoothing * log_probs.mean(dim=-1)
     if dft:
         losses = losses * torch.exp(-nll).detach()
+    if token_weights is not None:
+        losses = losses * token_weights[:, 1:].reshape(-1)[kept].to(losses.dtype)
     with torch.no_grad():
         correct = scores.argmax(dim=-1).eq(targets).sum()
         entropy = -(log_probs.exp() * log_probs).sum()

@@ -13,6 +13,7 @@ from finetune.data.collate import DataCollatorForLanguageModeling
 from finetune.data.inspect import Preview, preview
 from finetune.data.packing import pack_dataset, packing_report
 from finetune.data.pipeline import first_row, is_stream, prepare_split
+from finetune.data.rows import WEIGHTS
 from finetune.data.settings import DataSettings
 from finetune.engine import setup
 from finetune.engine.meter import MetricBag, TokenCounter
@@ -172,7 +173,15 @@ class SFTTrainer(Trainer):
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
             self._signature_columns = [
-                *("input_ids", "labels", "seq_lengths", "completion_mask", "assistant_masks", "attention_mask"),
+                *(
+                    "input_ids",
+                    "labels",
+                    "seq_lengths",
+                    "completion_mask",
+                    "assistant_masks",
+                    "attention_mask",
+                    WEIGHTS,
+                ),
                 *([self.args.length_column_name] if self._collator_is_ours else []),
             ]
 
@@ -247,29 +256,37 @@ class SFTTrainer(Trainer):
             self._metrics[mode].add("mean_token_accuracy", sums.correct, sums.count)
             self._metrics[mode].add("entropy", sums.entropy, sums.count)
         if self._router_coefficient and self._features_are_on and self.compute_loss_func is None:
-            loss = loss + self._weighted_auxiliary(outputs, mode, divide=mode == "train" and num_items_in_batch is not None)
+            loss = loss + self._weighted_auxiliary(outputs, mode, num_items_in_batch)
         if self._router_coefficient is not None:
             outputs = without_router_outputs(outputs)
         return (loss, outputs) if return_outputs else loss
 
-    def _weighted_auxiliary(self, outputs: Any, mode: str, *, divide: bool) -> Tensor | float:
+    def _weighted_auxiliary(self, outputs: Any, mode: str, num_items_in_batch: Any) -> Tensor | float:
         """Returns the load-balancing loss as it enters this micro-batch's loss, and logs it unweighted."""
         found = auxiliary_loss(outputs)
         if found is None:
             return 0.0
         self._metrics[mode].add("aux_loss", found, 1)
         assert self._router_coefficient is not None
+        divide = mode == "train" and num_items_in_batch is not None  # then nobody else divides by the micro-batches
         return self._router_coefficient * found / (self.current_gradient_accumulation_steps if divide else 1)
 
     def _loss_from_logits(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any
     ) -> tuple[Tensor, Any]:
         """Returns the loss and the model's outputs on the plain path."""
-        if self.args.loss_type != "dft" or self.compute_loss_func is not None:
+        weights, dft = inputs.get(WEIGHTS), self.args.loss_type == "dft"
+        if weights is not None and self.compute_loss_func is not None:
+            raise ArgumentError(
+                f"The rows give tokens weights (`weight` in messages, or `{WEIGHTS}`), and `compute_loss_func` "
+                "computes the loss without them. Drop `compute_loss_func`, or take the weights out of the rows."
+            )
+        if (weights is None and not dft) or self.compute_loss_func is not None or "labels" not in inputs:
             return super().compute_loss(model, inputs, True, num_items_in_batch)
-        outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
+        outputs = model(**{name: value for name, value in inputs.items() if name not in ("labels", WEIGHTS)})
+        smoothing = self.args.label_smoothing_factor
         sums = token_sums(
-            outputs["logits"], inputs["labels"], dft=True, label_smoothing=self.args.label_smoothing_factor
+            outputs["logits"], inputs["labels"], dft=dft, label_smoothing=smoothing, token_weights=weights
         )
         loss = sums.loss / (sums.count if num_items_in_batch is None else num_items_in_batch)
         return self._undo_process_average(loss, num_items_in_batch), outputs
