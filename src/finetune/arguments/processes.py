@@ -160,6 +160,8 @@ def _open_state(args: ProcessView) -> "PartialState":
         return existing
     same_place = existing is not None and bool(existing._cpu) == cpu
     if not (same_place and _accelerator_fits(args)):
+        # accelerate writes FSDP into the state of the processes, where the next `Accelerator` would not undo it.
+        same_place = existing is not None and same_place and existing.distributed_type.value != "FSDP"
         AcceleratorState._reset_state(reset_partial_state=not same_place)
     if existing is not None and same_place:
         return existing

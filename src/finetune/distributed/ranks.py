@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 
@@ -45,8 +46,6 @@ def wait_for_everyone() -> None:
     if not _initialised():
         return
     if dist.get_backend() == "nccl":
-        import torch
-
         dist.barrier(device_ids=[torch.cuda.current_device()])
     else:
         dist.barrier()
@@ -76,6 +75,14 @@ def broadcast_object(value: Any, source: int = 0) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=source)
     return box[0]
+
+
+def highest(value: torch.Tensor) -> torch.Tensor:
+    """Returns the largest of the processes' values of a tensor, element by element, on every process."""
+    if _initialised():
+        value = value.clone()
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return value
 
 
 def _initialised() -> bool:

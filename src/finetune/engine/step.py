@@ -10,7 +10,6 @@ of `sum over the global batch / count over the global batch`, whatever the numbe
 """
 
 import inspect
-import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.data.rows import IGNORE_INDEX
+from finetune.engine.divisor import LossDivisor
 from finetune.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -76,34 +76,6 @@ def count_items(batches: list[Any], *, shifts_labels: bool) -> Tensor | None:
     return torch.stack(counts).sum() if len(counts) > 1 else counts[0]
 
 
-class LossDivisor:
-    """Whether a model divides its loss by `num_items_in_batch`, found out from the first training batch.
-
-    Many models take the argument and drop it: every `...ForSequenceClassification`, BERT, and most hand-written ones
-    with `**kwargs` average over their own micro-batch. transformers believes the signature, so with accumulation over
-    A micro-batches their gradients are A times too large. Here the count is passed as a tensor that asks for a
-    gradient: if the loss does not depend on it, the model averaged, and the mean is weighted by hand.
-    """
-
-    def __init__(self) -> None:
-        self.model_divides: bool | None = None
-
-    def probe(self, num_items: Any) -> Any:
-        """Returns what to pass to the model: the count, traceable while the answer is unknown."""
-        if self.model_divides is None and torch.is_grad_enabled():
-            return torch.as_tensor(num_items).float().requires_grad_()
-        return num_items
-
-    def correct(self, loss: Tensor, passed: Any, num_items: Any, local_items: Callable[[], Any]) -> Tensor:
-        """Returns `loss` as a share of the global batch: unchanged, or a mean times `local_items / num_items`."""
-        if self.model_divides is None and isinstance(passed, Tensor) and passed.requires_grad:
-            depends = torch.autograd.grad(loss, passed, retain_graph=True, allow_unused=True)[0]
-            self.model_divides = depends is not None
-        if self.model_divides is False and torch.is_grad_enabled():
-            return loss * (local_items() / num_items)
-        return loss
-
-
 def forward_loss(
     model: nn.Module,
     inputs: dict[str, Any],
@@ -130,7 +102,12 @@ def forward_loss(
         labels = inputs.pop("labels", None)
     passed = None
     if accepts_loss_kwargs and num_items_in_batch is not None:
-        passed = inputs["num_items_in_batch"] = divisor.probe(num_items_in_batch) if divisor else num_items_in_batch
+        passed = num_items_in_batch
+        if divisor is not None:
+            passed = divisor.probe(
+                num_items_in_batch, lambda count: _loss_of(model(**inputs, num_items_in_batch=count), inputs)
+            )
+        inputs["num_items_in_batch"] = passed
     outputs = model(**inputs)
     if compute_loss_func is not None:
         if "num_items_in_batch" in _parameters(compute_loss_func):
@@ -185,35 +162,6 @@ def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]
 def accepts_num_items(compute_loss: Callable[..., Any]) -> bool:
     """Returns whether a (possibly overridden) `compute_loss` takes `num_items_in_batch`: older subclasses do not."""
     return "num_items_in_batch" in _parameters(compute_loss)
-
-
-class DivisionCheck:
-    """Says so, once, when an overridden `compute_loss` ignores `num_items_in_batch` although that decides its scale.
-
-    transformers takes such a loss for one that was divided by the whole batch's count: over A micro-batches its
-    gradients are A times too large. So it is here, because an override may well have divided by A itself.
-    """
-
-    def __init__(self) -> None:
-        self.done = False
-
-    def pass_on(self, num_items: Any) -> Any:
-        """Returns the count to pass to `compute_loss`, traceable the first time."""
-        return num_items if self.done or num_items is None else torch.as_tensor(num_items).float().requires_grad_()
-
-    def look_at(self, loss: Tensor, num_items: Any, accumulation: int, owner: str) -> None:
-        """Warns if `loss` does not depend on `num_items`, as returned by `pass_on`."""
-        if self.done or num_items is None:
-            return
-        self.done = True
-        if torch.autograd.grad(loss, num_items, retain_graph=True, allow_unused=True)[0] is None:
-            warnings.warn(
-                f"`{owner}.compute_loss` does not use `num_items_in_batch`. If it returns a mean over the micro-batch, "
-                f"its gradients are {accumulation} times too large under `gradient_accumulation_steps={accumulation}`: "
-                f"set `loss_is_scaled_for_ga = False` on `{owner}`. Set it to True if the loss is divided already.",
-                UserWarning,
-                stacklevel=2,
-            )
 
 
 class LabelSmoother:

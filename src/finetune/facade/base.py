@@ -14,8 +14,8 @@ from finetune.compat import coerce_training_arguments
 from finetune.control.builtin import DefaultFlowCallback, PrinterCallback, ProgressCallback
 from finetune.control.callbacks import CallbackHandler, Events
 from finetune.control.state import TrainerControl, TrainerState, export_states
-from finetune.distributed.accelerator import build_accelerator
-from finetune.engine import checks, search, setup, step
+from finetune.distributed.accelerator import build_accelerator, zero_stage
+from finetune.engine import checks, divisor, search, setup
 from finetune.engine.run import TrainingRun
 from finetune.models.traits import inspect_model
 from finetune.reporting import metrics_io, trackers
@@ -110,7 +110,8 @@ class TrainerBase:
         self._traits = inspect_model(self.model, args.label_names)
         self.model_accepts_loss_kwargs = self._traits.accepts_loss_kwargs
         self.label_names, self.can_return_loss = list(self._traits.label_names), self._traits.can_return_loss
-        self._loss_divisor, self._division_check = step.LossDivisor(), step.DivisionCheck()
+        sharded = {"sharded": self.is_fsdp_enabled or zero_stage(self.accelerator) == 3}
+        self._loss_divisor, self._division_check = divisor.LossDivisor(**sharded), divisor.DivisionCheck(**sharded)
         self.label_smoother = setup.label_smoother(args, self.model)
         self.data_collator = data_collator or setup.default_collator(processing_class)
         self.train_dataset, self.eval_dataset, self.processing_class = train_dataset, eval_dataset, processing_class
