@@ -1,0 +1,55 @@
+"""Short chats of mixed length, batch 8, vocabulary 8k: TRL's and our SFTTrainer, both at their defaults, and at best.
+
+    python tests/performance/bench_short_chats.py --fast --out results/short_chats.json
+
+Rows are log-normal in length (median 90 tokens, about 70 words), the first 60 % are the prompt. Precision is set, the
+same on both sides; everything else is each side's default, or its best setting on this machine.
+"""
+
+from typing import Any
+
+from harness import OURS, Bench
+from training import train
+
+SHARED = {"shape": "small", "vocab_size": 8192, "rows": 2000, "steps": 3}
+BATCH = {"per_device_train_batch_size": 8, "completion_only_loss": True}
+BEST_OF_TRL = {"gradient_checkpointing": False}
+# TRL's padding-free batches run on a CPU too, through a dense mask; `max_length` has to be None for them.
+PADDING_FREE = {**BEST_OF_TRL, "padding_free": True, "max_length": None}
+
+
+def sides(bf16: bool, steps: int) -> dict[str, dict[str, Any]]:
+    """Returns the settings of every side for one precision."""
+
+    def side(**args: Any) -> dict[str, Any]:
+        return {**SHARED, "steps": steps, "args": {**BATCH, "bf16": bf16, **args}}
+
+    return {
+        "trl": side(),
+        "trl best": side(**BEST_OF_TRL),
+        "trl padding-free": side(**PADDING_FREE),
+        "finetune": side(),
+        "finetune best": side(gradient_checkpointing=False),
+    }
+
+
+def main() -> None:
+    bench = Bench("short_chats", "Short chats of mixed length, batch 8, vocabulary 8k", train, __doc__)
+    for precision, bar in (("float32", 3.0), ("bf16", 4.0)):
+        if not bench.wanted(precision):
+            continue
+        case = bench.case(precision, sides(precision == "bf16", 3 if bench.fast else 10), settings=SHARED)
+        defaults = case.ratio("seconds", "trl")
+        best = case.best("seconds", ["trl best", "trl padding-free"])
+        case.ratio("seconds", best, "finetune best")
+        case.ratio("cpu_seconds", "trl")
+        case.losses_agree(2e-4 if precision == "float32" else 2e-2, "trl")
+        case.losses_agree(2e-4 if precision == "float32" else 2e-2, "trl", "finetune best")
+        case.bar(f"tokens/s against TRL, defaults of both, {precision}", defaults, at_least=bar)
+    bench.finish()
+
+
+__all__ = ["OURS", "main"]
+
+if __name__ == "__main__":
+    main()

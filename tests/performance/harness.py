@@ -1,0 +1,390 @@
+"""Measures the incumbent and finetune side by side: alternating, each in a process of its own, and says how they relate.
+
+A benchmark script holds one function that works for one side, and calls `pause` whenever a measurement is ready:
+
+    def work(side: str, settings: dict[str, Any], pause: Pause) -> None:
+        model = ...
+        while True:
+            pause(clocked(lambda: train_some_steps(model)))
+
+    def main() -> None:
+        bench = Bench("short_chats", "Short chats", work)
+        case = bench.case("float32", {"trl": {...}, "finetune": {...}}, pairs=5)
+        case.bar("speed", against="trl", at_least=3.0)
+        bench.finish()
+
+Each side runs in its own process, which waits while the other side measures (A B A B ...): memory, allocator settings
+and patches of one library do not reach the other. The first round warms up and is dropped. A ratio is that of the two
+measurements of one round, so a slow minute of the machine hits both; reported are the median of these ratios, their
+smallest, largest and quartiles. Ratios are always incumbent / finetune: 3.0 means that finetune takes a third.
+
+The result of a script is one JSON file: versions, hardware, settings, every single measurement, and the bars.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+Measure = dict[str, Any]
+Pause = Callable[[Measure], None]
+Work = Callable[[str, dict[str, Any], Pause], None]
+
+HERE = Path(__file__).resolve().parent
+PACKAGES = ["finetune", "torch", "transformers", "trl", "accelerate", "datasets", "tokenizers", "peft", "galore-torch"]
+OURS = "finetune"
+
+
+# ---- Arithmetic ----
+
+
+def summary(values: Iterable[float]) -> dict[str, float]:
+    """Returns median, extremes and quartiles. For 1, 2, 4: median 2, min 1, max 4, q1 1.5, q3 3."""
+    ordered = sorted(values)
+    if not ordered:
+        raise ValueError("nothing was measured")
+    return {
+        "median": statistics.median(ordered),
+        "min": ordered[0],
+        "max": ordered[-1],
+        "q1": _quantile(ordered, 0.25),
+        "q3": _quantile(ordered, 0.75),
+    }
+
+
+def _quantile(ordered: list[float], share: float) -> float:
+    place = share * (len(ordered) - 1)
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+
+
+def ratios(rounds: list[dict[str, Measure]], metric: str, other: str, ours: str = OURS) -> list[float]:
+    """Returns `other / ours` of each round. Rounds {a: 6, b: 2} and {a: 8, b: 4} give 3.0 and 2.0, not 14 / 6."""
+    return [each[other][metric] / each[ours][metric] for each in rounds]
+
+
+def difference(left: list[float], right: list[float]) -> float:
+    """Returns the largest relative difference of two lists of losses; infinite if one of them is longer, or is NaN."""
+    if len(left) != len(right):
+        return float("inf")
+    found = [abs(a - b) / max(abs(a), abs(b), 1e-12) if a == a and b == b else float("inf") for a, b in zip(left, right)]  # noqa: B905
+    return max(found, default=0.0)
+
+
+# ---- One side, in its own process ----
+
+
+def clocked(action: Callable[[], Any]) -> Measure:
+    """Returns seconds, processor seconds and page faults of `action()`; a dictionary that it returns is added."""
+    faults, cpu = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, time.process_time()
+    started = time.perf_counter()
+    result = action()
+    measured = {
+        "seconds": time.perf_counter() - started,
+        "cpu_seconds": time.process_time() - cpu,
+        "page_faults": resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults,
+    }
+    return {**measured, **(result if isinstance(result, dict) else {})}
+
+
+def resident_mib(field: str = "VmRSS") -> float:
+    """Returns this process's resident memory in MiB; `VmHWM` is the highest so far."""
+    with open("/proc/self/status") as status:
+        for line in status:
+            if line.startswith(field + ":"):
+                return int(line.split()[1]) / 1024
+    return float("nan")
+
+
+class _Done(Exception):
+    """The harness wants no more measurements."""
+
+
+def serve(work: Work, request: str) -> None:
+    """Runs one side: waits for a line on stdin before each measurement, answers on the original stdout.
+
+    What the libraries print goes to stderr, which the harness keeps in a file.
+    """
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    order = json.loads(request)
+    waiting = sys.stdin
+
+    def wait() -> None:
+        if waiting.readline().strip() != "go":
+            raise _Done
+
+    def pause(measure: Measure) -> None:
+        answers.write(json.dumps(measure) + "\n")
+        answers.flush()
+        wait()
+
+    try:
+        pause({"ready": True})
+        work(order["side"], order["settings"], pause)
+    except _Done:
+        pass
+    # Threads and loaders of a half-finished run must not keep the process alive.
+    answers.flush()
+    os._exit(0)
+
+
+class Worker:
+    """The process of one side. `ask` returns its next measurement."""
+
+    def __init__(self, script: Path, side: str, settings: dict[str, Any], log: Path) -> None:
+        self.side, self.log = side, log
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", **settings.get("env", {})}
+        environment.setdefault("TOKENIZERS_PARALLELISM", "false")
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("w") as errors:
+            self.process = subprocess.Popen(
+                [sys.executable, str(script), "--worker", json.dumps({"side": side, "settings": settings})],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env=environment,
+                cwd=HERE,
+            )
+
+    def read(self) -> Measure:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            tail = "".join(self.log.read_text().splitlines(keepends=True)[-25:])
+            raise RuntimeError(f"The side {self.side!r} ended without a measurement (exit {self.process.wait()}):\n{tail}")
+        return json.loads(line)
+
+    def go(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+
+    def ask(self) -> Measure:
+        self.go()
+        return self.read()
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            try:
+                assert self.process.stdin is not None
+                self.process.stdin.write("stop\n")
+                self.process.stdin.close()
+                self.process.wait(timeout=20)
+            except (OSError, subprocess.TimeoutExpired):
+                self.process.kill()
+        self.process.wait()
+
+
+def alternate(
+    script: Path, sides: dict[str, dict[str, Any]], pairs: int, logs: Path, warmup: int = 1
+) -> list[dict[str, Measure]]:
+    """Returns `pairs` rounds, each with one measurement per side, after `warmup` rounds that are thrown away.
+
+    Every second round goes through the sides backwards, so that none is always measured right behind the same other.
+    """
+    workers: list[Worker] = []
+    try:
+        for name, settings in sides.items():
+            workers.append(Worker(script, name, settings, logs / f"{_slug(name)}.log"))
+        for worker in workers:
+            worker.read()
+        rounds: list[dict[str, Measure]] = []
+        for number in range(warmup + pairs):
+            order = workers if number % 2 == 0 else workers[::-1]
+            measured = {worker.side: worker.ask() for worker in order}
+            rounds.append({name: measured[name] for name in sides})
+            print("  round", number, {k: _short(v) for k, v in rounds[-1].items()}, file=sys.stderr, flush=True)
+        return rounds[warmup:]
+    finally:
+        for worker in workers:
+            worker.close()
+
+
+def _short(measure: Measure) -> str:
+    words = [f"{measure['seconds']:.3f} s" if "seconds" in measure else ""]
+    words += [f"cpu {measure['cpu_seconds']:.3f}" if "cpu_seconds" in measure else ""]
+    words += [f"faults {measure['page_faults']}" if "page_faults" in measure else ""]
+    words += [f"{measure['peak_mib']:.0f} MiB" if "peak_mib" in measure else ""]
+    return " ".join(word for word in words if word)
+
+
+def _slug(name: str) -> str:
+    return "".join(letter if letter.isalnum() else "_" for letter in name.lower()).strip("_")
+
+
+# ---- A script's cases and its result ----
+
+
+def environment() -> dict[str, Any]:
+    """Returns versions, hardware and how busy the machine was."""
+    versions: dict[str, str] = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return {
+        "python": platform.python_version(),
+        "packages": versions,
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "system": f"{platform.system()} {platform.release()}",
+        "load": [round(each, 2) for each in os.getloadavg()],
+        "date": time.strftime("%Y-%m-%d %H:%M"),
+    }
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+        return f"{names[0]} x {len(names)}" if names else platform.processor()
+    except OSError:
+        return platform.processor()
+
+
+class Case:
+    """One comparison: its rounds, the ratios asked for, and the bars they are held against."""
+
+    def __init__(self, name: str, settings: dict[str, Any], rounds: list[dict[str, Measure]]) -> None:
+        self.name, self.rounds = name, rounds
+        self.result: dict[str, Any] = {
+            "case": name,
+            "pairs": len(rounds),
+            "settings": settings,
+            "sides": {side: self._of_side(side) for side in rounds[0]},
+            "ratios": {},
+            "checks": {},
+            "bars": [],
+        }
+
+    def _of_side(self, side: str) -> dict[str, Any]:
+        measures = [each[side] for each in self.rounds]
+        numeric = [key for key, value in measures[0].items() if isinstance(value, int | float) and value is not None]
+        return {
+            key: {**summary(each[key] for each in measures), "values": [each[key] for each in measures]}
+            for key in numeric
+        }
+
+    def ratio(self, metric: str, against: str, ours: str = OURS) -> float:
+        """Returns the median ratio `against / ours` of a metric, and keeps it with its spread."""
+        values = ratios(self.rounds, metric, against, ours)
+        key = f"{metric}: {against} / {ours}"
+        self.result["ratios"][key] = {**summary(values), "values": values}
+        return self.result["ratios"][key]["median"]
+
+    def bar(
+        self,
+        text: str,
+        value: float,
+        *,
+        at_least: float | None = None,
+        at_most: float | None = None,
+    ) -> bool:
+        """Notes whether `value` meets the bar; returns it."""
+        met = (at_least is None or value >= at_least) and (at_most is None or value <= at_most)
+        entry = {"text": text, "value": value, "at_least": at_least, "at_most": at_most, "met": met}
+        self.result["bars"].append(entry)
+        bound = f">= {at_least}" if at_least is not None else f"<= {at_most}"
+        print(f"  {text}: {value:.3g} (bar {bound}: {'met' if met else 'MISSED'})", file=sys.stderr, flush=True)
+        return met
+
+    def best(self, metric: str, sides: list[str]) -> str:
+        """Returns the incumbent with the smallest median of a metric: its best setting."""
+        return min(sides, key=lambda side: self.result["sides"][side][metric]["median"])
+
+    def losses_agree(self, tolerance: float, reference: str, ours: str = OURS, key: str = "losses") -> bool:
+        """Checks the losses of the last round, which hold those of the whole run."""
+        left, right = self.rounds[-1][reference][key], self.rounds[-1][ours][key]
+        shared = min(len(left), len(right))
+        found = difference(left[:shared], right[:shared]) if shared else float("inf")
+        self.result["checks"][f"losses: {reference} and {ours}"] = {
+            "largest_relative_difference": found if found != float("inf") else None,
+            "tolerance": tolerance,
+            "compared": shared,
+            "agree": found <= tolerance,
+        }
+        if found > tolerance:
+            print(f"  LOSSES DIFFER: {reference} {left} {ours} {right}", file=sys.stderr, flush=True)
+        return found <= tolerance
+
+
+class Bench:
+    """What a `bench_*.py` script runs: reads the options, runs cases, writes the JSON."""
+
+    def __init__(self, name: str, title: str, work: Work, doc: str | None = None) -> None:
+        parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser.add_argument("--fast", action="store_true", help="fewer and shorter measurements")
+        parser.add_argument("--pairs", type=int, help="rounds per case")
+        parser.add_argument("--only", nargs="*", default=[], help="parts of the names of the cases to run")
+        parser.add_argument("--out", type=Path, help="where the JSON goes")
+        parser.add_argument("--worker", help=argparse.SUPPRESS)
+        self.options = parser.parse_args()
+        if self.options.worker:
+            serve(work, self.options.worker)
+        self.name, self.title = name, title
+        self.script = Path(sys.argv[0]).resolve()
+        self.fast: bool = self.options.fast
+        self.cases: list[Case] = []
+        self.environment = environment()
+        self.started = time.perf_counter()
+
+    def wanted(self, name: str) -> bool:
+        """Returns whether `--only` leaves this case in."""
+        return not self.options.only or any(part in name for part in self.options.only)
+
+    def case(
+        self,
+        name: str,
+        sides: dict[str, dict[str, Any]],
+        *,
+        pairs: int = 5,
+        warmup: int = 1,
+        settings: dict[str, Any] | None = None,
+    ) -> Case:
+        """Runs one comparison."""
+        print(f"{self.name}: {name}", file=sys.stderr, flush=True)
+        logs = HERE / "results" / "logs" / self.name / _slug(name)
+        rounds = alternate(self.script, sides, self.options.pairs or pairs, logs, warmup)
+        self.cases.append(Case(name, {"shared": settings or {}, "sides": sides}, rounds))
+        return self.cases[-1]
+
+    def finish(self) -> None:
+        """Writes the result."""
+        result = {
+            "benchmark": self.name,
+            "title": self.title,
+            "fast": self.fast,
+            "environment": self.environment,
+            "seconds_taken": round(time.perf_counter() - self.started, 1),
+            "cases": [case.result for case in self.cases],
+        }
+        target = self.options.out or HERE / "results" / f"{self.name}.json"
+        target = Path(target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(json.dumps(_rounded(result), indent=1) + "\n")
+        print(f"{target} ({result['seconds_taken']} s)", file=sys.stderr, flush=True)
+
+
+def _rounded(value: Any) -> Any:
+    """Returns `value` with floats of 6 significant digits: what a clock can tell, and readable."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {key: _rounded(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(each) for each in value]
+    return value

@@ -1,0 +1,141 @@
+"""One side of a training comparison: a run that stops after every few steps and says how long they took."""
+
+import tempfile
+from typing import Any
+
+from harness import Measure, Pause, clocked, resident_mib
+from workloads import make_llama, token_rows, tokenizer
+
+LIBRARIES = ("trl", "transformers", "finetune")
+
+
+def library_of(side: str) -> str:
+    """Returns which library a side runs: "trl best" is `trl`."""
+    return side.split()[0]
+
+
+def classes(side: str) -> tuple[Any, Any]:
+    """Returns (trainer class, arguments class) of a side."""
+    library = library_of(side)
+    if library == "trl":
+        from trl import SFTConfig, SFTTrainer
+    elif library == "finetune":
+        from finetune import SFTConfig, SFTTrainer
+    else:
+        from transformers import Trainer as SFTTrainer
+        from transformers import TrainingArguments as SFTConfig
+    return SFTTrainer, SFTConfig
+
+
+def arguments(side: str, overrides: dict[str, Any]) -> Any:
+    """Returns the side's own defaults with `overrides`; nothing is reported, saved or drawn."""
+    options: dict[str, Any] = {
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "seed": 1,
+        "learning_rate": 1e-4,
+        **overrides,
+    }
+    return classes(side)[1](tempfile.mkdtemp(prefix="bench_"), **options)
+
+
+class Windows:
+    """A callback that measures windows of `steps` optimizer steps and waits after each until it is asked again."""
+
+    def __new__(cls, *given: Any, **options: Any) -> Any:
+        from transformers import TrainerCallback
+
+        made = type("Windows", (_Windows, TrainerCallback), {})
+        return made(*given, **options)
+
+
+class _Windows:
+    def __init__(self, steps: int, pause: Pause, ledger: bool = False) -> None:
+        self.steps, self.pause, self.started, self.left = steps, pause, None, 0
+        self.state: Any = None
+        self.clock: Any = None
+        self.base = resident_mib()
+        self.ledger = ledger
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.base = resident_mib()
+        self._restart()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.left -= 1
+        if self.left:
+            return
+        measure = clocked_end(self.clock)
+        losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+        extra = {"losses": losses, "base_mib": self.base, "peak_rss_mib": resident_mib("VmHWM")}
+        self.pause({**measure, **extra, "peak_mib": extra["peak_rss_mib"] - self.base, "steps": self.steps})
+        self._restart()
+
+    def _restart(self) -> None:
+        self.left = self.steps
+        self.clock = clocked_begin()
+
+
+def clocked_begin() -> tuple[float, float, int]:
+    import resource
+    import time
+
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    return time.perf_counter(), time.process_time(), faults
+
+
+def clocked_end(begin: tuple[float, float, int]) -> Measure:
+    now = clocked_begin()
+    return {
+        "seconds": now[0] - begin[0],
+        "cpu_seconds": now[1] - begin[1],
+        "page_faults": now[2] - begin[2],
+    }
+
+
+def train(side: str, settings: dict[str, Any], pause: Pause) -> None:
+    """Trains in windows. `settings`: shape, vocab_size, rows, steps (per window), args (overrides), seed."""
+    import torch
+
+    rows = token_rows(settings["rows"], vocab_size=settings["vocab_size"], length=settings.get("length"))
+    model = make_llama(settings["shape"], settings["vocab_size"])
+    trainer_class, _ = classes(side)
+    args = arguments(side, {"max_steps": 10_000, "num_train_epochs": 1, **settings["args"]})
+    options: dict[str, Any] = {"processing_class": tokenizer()}
+    if library_of(side) == "transformers":
+        rows, options = _for_transformers(rows), {"data_collator": padding_collator}
+    trainer = trainer_class(
+        model=model, args=args, train_dataset=rows, callbacks=[Windows(settings["steps"], pause)], **options
+    )
+    torch.manual_seed(0)
+    trainer.train()
+
+
+def _for_transformers(rows: Any) -> Any:
+    """Returns rows with labels, which is what the plain Trainer wants."""
+
+    def label(row: dict[str, Any]) -> dict[str, Any]:
+        pairs = zip(row["input_ids"], row["completion_mask"], strict=True)
+        return {"labels": [token if kept else -100 for token, kept in pairs]}
+
+    return rows.map(label, remove_columns=["completion_mask"])
+
+
+def padding_collator(features: list[dict[str, Any]]) -> dict[str, Any]:
+    """Returns a padded batch, as transformers' own collator for token classification would."""
+    import torch
+
+    width = max(len(each["input_ids"]) for each in features)
+    filled = {"input_ids": 0, "labels": -100}
+    batch: dict[str, Any] = {
+        name: torch.tensor([each[name] + [fill] * (width - len(each[name])) for each in features])
+        for name, fill in filled.items()
+    }
+    counts = torch.tensor([len(each["input_ids"]) for each in features])
+    batch["attention_mask"] = (torch.arange(width) < counts[:, None]).long()
+    return batch
+
+
+__all__ = ["arguments", "classes", "clocked", "library_of", "padding_collator", "train"]
