@@ -27,7 +27,7 @@ def run_preview(argv: Sequence[str] | None = None) -> None:
     """
     from finetune.arguments.parse import parse_arguments
     from finetune.cli.datasets import load_datasets
-    from finetune.cli.script_arguments import ModelConfig, ScriptArguments
+    from finetune.cli.script_arguments import ModelConfig, ScriptArguments, with_model_options
     from finetune.errors import ArgumentError
     from finetune.sft.config import SFTConfig
 
@@ -40,13 +40,11 @@ def run_preview(argv: Sequence[str] | None = None) -> None:
     from finetune.data.audit import audit_table
     from finetune.data.pipeline import prepare_split
     from finetune.data.settings import DataSettings
-    from finetune.models.load import load_tokenizer
-    from finetune.models.tokens import choose_eos_token
+    from finetune.sft.build import load_tokenizer_for_sft
 
     dataset, _ = load_datasets(script_args, evaluate=False)
-    tokenizer = load_tokenizer(model_args.model_name_or_path, trust_remote_code=args.trust_remote_code)
-    if args.eos_token is not None:
-        choose_eos_token(tokenizer, args.eos_token)
+    args = with_model_options(args, model_args)
+    tokenizer = load_tokenizer_for_sft(args, model_args.model_name_or_path).processing_class
     some = Dataset.from_list(list(islice(dataset, max(options.rows, options.counted_rows))))
     split = prepare_split(some, tokenizer, DataSettings.from_args(args, packing=False), say=lambda line: None)
     for number, row in enumerate(islice(split.dataset, options.rows)):

@@ -100,13 +100,13 @@ class BatchProcessor:
         if self.formats:
             assert self.settings.formatting_func is not None
             batch = apply_formatting(batch, rows, self.settings.formatting_func)
-        expects_stop: np.ndarray | bool = True
+        expects_stop: np.ndarray | bool = self.settings.append_eos
         if self.format.kind is Kind.TOKENIZED:
             tokens = read_tokenized(batch, rows, self.tokenizer, self.name)
             expects_stop = False
         elif self.format.kind is Kind.TEXT:
             texts = [self._with_eos(text) for text in read_texts(batch, self.format.column, rows, self.name)]
-            tokens = tokenize_plain(self.encoder, texts, special=True)
+            tokens = tokenize_plain(self.encoder, texts, special=self.settings.add_special_tokens)
         elif self.format.kind is Kind.PROMPT_COMPLETION:
             tokens = self._tokenize_completions(batch, rows)
         elif self.format.kind is Kind.CHAT:
@@ -127,7 +127,7 @@ class BatchProcessor:
         prompts = read_texts(batch, "prompt", rows, self.name)
         completions = read_texts(batch, "completion", rows, self.name)
         texts = [prompt + self._with_eos(answer) for prompt, answer in zip(prompts, completions, strict=True)]
-        return tokenize_pairs(self.encoder, prompts, texts, special=True)
+        return tokenize_pairs(self.encoder, prompts, texts, special=self.settings.add_special_tokens)
 
     def _tokenize_chats(self, batch: Columns, rows: Sequence[int]) -> tuple[TokenBatch, np.ndarray]:
         assert self.renderer is not None
@@ -173,7 +173,7 @@ class BatchProcessor:
         return text if text.endswith(self._eos) else text + self._eos
 
     def _resolve_eos(self) -> str:
-        if self.format.kind is Kind.TOKENIZED:
+        if self.format.kind is Kind.TOKENIZED or not self.settings.append_eos:
             return ""
         eos = self.settings.eos_token or self.tokenizer.eos_token
         if eos is None:
@@ -182,7 +182,7 @@ class BatchProcessor:
                 "a token of its vocabulary."
             )
         # A tokenizer that adds EOS itself would end the row with two.
-        ids = self.tokenizer("a")["input_ids"]
+        ids = self.tokenizer("a", add_special_tokens=self.settings.add_special_tokens)["input_ids"]
         adds_eos = len(ids) > 1 and ids[-1] == self.tokenizer.convert_tokens_to_ids(eos)
         return "" if adds_eos else eos
 

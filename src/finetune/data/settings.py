@@ -22,6 +22,8 @@ class DataSettings:
         completion_only_loss: train the completion alone; None: yes where rows have one (or a `completion_mask`).
         assistant_only_loss: train the assistant's turns alone. Rows with `train`/`weight` in a message imply it.
         eos_token: text that ends text and prompt-completion rows; None: the tokenizer's.
+        add_special_tokens: False keeps the tokenizer from adding its own (BOS) to text and prompt-completion rows.
+        append_eos: False ends text and prompt-completion rows without an end-of-sequence token.
         chat_template: template text in place of the tokenizer's own.
         chat_template_kwargs: variables for the template, such as `{"enable_thinking": False}`; a row's own win.
         formatting_func: makes text, messages or a row from each row before anything else.
@@ -42,6 +44,8 @@ class DataSettings:
     completion_only_loss: bool | None = None
     assistant_only_loss: bool = False
     eos_token: str | None = None
+    add_special_tokens: bool = True
+    append_eos: bool = True
     chat_template: str | None = None
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     formatting_func: Callable[[dict[str, Any]], Any] | None = None
@@ -64,6 +68,7 @@ class DataSettings:
     def from_args(cls, args: Any, *, packing: bool | None = None, **overrides: Any) -> "DataSettings":
         """Returns the settings of an `SFTConfig`; `packing` is this split's (`eval_packing` for evaluation)."""
         packing = bool(args.packing) if packing is None else packing
+        options = args.dataset_kwargs if isinstance(args.dataset_kwargs, Mapping) else {}
         values: dict[str, Any] = {
             "dataset_text_field": args.dataset_text_field,
             "max_length": args.max_length,
@@ -71,6 +76,8 @@ class DataSettings:
             "truncate": not packing or args.packing_strategy == "bfd",
             "completion_only_loss": args.completion_only_loss,
             "assistant_only_loss": bool(args.assistant_only_loss),
+            "add_special_tokens": bool(options.get("add_special_tokens", True)),
+            "append_eos": bool(options.get("append_concat_token", True)),
             "num_proc": args.dataset_num_proc,
             "keep_columns": () if args.remove_unused_columns or packing else "all",
         }

@@ -71,14 +71,32 @@ def clone_chat_template(
     them, rounded up to `resize_to_multiple_of`; spare rows get placeholder tokens `<extra_id_N>` so that vocabulary
     and embedding agree. Both objects are changed in place, as in TRL's function of this name.
     """
-    from transformers import AddedToken
+    added = adopt_chat_template(tokenizer, source_tokenizer_path)
+    return model, tokenizer, fit_vocabulary(model, tokenizer, added, resize_to_multiple_of)
 
-    source = _load_tokenizer(source_tokenizer_path, "source_tokenizer_path")
+
+def adopt_chat_template(tokenizer: Any, path: str, argument: str = "source_tokenizer_path") -> list[str]:
+    """Gives the tokenizer the chat template of a `.jinja` file, or of another tokenizer with its EOS and added tokens.
+
+    Returns the tokens that are new. This is the half of `clone_chat_template` that needs no model.
+    """
+    if path.endswith((".jinja", ".j2")):
+        tokenizer.chat_template = load_chat_template(path)
+        return []
+    source = _load_tokenizer(path, argument)
     tokenizer.chat_template = resolve_template(source)
     vocabulary = tokenizer.get_vocab()
     added = [token for token in source.added_tokens_decoder.values() if token.content not in vocabulary]
     tokenizer.add_tokens(added)
     tokenizer.eos_token = source.eos_token
+    return [token.content for token in added]
+
+
+def fit_vocabulary(model: Any, tokenizer: Any, added: list[str], resize_to_multiple_of: int | None = 64) -> list[int]:
+    """Gives `model` rows for the tokenizer's tokens and its EOS; returns the ids of `added` and of the placeholders."""
+    from transformers import AddedToken
+
+    added = list(added)
     model.config.get_text_config().eos_token_id = tokenizer.eos_token_id
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.eos_token_id = tokenizer.eos_token_id
@@ -87,10 +105,9 @@ def clone_chat_template(
     while len(tokenizer.get_vocab()) < size:
         placeholder = AddedToken(f"<extra_id_{number}>")
         if tokenizer.add_tokens(placeholder):
-            added.append(placeholder)
+            added.append(placeholder.content)
         number += 1
-    ids = tokenizer.convert_tokens_to_ids([token.content for token in added])
-    return model, tokenizer, ids
+    return tokenizer.convert_tokens_to_ids(added)
 
 
 def get_training_chat_template(processing_class: Any, chat_template: str | None = None) -> str | None:

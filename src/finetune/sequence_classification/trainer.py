@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import DataLoader
 
 from finetune.compat import coerce_training_arguments
 from finetune.data.collate import default_collator
 from finetune.data.pipeline import first_row, is_stream, say_on_main_process
-from finetune.data.samplers import SequentialSampler
+from finetune.data.rows import IGNORE_INDEX
 from finetune.engine import setup
 from finetune.errors import ArgumentError
+from finetune.facade.raw_rows import RawRowMethods, prepare_each
 from finetune.models.adapters import add_adapters, is_peft_model, prepare_quantized, unwrap
 from finetune.models.load import load_config, load_model, load_tokenizer
 from finetune.models.tokens import choose_pad_token
@@ -34,7 +34,7 @@ from finetune.sequence_classification.metrics import first_output, metrics_for
 from finetune.trainer import Trainer
 
 
-class SequenceClassificationTrainer(Trainer):
+class SequenceClassificationTrainer(RawRowMethods, Trainer):
     """Fine-tunes a model to classify texts or pairs of texts, or to predict numbers from them.
 
     `SequenceClassificationTrainer(model="path-or-id", train_dataset=rows).train()` is enough: text and labels are
@@ -137,38 +137,13 @@ class SequenceClassificationTrainer(Trainer):
         )
 
     def _prepare_eval(self, eval_dataset: Any, processing_class: Any, args: Any) -> Any:
-        if isinstance(eval_dataset, Mapping):
-            return {
-                name: self._prepare_dataset(part, processing_class, args, str(name))
-                for name, part in eval_dataset.items()
-            }
-        return None if eval_dataset is None else self._prepare_dataset(eval_dataset, processing_class, args, "eval")
+        return prepare_each(eval_dataset, lambda part, name: self._prepare_dataset(part, processing_class, args, name))
 
-    def _prepare_if_raw(self, dataset: Any, name: str) -> Any:
+    def _prepare_given(self, dataset: Any, name: str) -> Any:
         dataset = as_dataset(dataset)
         if not hasattr(dataset, "column_names") or "input_ids" in first_row(dataset, name):
             return dataset
         return self._prepare_dataset(dataset, self.processing_class, self.args, name)
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        """As `Trainer.get_eval_dataloader`; raw rows are prepared."""
-        if eval_dataset is not None and not isinstance(eval_dataset, str):
-            eval_dataset = self._prepare_if_raw(eval_dataset, "eval")
-        return super().get_eval_dataloader(eval_dataset)
-
-    def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
-        """As `Trainer.get_test_dataloader`, in the order of the rows; raw rows are prepared, labels may be missing."""
-        self._keeps_order = True
-        try:
-            return super().get_test_dataloader(self._prepare_if_raw(test_dataset, "test"))
-        finally:
-            self._keeps_order = False
-
-    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
-        # Predictions are read by position, so they are never grouped by length.
-        return SequentialSampler(eval_dataset) if self._keeps_order else super()._get_eval_sampler(eval_dataset)
-
-    _keeps_order = False
 
     # ---- Loss ----
 
@@ -194,6 +169,10 @@ class SequenceClassificationTrainer(Trainer):
         loss = self._undo_process_average(loss, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
+    @property
+    def _sums_losses(self) -> bool:
+        return self.compute_loss_func is None or super()._sums_losses
+
     # ---- Saving ----
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -207,17 +186,20 @@ class SequenceClassificationTrainer(Trainer):
 def loss_sum(logits: Tensor, labels: Tensor, task: Task, weights: Tensor | None, label_smoothing: float) -> Tensor:
     """Returns the summed loss of logits (B, C): cross-entropy, binary cross-entropy of each label, or squared error.
 
-    `weights` (C,) are those of `data.balanced_weights`: of a row's class, or of a label's positives.
+    `weights` (C,) are those of `data.balanced_weights`: of a row's class, or of a label's positives. Labels of -100
+    (rows that only keep processes in step) count nothing.
     """
     logits = logits.float()
     if task.problem_type == SINGLE:
         return functional.cross_entropy(logits, labels, weights, reduction="sum", label_smoothing=label_smoothing)
-    labels = labels.float()
+    kept, labels = labels.ne(IGNORE_INDEX), labels.float()
     if task.problem_type == MULTI:
         if label_smoothing:
             labels = labels * (1 - label_smoothing) + label_smoothing / 2
-        return functional.binary_cross_entropy_with_logits(logits, labels, reduction="sum", pos_weight=weights)
-    return functional.mse_loss(logits.view_as(labels), labels, reduction="sum")
+        losses = functional.binary_cross_entropy_with_logits(logits, labels, reduction="none", pos_weight=weights)
+    else:
+        losses = functional.mse_loss(logits.view_as(labels), labels, reduction="none")
+    return losses.masked_fill(~kept, 0.0).sum()
 
 
 def _default_arguments(model: Any) -> SequenceClassificationConfig:

@@ -1,10 +1,11 @@
-"""Model and tokenizer of an SFT run: loaded where they were given by name, with adapters and the tokens rows need."""
+"""Tokenizer and model of an SFT run: the tokenizer first, so that rows are prepared and checked before weights load."""
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from finetune.data.templates import clone_chat_template, load_chat_template
+from finetune.data.templates import adopt_chat_template, fit_vocabulary
 from finetune.errors import ArgumentError
 from finetune.kernels.attention import packed_unsupported_reason, use_packed_attention
 from finetune.kernels.isolation import probe_isolation
@@ -14,50 +15,72 @@ from finetune.models.tokens import choose_eos_token
 from finetune.sft.config import SFTConfig
 
 
-def load_for_sft(
-    args: SFTConfig, model: Any, processing_class: Any, quantization_config: Any, peft_config: Any
-) -> tuple[nn.Module, Any]:
-    """Returns model (with adapters) and tokenizer, loaded where they were given by name."""
-    assert not isinstance(args.model_init_kwargs, str)  # parsed when the arguments were made
-    init: dict[str, Any] = {**(args.model_init_kwargs or {})}
-    given = model
-    if isinstance(model, str):
-        model = load_model(
-            model,
-            model_init_kwargs=init,
-            quantization_config=quantization_config,
-            trust_remote_code=args.trust_remote_code,
+@dataclass(frozen=True)
+class SFTTokenizer:
+    """A tokenizer ready for rows: EOS and chat template chosen. `added` are tokens that the model has no rows for yet.
+
+    `is_cloned`: the template is another tokenizer's, so the model follows its EOS.
+    """
+
+    processing_class: Any
+    added: list[str]
+    is_cloned: bool
+
+
+def load_tokenizer_for_sft(args: SFTConfig, model: Any, processing_class: Any = None) -> SFTTokenizer:
+    """Returns the tokenizer for the rows of `model` (a name, or loaded). No weights are read."""
+    if processing_class is None:
+        processing_class = load_tokenizer(
+            model, revision=_init_kwargs(args).get("revision"), trust_remote_code=args.trust_remote_code
         )
-    elif init or quantization_config is not None:
+    if args.eos_token is not None:
+        choose_eos_token(processing_class, args.eos_token)
+    path = args.chat_template_path
+    if path is None:
+        return SFTTokenizer(processing_class, [], False)
+    added = adopt_chat_template(processing_class, path, "chat_template_path")
+    return SFTTokenizer(processing_class, added, not path.endswith((".jinja", ".j2")))
+
+
+def check_model_options(args: SFTConfig, model: Any, quantization_config: Any) -> None:
+    """Raises `ArgumentError` for options of loading when `model` is loaded already."""
+    if not isinstance(model, str) and (_init_kwargs(args) or quantization_config is not None):
         raise ArgumentError(
             "`model_init_kwargs` and `quantization_config` act when the model is loaded here, but a loaded `model` "
             "was passed. Pass its name, or drop them."
         )
-    if processing_class is None:
-        processing_class = load_tokenizer(
-            given if isinstance(given, str) else model,
-            revision=init.get("revision"),
+
+
+def load_model_for_sft(
+    args: SFTConfig, model: Any, tokenizer: SFTTokenizer, quantization_config: Any, peft_config: Any
+) -> nn.Module:
+    """Returns the model, loaded if it was given by name, with rows for added tokens and with adapters if asked."""
+    if isinstance(model, str):
+        model = load_model(
+            model,
+            model_init_kwargs=_init_kwargs(args),
+            quantization_config=quantization_config,
             trust_remote_code=args.trust_remote_code,
         )
     if args.eos_token is not None:
-        choose_eos_token(processing_class, args.eos_token, model)
-    added: list[int] = []
-    if args.chat_template_path is not None:
-        if args.chat_template_path.endswith((".jinja", ".j2")):
-            processing_class.chat_template = load_chat_template(args.chat_template_path)
-        else:
-            model, processing_class, added = clone_chat_template(model, processing_class, args.chat_template_path)
-    if peft_config is not None:
-        checkpointing = bool(args.gradient_checkpointing)
-        model = prepare_quantized(model, activation_checkpointing=checkpointing)
-        model = add_adapters(
-            model,
-            peft_config,
-            added_token_ids=added,
-            zero_stage=getattr(args.deepspeed_plugin, "zero_stage", 0) or 0,
-            activation_checkpointing=checkpointing,
-        )
-    return model, processing_class
+        choose_eos_token(tokenizer.processing_class, args.eos_token, model)
+    added = fit_vocabulary(model, tokenizer.processing_class, tokenizer.added) if tokenizer.is_cloned else []
+    if peft_config is None:
+        return model
+    checkpointing = bool(args.gradient_checkpointing)
+    model = prepare_quantized(model, activation_checkpointing=checkpointing)
+    return add_adapters(
+        model,
+        peft_config,
+        added_token_ids=added,
+        zero_stage=getattr(args.deepspeed_plugin, "zero_stage", 0) or 0,
+        activation_checkpointing=checkpointing,
+    )
+
+
+def _init_kwargs(args: SFTConfig) -> dict[str, Any]:
+    assert not isinstance(args.model_init_kwargs, str)  # parsed when the arguments were made
+    return {**(args.model_init_kwargs or {})}
 
 
 def brings_packed_attention(model: nn.Module) -> bool:

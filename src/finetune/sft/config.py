@@ -14,6 +14,7 @@ from finetune.arguments.performance import best_precision
 
 PACKING_STRATEGIES = ["bfd", "bfd_split", "wrapped"]
 LOSS_TYPES = ["nll", "dft", "chunked_nll"]
+DATASET_OPTIONS = ["skip_prepare_dataset", "add_special_tokens", "append_concat_token"]
 TRUNCATION_MODES = ["keep_end", "keep_start"]
 
 # Values that older releases of TRL used, and today's.
@@ -37,7 +38,9 @@ class SFTArguments(ArgumentGroup):
     chat_template_path: str | None = arg(None, "Chat template to use: a Jinja file, or a tokenizer that has one.")
     dataset_text_field: str = arg("text", "Column that holds the text.")
     dataset_kwargs: dict[str, Any] | str | None = arg(
-        None, "`{'skip_prepare_dataset': True}` takes the data set as it is."
+        None,
+        "`skip_prepare_dataset` takes the data set as it is; `add_special_tokens` and `append_concat_token`, if false, "
+        "leave BOS and EOS away from rows of text.",
     )
     dataset_num_proc: int | None = arg(None, "Processes that prepare the data set.")
     eos_token: str | None = arg(None, "Token that ends a turn or a text; unset means the tokenizer's.")
@@ -83,7 +86,9 @@ class SFTArguments(ArgumentGroup):
         packs = self.packing or bool(self.eval_packing)
         require(not packs or self.max_length is not None, "`packing=True` needs a row length: set `max_length`.")
         for key in self.dataset_kwargs or {}:
-            require_choice("dataset_kwargs", key, ["skip_prepare_dataset", "add_special_tokens", "append_concat_token"])
+            require_choice("dataset_kwargs", key, DATASET_OPTIONS)
+            value = (self.dataset_kwargs or {})[key]  # pyright: ignore
+            require(isinstance(value, bool), f"`dataset_kwargs['{key}']` is {value!r}; allowed are True and False.")
 
 
 @dataclass(kw_only=True, repr=False)
@@ -131,14 +136,6 @@ class SFTConfig(SFTArguments, TrainingArguments):
             require(unset or word.isdigit(), f"`pad_to_multiple_of={word!r}` must be a number, 'auto' or None.")
             self.pad_to_multiple_of = None if unset else int(word)
         super().__post_init__()
-        ignored = {"add_special_tokens", "append_concat_token"} & set(self.dataset_kwargs or {})
-        if ignored:
-            warnings.warn(
-                f"`dataset_kwargs` keys {sorted(ignored)} are old: special tokens follow the tokenizer and the chat"
-                " template. They have no effect; drop them.",
-                FutureWarning,
-                stacklevel=4,
-            )
 
     def _resolve_precision(self) -> None:
         if self.bf16 is not None:

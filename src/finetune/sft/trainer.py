@@ -3,21 +3,24 @@
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from finetune.compat import TrainOutput, coerce_training_arguments
 from finetune.data.audit import SupervisionAudit
 from finetune.data.collate import DataCollatorForLanguageModeling
 from finetune.data.inspect import Preview, preview
 from finetune.data.packing import pack_dataset, packing_report
-from finetune.data.pipeline import first_row, is_stream, prepare_split
+from finetune.data.pipeline import first_row, is_stream, prepare_split, say_on_main_process
 from finetune.data.rows import WEIGHTS
 from finetune.data.settings import DataSettings
 from finetune.engine import setup
 from finetune.engine.meter import MetricBag, TokenCounter
 from finetune.errors import ArgumentError
+from finetune.facade.raw_rows import RawRowMethods, prepare_each
 from finetune.features.offload import offload_activations
 from finetune.hub.card import create_sft_model_card
 from finetune.kernels.attention import use_packed_attention
@@ -25,7 +28,13 @@ from finetune.kernels.fused_head import FusedHead, fuse_head, unsupported_reason
 from finetune.kernels.isolation import require_isolation
 from finetune.models.tokens import choose_pad_token
 from finetune.sft import inspection
-from finetune.sft.build import brings_packed_attention, can_be_padding_free, load_for_sft
+from finetune.sft.build import (
+    brings_packed_attention,
+    can_be_padding_free,
+    check_model_options,
+    load_model_for_sft,
+    load_tokenizer_for_sft,
+)
 from finetune.sft.config import SFTConfig
 from finetune.sft.experts import auxiliary_loss, own_weight_is_zero, router_coefficient, without_router_outputs
 from finetune.sft.losses import token_sums
@@ -33,7 +42,7 @@ from finetune.sft.plan import DataPlan
 from finetune.trainer import Trainer
 
 
-class SFTTrainer(Trainer):
+class SFTTrainer(RawRowMethods, Trainer):
     """Fine-tunes a causal language model on text, prompt-completion or chat rows.
 
     `SFTTrainer(model="path-or-id", train_dataset=rows).train()` is enough: the model and its tokenizer are loaded, the
@@ -75,13 +84,20 @@ class SFTTrainer(Trainer):
             raise ArgumentError("`train_dataset` is required.")
         self._plan = DataPlan.resolve(args, first_row(train_dataset), formatting_func)
         self._formatting_func = formatting_func
+        check_model_options(args, model, quantization_config)
+        tokenizer = load_tokenizer_for_sft(args, model, processing_class)
+        processing_class = tokenizer.processing_class
+        self.audits: dict[str, SupervisionAudit] = {}
+        train_dataset = self._prepare_dataset(
+            train_dataset, processing_class, args, self._plan.packing, formatting_func, "train"
+        )
+        eval_dataset = self._prepare_eval(eval_dataset, processing_class, args)
         setup.seed_everything(args)
-        model, processing_class = load_for_sft(args, model, processing_class, quantization_config, peft_config)
+        model = load_model_for_sft(args, model, tokenizer, quantization_config, peft_config)
         self._router_coefficient = router_coefficient(model, args.router_aux_loss_coef)
         wants_logits = compute_metrics or preprocess_logits_for_metrics or compute_loss_func
         ours = data_collator is None and not wants_logits and not self._plan.packing
         self._plan = self._plan.settle(padding_free=ours and can_be_padding_free(model))
-        self.audits: dict[str, SupervisionAudit] = {}
         self._collator_is_ours = data_collator is None
         if data_collator is None:
             data_collator = DataCollatorForLanguageModeling(
@@ -91,10 +107,6 @@ class SFTTrainer(Trainer):
             )
         elif self._plan.padding_free:
             raise ArgumentError("`padding_free` and `packing` need their own collator: drop `data_collator`.")
-        train_dataset = self._prepare_dataset(
-            train_dataset, processing_class, args, self._plan.packing, formatting_func, "train"
-        )
-        eval_dataset = self._prepare_eval(eval_dataset, processing_class, args)
         super().__init__(
             model=model,
             args=args,
@@ -126,7 +138,7 @@ class SFTTrainer(Trainer):
         self,
         dataset: Any,
         processing_class: Any,
-        args: SFTConfig,
+        args: Any,
         packing: bool,
         formatting_func: Callable[..., Any] | None,
         dataset_name: str,
@@ -157,18 +169,36 @@ class SFTTrainer(Trainer):
 
     def _prepare_eval(self, eval_dataset: Any, processing_class: Any, args: SFTConfig) -> Any:
         """Returns one prepared evaluation data set, or a dict of them."""
-        if eval_dataset is None:
-            return None
-        if isinstance(eval_dataset, Mapping):
-            return {
-                name: self._prepare_dataset(
-                    part, processing_class, args, self._plan.eval_packing, self._formatting_func, str(name)
-                )
-                for name, part in eval_dataset.items()
-            }
-        return self._prepare_dataset(
-            eval_dataset, processing_class, args, self._plan.eval_packing, self._formatting_func, "eval"
+        packing = self._plan.eval_packing
+        return prepare_each(
+            eval_dataset,
+            lambda part, name: self._prepare_dataset(
+                part, processing_class, args, packing, self._formatting_func, name
+            ),
         )
+
+    def _prepare_given(self, dataset: Any, name: str) -> Any:
+        """Returns rows given to `evaluate` or `predict` as token ids and labels. Predictions are never packed."""
+        if not isinstance(dataset, list) and not hasattr(dataset, "column_names"):
+            return dataset
+        if {"input_ids", "labels"} <= set(first_row(dataset, name)):
+            return dataset
+        packing = self._plan.eval_packing and name != "test"
+        rows = self._prepare_dataset(dataset, self.processing_class, self.args, packing, self._formatting_func, name)
+        if name == "test" and (audit := self.audits.get(name)) is not None and audit.num_dropped:
+            say_on_main_process("\n".join(f"test: {line}" for line in audit.warnings()))
+        return rows
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
+        """As `Trainer.get_test_dataloader`; raw rows are prepared, and each has its own row of predictions."""
+        collator = self.data_collator
+        is_packed = "seq_lengths" in (getattr(test_dataset, "column_names", None) or ())
+        if not is_packed and isinstance(collator, DataCollatorForLanguageModeling) and collator.padding_free:
+            self.data_collator = replace(collator, padding_free=False)
+        try:
+            return super().get_test_dataloader(test_dataset)
+        finally:
+            self.data_collator = collator
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:

@@ -154,7 +154,6 @@ def test_old_names_can_be_read_and_set():
         ({"dataset_batch_size": 10}, "max_length", 1024),
         ({"num_of_sequences": 10}, "max_length", 1024),
         ({"chars_per_token": 3.6}, "max_length", 1024),
-        ({"dataset_kwargs": {"add_special_tokens": False}}, "max_length", 1024),
         ({"evaluation_strategy": "epoch"}, "eval_strategy", "epoch"),
     ],
 )

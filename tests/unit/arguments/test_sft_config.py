@@ -75,6 +75,7 @@ def test_vocabulary_tokens_survive_a_rebuild():
         ({"max_length": 0}, "must be above 0"),
         ({"packing": True, "max_length": None}, "set `max_length`"),
         ({"eval_packing": True, "max_length": None}, "set `max_length`"),
+        ({"dataset_kwargs": {"add_special_tokens": "no"}}, "allowed are True and False"),
         ({"dataset_kwargs": {"skip_prepare": True}}, "Did you mean `skip_prepare_dataset`"),
         ({"pad_to_multiple_of": -8}, "must be above 0"),
         ({"pad_to_multiple_of": "eight"}, "`pad_to_multiple_of='eight'`"),

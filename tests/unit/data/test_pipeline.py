@@ -323,3 +323,25 @@ def test_mixtures_refuse_weights_that_do_not_fit() -> None:
             mix_datasets(parts, weights)
     with pytest.raises(ArgumentError, match="is empty"):
         mix_datasets(parts, [1, 1], num_rows=2)
+
+
+def test_special_tokens_can_be_left_away(chat_tokenizer: Any) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    chat_tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", chat_tokenizer.bos_token_id)]
+    )
+    plain = chat_tokenizer("the cat", add_special_tokens=False)["input_ids"]
+    bos, eos = chat_tokenizer.bos_token_id, chat_tokenizer.eos_token_id
+    data = Dataset.from_dict({"text": ["the cat"]})
+    for special, append, expected in (
+        (True, True, [bos, *plain, eos]),
+        (False, True, [*plain, eos]),
+        (True, False, [bos, *plain]),
+        (False, False, plain),
+    ):
+        settings = DataSettings(add_special_tokens=special, append_eos=append)
+        split = prepare_split(data, chat_tokenizer, settings, say=lambda line: None)
+        assert split.dataset["input_ids"][:] == [expected]
+        assert split.audit.num_stop_expected == append
+        split.audit.check()

@@ -129,3 +129,42 @@ def test_tokens_are_counted_across_a_resume(tiny_llama: Any, chat_tokenizer: Any
     tokens = [entry["num_tokens"] for entry in whole.state.log_history if "num_tokens" in entry]
     assert tokens == sorted(tokens)
     assert [entry["num_tokens"] for entry in again.state.log_history if "num_tokens" in entry] == tokens
+
+
+@pytest.mark.parametrize("options", [{}, {"packing": True}])
+def test_evaluate_takes_raw_rows(options: dict[str, Any], tiny_llama: Any, chat_tokenizer: Any, tmp_path: Path) -> None:
+    rows = Dataset.from_list(ROWS["prompt-completion"])
+    trainer = finetune.SFTTrainer(tiny_llama(512), config(tmp_path, **options), None, rows, rows, chat_tokenizer)
+    expected = trainer.evaluate()["eval_loss"]
+    assert trainer.evaluate(rows)["eval_loss"] == pytest.approx(expected, rel=1e-6)
+    assert trainer.evaluate(ROWS["prompt-completion"])["eval_loss"] == pytest.approx(expected, rel=1e-6)
+    both = trainer.evaluate({"a": rows, "b": rows})
+    assert both["eval_a_loss"] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"packing": True}, {"padding_free": True}])
+def test_predict_takes_raw_rows_and_gives_each_its_own(
+    options: dict[str, Any], tiny_llama: Any, chat_tokenizer: Any, tmp_path: Path
+) -> None:
+    rows = Dataset.from_list(ROWS["prompt-completion"])
+    model = tiny_llama(512)
+    trainer = finetune.SFTTrainer(model, config(tmp_path, **options), None, rows, rows, chat_tokenizer)
+    output = trainer.predict(rows)
+    assert output.predictions.shape[0] == output.label_ids.shape[0] == len(rows)
+    text = ROWS["prompt-completion"][1]
+    ids = chat_tokenizer(text["prompt"] + text["completion"] + "<|im_end|>", add_special_tokens=False)["input_ids"]
+    alone = model(torch.tensor([ids])).logits[0].detach()
+    torch.testing.assert_close(torch.tensor(output.predictions[1, : len(ids)]), alone, rtol=1e-4, atol=1e-5)
+    assert trainer.data_collator.padding_free
+
+
+def test_rows_are_checked_before_weights_are_read(
+    tiny_llama: Any, chat_tokenizer: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    tiny_llama(512).config.save_pretrained(tmp_path / "model")
+    chat_tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(finetune.DataFormatError, match="Row 1"):
+        finetune.SFTTrainer(
+            str(tmp_path / "model"), config(tmp_path / "out"), train_dataset=Dataset.from_dict({"text": ["a", None]})
+        )
