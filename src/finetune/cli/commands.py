@@ -96,6 +96,13 @@ def preview(argv: Sequence[str] | None = None) -> None:
     run_preview(argv)
 
 
+def plan(argv: Sequence[str] | None = None) -> None:
+    """Tells what a training will hold in memory, without weights or a device."""
+    from finetune.cli.plan import run_plan
+
+    run_plan(argv)
+
+
 def version(name: str) -> str:
     """Returns the installed version of a package given by its import name, or ""."""
     try:

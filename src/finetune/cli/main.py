@@ -10,6 +10,7 @@ COMMANDS = {
     "classify": "sequence classification: `finetune classify --model_name_or_path ... --dataset_name ...`",
     "demo": "fine-tune the small model that comes with this package, and show what changed",
     "preview": "show what a model would be trained on: `finetune preview --model_name_or_path ... --dataset_name ...`",
+    "plan": "tell what a training will hold in memory: `finetune plan --model ... --optim ... --num_processes ...`",
     "report": "write report.html for a finished or running training: `finetune report RUN_FOLDER`",
     "env": "print versions and hardware, for bug reports",
     "doctor": "check that this installation can train",

@@ -1,0 +1,172 @@
+"""`finetune plan`: what a training will hold in memory, from the model's configuration alone.
+
+No weights are read, no device is needed: the training step of `finetune sft` runs on fake tensors.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from finetune.arguments import arg
+from finetune.errors import ArgumentError, FinetuneError, ModelLoadError
+
+_LLAMA = {"model_type": "llama", "rms_norm_eps": 1e-5}
+# Public configurations, so that these names need no network. From the models' config.json on the Hub.
+KNOWN_CONFIGS: dict[str, dict[str, Any]] = {
+    "google/gemma-2b": {
+        "model_type": "gemma", "vocab_size": 256000, "hidden_size": 2048, "intermediate_size": 16384,
+        "num_hidden_layers": 18, "num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 256,
+        "max_position_embeddings": 8192, "tie_word_embeddings": True,
+    },
+    "meta-llama/Llama-3.2-1B": {
+        **_LLAMA, "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "max_position_embeddings": 131072,
+        "tie_word_embeddings": True,
+    },
+    "Qwen/Qwen2.5-0.5B": {
+        "model_type": "qwen2", "vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864,
+        "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2, "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 32768, "tie_word_embeddings": True,
+    },
+    "HuggingFaceTB/SmolLM2-135M": {
+        **_LLAMA, "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+        "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+    },
+}  # fmt: skip
+
+
+@dataclass
+class PlanArguments:
+    """What to plan for."""
+
+    model: str | None = arg(None, "The same as `model_name_or_path`; also a config.json.")
+    num_processes: int = arg(8, "Devices over which DDP, FSDP2 and ZeRO divide the training.")
+
+
+def run_plan(argv: Sequence[str] | None = None) -> None:
+    """Prints the memory ledger of `finetune sft` with the same arguments: one device, DDP, FSDP2, ZeRO-1, 2 and 3."""
+    from finetune.arguments.parse import parse_arguments
+    from finetune.cli.script_arguments import ModelConfig
+    from finetune.sft.config import SFTConfig
+
+    options, args, model_args = parse_arguments((PlanArguments, SFTConfig, ModelConfig), argv, prog="finetune plan")
+    print(plan_text(options, args, model_args))
+
+
+def plan_text(options: PlanArguments, args: Any, model_args: Any) -> str:
+    """Returns the ledger as text.
+
+    Raises:
+        ArgumentError: arguments that cannot be planned for, or that the training itself would refuse.
+        ModelLoadError: the configuration cannot be read.
+    """
+    import torch
+
+    from finetune.cli.script_arguments import get_peft_config
+    from finetune.models.load import parse_dtype
+    from finetune.reporting.ledger import STRATEGIES, ledger_table, sharded, single
+    from finetune.reporting.planned_step import PlannedStep, mixed_dtype
+
+    name = options.model or model_args.model_name_or_path
+    _check(name, options, args, model_args)
+    assert name is not None
+    config, source = read_config(name, trust_remote_code=args.trust_remote_code)
+    parsed = parse_dtype(model_args.dtype)
+    stored = parsed if isinstance(parsed, torch.dtype) else getattr(config, "dtype", None) or torch.float32
+    options_of_model = {
+        "peft_config": get_peft_config(model_args), "attn_implementation": model_args.attn_implementation,
+    }  # fmt: skip
+    with PlannedStep(config, args, stored, autocast=mixed_dtype(args), **options_of_model) as step:
+        trace = narrow = step.trace()
+    if step.autocast is not None:
+        with PlannedStep(config, args, step.autocast, **options_of_model) as low:
+            narrow = low.trace()
+    sizes = step.sizes
+    rows = [single(trace)]
+    for way in STRATEGIES:
+        row = sharded(way, options.num_processes, trace, narrow, sizes, trained_bytes=step.gradient_bytes)
+        rows.append(dataclasses.replace(row, refused=_why_refused(way, args)))
+    precision = f"{step.dtype}, computed in {step.autocast}" if step.autocast is not None else str(step.dtype)
+    lines = [
+        f"{name} ({source}): {step.model_class}, {sizes.parameters / 1e6:,.1f}M parameters, "
+        f"{sizes.trained / 1e6:,.1f}M trained; {precision.replace('torch.', '')}",
+        f"{args.per_device_train_batch_size} rows x {args.max_length:,} tokens per device, all of them trained on; "
+        f"optim={getattr(args.optim, 'value', args.optim)}"
+        + (f" ({args.optim_args})" if args.optim_args else "")
+        + f"; {'' if args.gradient_checkpointing else 'no '}activation checkpointing; {step.head}",
+        *([step.described] if step.described else []),
+        "",
+        ledger_table(rows),
+        "",
+        "Groups are the most each holds; they do not fall in one moment, so the peak is less than their sum. One",
+        "device is traced on fake tensors, the others are computed from it. Not in it: the device's context, what its",
+        "allocator rounds up, and the kernels' own scratch.",
+        *_not_counted(args),
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def read_config(name: str, *, trust_remote_code: bool = False) -> tuple[Any, str]:
+    """Returns a configuration, and where it is from: a folder, a config.json, the built-in table, or the Hub.
+
+    Raises `ModelLoadError` when there is none.
+    """
+    from transformers import AutoConfig
+
+    from finetune.models.load import load_config
+
+    path = Path(name).expanduser()
+    if path.is_file():
+        try:
+            return AutoConfig.from_pretrained(str(path)), "this file"
+        except Exception as error:
+            raise ModelLoadError(f"`model` is the file {name!r}, which is no model configuration: {error}") from error
+    known = {each.lower(): each for each in KNOWN_CONFIGS}
+    if not path.exists() and name.lower() in known:
+        values = dict(KNOWN_CONFIGS[known[name.lower()]])
+        return AutoConfig.for_model(values.pop("model_type"), **values), "built-in table of configurations"
+    try:
+        config = load_config(name, trust_remote_code=trust_remote_code)
+    except FinetuneError as error:
+        raise ModelLoadError(
+            f"{error} `finetune plan` reads the configuration only: a config.json will do (`--model config.json`), and "
+            f"without a network it knows {', '.join(KNOWN_CONFIGS)}."
+        ) from error
+    return config, "folder" if path.is_dir() else "Hub or its cache"
+
+
+def _check(name: str | None, options: PlanArguments, args: Any, model_args: Any) -> None:
+    if not name:
+        raise ArgumentError("no model was named. Give a folder, a config.json or a Hub id: `--model`.")
+    if options.num_processes < 1:
+        raise ArgumentError(f"`num_processes` is {options.num_processes}; it must be at least 1.")
+    if args.max_length is None:
+        raise ArgumentError("`max_length` is None, so rows have no length to plan for. Give one.")
+    if model_args.load_in_4bit or model_args.load_in_8bit:
+        raise ArgumentError("`finetune plan` does not know quantized weights. Drop `load_in_4bit` and `load_in_8bit`.")
+
+
+def _why_refused(way: str, args: Any) -> str:
+    """Returns the error with which the optimizer refuses to be sharded, or nothing."""
+    from finetune.optim.low_rank_builders import refuse_sharding
+
+    optim = str(getattr(args.optim, "value", args.optim))
+    if way == "ddp" or not optim.startswith(("galore", "apollo")):
+        return ""
+    asked = SimpleNamespace(fsdp=way == "fsdp2", deepspeed=way.startswith("zero"))
+    request: Any = SimpleNamespace(name=optim, args=asked)
+    try:
+        refuse_sharding(request)
+    except ArgumentError as error:
+        return str(error)
+    return ""
+
+
+def _not_counted(args: Any) -> list[str]:
+    named = ("use_liger_kernel", "torch_compile", "activation_offloading")
+    found = [f"`{name}`" for name in named if getattr(args, name, False)]
+    return [f"Planned without {' and '.join(found)}, which would change activations."] if found else []

@@ -1,0 +1,109 @@
+"""The predicted peak against the allocator's own record of a real training, on CPU."""
+
+from contextlib import ExitStack
+
+import pytest
+import torch
+from datasets import Dataset
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig, GPT2Config, LlamaConfig
+
+from finetune import SFTConfig, SFTTrainer
+from finetune.cli.demo import MODEL
+from finetune.kernels.fused_head import fuse_head
+from finetune.models.activation import activation_checkpointing
+from finetune.optim.registry import build_optimizer
+from finetune.reporting.planned_step import PlannedStep, mixed_dtype
+
+MODELS = {
+    "llama": LlamaConfig(
+        vocab_size=1500,
+        hidden_size=128,
+        intermediate_size=352,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        tie_word_embeddings=True,
+    ),
+    "gpt2": GPT2Config(vocab_size=800, n_embd=96, n_layer=3, n_head=4, n_positions=256, bos_token_id=0, eos_token_id=0),
+    "gemma3": Gemma3TextConfig(
+        vocab_size=2000,
+        hidden_size=64,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=32,
+    ),
+}
+
+
+def arguments(folder, **changes):
+    values = {"per_device_train_batch_size": 4, "max_length": 128, "use_cpu": True, "gradient_checkpointing": False}
+    return SFTConfig(str(folder), **{**values, **changes})
+
+
+def predicted(config, args):
+    with PlannedStep(config, args, autocast=mixed_dtype(args)) as step:
+        return step.trace()
+
+
+def highest(record):
+    """Returns the highest sum of what torch's CPU allocator had given out within `record`, in bytes."""
+    events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+def measured(config, args):
+    """Returns the peak of two real updates, from the making of the model on, without any code of the plan."""
+    ids = torch.randint(0, config.vocab_size, (args.per_device_train_batch_size, args.max_length))
+    with ExitStack() as stack, profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        model = AutoModelForCausalLM.from_config(config).train()
+        stack.enter_context(activation_checkpointing(model, args.gradient_checkpointing))
+        stack.enter_context(fuse_head(model, entropy=True))
+        optimizer = build_optimizer(args, model)
+        for _ in range(2):
+            with torch.autocast("cpu", torch.bfloat16, enabled=bool(args.bf16)):
+                loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            loss.backward()
+            del loss
+            clip = getattr(optimizer, "clip_grad_norm", None)
+            clip(1.0) if clip else torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+    return highest(record)
+
+
+GALORE = {"optim_target_modules": "all-linear", "optim_args": "rank=8"}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optim": "adamw_torch"},
+        {"optim": "galore_adamw_layerwise", **GALORE},
+        {"optim": "adamw_torch", "gradient_checkpointing": True, "bf16": True},
+    ],
+    ids=["adamw", "galore-layerwise", "checkpointing-bf16"],
+)
+def test_peak_is_within_ten_percent(name, changes, tmp_path):
+    args = arguments(tmp_path, **changes)
+    guess = predicted(MODELS[name], args).peak()[0]
+    real = measured(MODELS[name], args)
+    assert guess == pytest.approx(real, rel=0.1)
+
+
+def test_peak_of_a_whole_sft_run(tmp_path):
+    """The demonstration model through `SFTTrainer`: what the trainer adds to a bare step is within the ten percent."""
+    config = AutoConfig.from_pretrained(MODEL)
+    args = arguments(tmp_path, max_steps=2, save_strategy="no", report_to="none", log_level="error", disable_tqdm=True)
+    rows = Dataset.from_list([{"input_ids": torch.randint(5, 1500, (args.max_length,)).tolist()} for _ in range(8)])
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        SFTTrainer(model, args, train_dataset=rows, processing_class=tokenizer).train()
+    assert predicted(config, args).peak()[0] == pytest.approx(highest(record), rel=0.1)
