@@ -23,7 +23,7 @@ from finetune.compat import TrainOutput
 from finetune.data import loader as loaders
 from finetune.distributed import prepare as preparation
 from finetune.engine import checks, features, setup, step
-from finetune.engine.accumulation import global_count, take
+from finetune.engine.accumulation import global_count, take, without_repeated_rows
 from finetune.engine.loop import run_training
 from finetune.engine.meter import LossMeter, NonFinitePolicy
 from finetune.engine.plan import ResumePoint, StepPlan
@@ -263,7 +263,16 @@ class Trainer(EvaluationMethods, OptimizerMethods, SavingMethods):
         Called once per optimizer step. Fewer batches than asked for at the end of the data.
         """
         batches = take(epoch_iterator, num_batches)
+        run = self._run
+        if run is not None and (self.model_accepts_loss_kwargs or self.compute_loss_func is not None):
+            place: dict[str, Any] = {"accelerator": self.accelerator, "loader": run.loader}
+            batches = without_repeated_rows(batches, run.batches_done, sums=self._sums_losses, **place)
         return batches, self._get_num_items_in_batch(batches, device)
+
+    @property
+    def _sums_losses(self) -> bool:
+        """Whether a batch without labels has the loss 0, because a sum is divided by the items of the whole batch."""
+        return self.label_smoother is not None or self._loss_divisor.model_divides is True
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         if not (self.model_accepts_loss_kwargs or self.compute_loss_func is not None):

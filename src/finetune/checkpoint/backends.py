@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from finetune.checkpoint import layout
 from finetune.checkpoint.rng import numpy_array_globals
 from finetune.errors import CheckpointError
-from finetune.models.adapters import is_peft_model
+from finetune.models.adapters import is_peft_model, unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +112,7 @@ def gather_weights(accelerator: Any, model: nn.Module, model_wrapped: Any, *, fo
                 "format; `zero_to_fp32.py` beside them makes a model of them."
             )
             return Gathered(engine_format=True)
-        if zero3 and is_peft_model(model) and _accepts_exclusion(model_wrapped):
+        if zero3 and _has_adapters(model) and _accepts_exclusion(model_wrapped):
             gather = model_wrapped._zero3_consolidated_16bit_state_dict
             return Gathered(gather(exclude_frozen_parameters=True))
         return Gathered(accelerator.get_state_dict(model_wrapped))
@@ -140,7 +140,7 @@ def load_sharded_weights(
                     f"`{folder}` was not written by DeepSpeed: no `global_step*` folder. Resume with the same "
                     "distributed setup, or pass another `resume_from_checkpoint`."
                 )
-            loaded, _ = model_wrapped.load_checkpoint(str(folder), load_module_strict=not is_peft_model(model))
+            loaded, _ = model_wrapped.load_checkpoint(str(folder), load_module_strict=not _has_adapters(model))
             if loaded is None:
                 raise CheckpointError(f"DeepSpeed found nothing to load in `{folder}`.")
         else:
@@ -225,8 +225,13 @@ def restoring(path: Path) -> Iterator[None]:
 
 
 def _save_deepspeed(folder: Path, model: nn.Module, engine: Any) -> None:
-    exclude = _accepts_exclusion(engine) and is_peft_model(model)
+    exclude = _accepts_exclusion(engine) and _has_adapters(model)
     engine.save_checkpoint(str(folder), **({"exclude_frozen_parameters": True} if exclude else {}))
+
+
+def _has_adapters(model: nn.Module) -> bool:
+    # What is loaded into is the engine around the model, and the adapter's checkpoint lacks the frozen weights.
+    return is_peft_model(unwrap(model, keep_adapters=True))
 
 
 def _accepts_exclusion(engine: Any) -> bool:

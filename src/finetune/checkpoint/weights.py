@@ -76,7 +76,10 @@ def write_model(
         target: Any = unwrap(model, keep_adapters=True)
         in_background = writer is not None and writer.collects and not (is_peft_model(target) or joins_gather)
         if state_dict is not None or in_background or not hasattr(target, "save_pretrained"):
+            gathered = state_dict is not None
             state_dict = without_wrapper_prefixes(target.state_dict() if state_dict is None else state_dict)
+            if gathered:
+                state_dict = without_tied_copies(state_dict, target)
         if in_background:
             assert writer is not None
             state_dict = writer.snapshot(state_dict)
@@ -137,6 +140,24 @@ def without_wrapper_prefixes(state_dict: dict[str, Tensor]) -> dict[str, Tensor]
     if state_dict and all(name.startswith("module.") for name in state_dict):
         state_dict = {name.removeprefix("module."): tensor for name, tensor in state_dict.items()}
     return {name.replace("_orig_mod.", ""): tensor for name, tensor in state_dict.items()}
+
+
+def without_tied_copies(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
+    """Returns gathered weights with one name for each tied one: gathering copies, so they no longer share memory.
+
+    A name goes only if its tensor equals the one it is tied to, bit for bit. `save_pretrained` of a model in one
+    piece leaves the same names out.
+    """
+    tied = dict(getattr(unwrap(model), "all_tied_weights_keys", None) or {})
+    prefix = "base_model.model." if is_peft_model(unwrap(model, keep_adapters=True)) else ""
+    copies = {
+        prefix + name
+        for name, source in tied.items()
+        if prefix + name in state_dict
+        and prefix + source in state_dict
+        and files.same_bits(state_dict[prefix + name], state_dict[prefix + source])
+    }
+    return {name: tensor for name, tensor in state_dict.items() if name not in copies}
 
 
 def without_aliases(state_dict: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -77,7 +77,9 @@ def train_sampler(dataset: Any, args: Any, input_name: str | None = None) -> Sam
         return SequentialSampler(dataset)
     if strategy == "group_by_length":
         lengths = row_lengths(dataset, args.length_column_name, input_name or "input_ids")
-        return LengthGroupedSampler(lengths, args.train_batch_size * args.gradient_accumulation_steps, seed)
+        # All rows of a step, so that the order does not depend on how many processes share it.
+        rows = args.train_batch_size * args.gradient_accumulation_steps * max(1, args.world_size)
+        return LengthGroupedSampler(lengths, rows, seed)
     if strategy == "batch_rebalance":
         world_size = max(1, args.world_size)
         return BatchRebalanceSampler(

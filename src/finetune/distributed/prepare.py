@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,7 +65,8 @@ def prepare(
         wrapped = model if isinstance(model, nn.DataParallel) else nn.DataParallel(model)
         prepared = Prepared(wrapped, accelerator.prepare(create_optimizer()))
     else:
-        prepared = Prepared(*accelerator.prepare(model, create_optimizer()))
+        with _embeddings_on_their_own(accelerator, model):
+            prepared = Prepared(*accelerator.prepare(model, create_optimizer()))
     if version is not None:
         _allow_generation(prepared.model)
     return prepared
@@ -113,7 +115,8 @@ def prepare_for_evaluation(accelerator: Any, model: nn.Module) -> nn.Module:
         config.del_config_sub_tree("lr_scheduler")
         return accelerator.prepare(model)
     if fsdp_version(accelerator) is not None:
-        return accelerator.prepare(model)
+        with _embeddings_on_their_own(accelerator, model):
+            return accelerator.prepare(model)
     return accelerator.prepare_model(model, evaluation_mode=True)
 
 
@@ -160,6 +163,33 @@ def _fit_fsdp_to_adapters(accelerator: Any, model: nn.Module) -> None:
         from transformers.integrations.fsdp import update_fsdp_plugin_peft  # pyright: ignore
 
     update_fsdp_plugin_peft(model, accelerator)
+
+
+@contextmanager
+def _embeddings_on_their_own(accelerator: Any, model: Any) -> Iterator[None]:
+    """Under FSDP2, keeps modules that hold the input embedding (`BertEmbeddings`) from being sharded as one unit.
+
+    accelerate shards the input embedding by itself after the modules its policy names, and torch refuses to shard what
+    is sharded already. The other parameters of such a module belong to the unit of the whole model then.
+    """
+    plugin = accelerator.state.fsdp_plugin if fsdp_version(accelerator) == 2 else None
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    if plugin is None or embedding is None:
+        yield
+        return
+    before = plugin.transformer_cls_names_to_wrap
+    named = list(before if before is not None else getattr(model, "_no_split_modules", None) or ())
+    around = {
+        type(module).__name__
+        for module in model.modules()
+        if type(module).__name__ in named and any(inner is embedding for inner in module.modules())
+    }
+    if around:
+        plugin.transformer_cls_names_to_wrap = [name for name in named if name not in around]
+    try:
+        yield
+    finally:
+        plugin.transformer_cls_names_to_wrap = before
 
 
 def _allow_generation(model: Any) -> None:

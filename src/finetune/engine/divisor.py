@@ -18,8 +18,9 @@ class LossDivisor:
     A micro-batches their gradients are A times too large. Here the count is passed as a tensor that asks for a
     gradient: if the loss does not depend on it, the model averaged, and the mean is weighted by hand.
 
-    FSDP and ZeRO-3 (`sharded`) attach hooks to every input that asks for a gradient. There the loss of the first batch
-    is computed twice more, without gradients and from one random state, for the count and for its double.
+    FSDP and DeepSpeed (`sharded`) take every backward pass, and inputs that ask for a gradient, for their own. There
+    the loss of the first batch is computed twice more, without gradients and from one random state: for the count and
+    for its double.
     """
 
     def __init__(self, *, sharded: bool = False) -> None:
@@ -63,7 +64,7 @@ class DivisionCheck:
     transformers takes such a loss for one that was divided by the whole batch's count: over A micro-batches its
     gradients are A times too large. So it is here, because an override may well have divided by A itself.
 
-    Models that FSDP or ZeRO-3 shard are not checked: their hooks take every input that asks for a gradient as theirs.
+    Models of FSDP and DeepSpeed are not checked: these take every backward pass for their own.
     """
 
     def __init__(self, *, sharded: bool = False) -> None:

@@ -44,7 +44,7 @@ def count_rows(inputs: Any, number: int, accelerator: "Accelerator", dataloader:
         return CountedBatch(inputs, own, own * accelerator.num_processes)
     valid = min(max(state.remainder - accelerator.process_index * own, 0), own)
     if valid < own:
-        inputs = _without_repetitions(inputs, valid, own, number, dataloader)
+        inputs = without_repetitions(inputs, valid, own, number, dataloader)
     return CountedBatch(inputs, valid, state.remainder)
 
 
@@ -58,7 +58,12 @@ def _rows_of_a_process(size: int, remainder: int | None, accelerator: "Accelerat
     return -(-everywhere // accelerator.num_processes)
 
 
-def _without_repetitions(inputs: Any, valid: int, own: int, number: int, dataloader: Any) -> Any:
+def without_repetitions(inputs: Any, valid: int, own: int, number: int, dataloader: Any) -> Any:
+    """Returns micro-batch `number`, of `own` rows, with its first `valid` rows only: cut, collated anew or masked.
+
+    Without a valid row one repeated row stays, because a model cannot run on nothing; where batches have no row
+    dimension everything stays and the labels are masked.
+    """
     if _has_rows(inputs, own):
         keep = max(valid, 1)
         return {key: value[:keep] if isinstance(value, Tensor) else value for key, value in inputs.items()}

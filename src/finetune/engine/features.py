@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from finetune.models.activation import activation_checkpointing, use_cache
+from finetune.models.adapters import reentrant_checkpointing_kwargs
 from finetune.models.tokens import align_special_tokens
 
 if TYPE_CHECKING:
@@ -30,11 +31,11 @@ def enter(
         handle = apply_liger(model, _as_dict(args.liger_kernel_config))
         stack.callback(handle.remove)
     stack.enter_context(use_cache(model, bool(args.use_cache)))
-    stack.enter_context(
-        activation_checkpointing(
-            model, bool(args.activation_checkpointing), _as_dict(args.activation_checkpointing_kwargs)
-        )
-    )
+    kwargs = _as_dict(args.activation_checkpointing_kwargs)
+    if args.activation_checkpointing:
+        stage = getattr(args.deepspeed_plugin, "zero_stage", 0) or 0
+        kwargs = reentrant_checkpointing_kwargs(model, kwargs, stage)
+    stack.enter_context(activation_checkpointing(model, bool(args.activation_checkpointing), kwargs))
     if processing_class is not None:
         align_special_tokens(model, processing_class)
     if neftune_noise_alpha is not None:

@@ -14,7 +14,7 @@ from finetune.compat import coerce_training_arguments
 from finetune.control.builtin import DefaultFlowCallback, PrinterCallback, ProgressCallback
 from finetune.control.callbacks import CallbackHandler, Events
 from finetune.control.state import TrainerControl, TrainerState, export_states
-from finetune.distributed.accelerator import build_accelerator, zero_stage
+from finetune.distributed.accelerator import build_accelerator
 from finetune.engine import checks, divisor, search, setup
 from finetune.engine.run import TrainingRun
 from finetune.models.traits import inspect_model
@@ -110,7 +110,7 @@ class TrainerBase:
         self._traits = inspect_model(self.model, args.label_names)
         self.model_accepts_loss_kwargs = self._traits.accepts_loss_kwargs
         self.label_names, self.can_return_loss = list(self._traits.label_names), self._traits.can_return_loss
-        sharded = {"sharded": self.is_fsdp_enabled or zero_stage(self.accelerator) == 3}
+        sharded = {"sharded": self.is_fsdp_enabled or self.is_deepspeed_enabled}
         self._loss_divisor, self._division_check = divisor.LossDivisor(**sharded), divisor.DivisionCheck(**sharded)
         self.label_smoother = setup.label_smoother(args, self.model)
         self.data_collator = data_collator or setup.default_collator(processing_class)
