@@ -45,7 +45,7 @@ def launch(processes: int, out: Path, model: str, accumulation: int, **options: 
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=400,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]

@@ -1,0 +1,84 @@
+"""Interrupts and resumes trainings of all processes and compares each end with that of the uninterrupted run.
+
+python -m torch.distributed.run --nproc_per_node=2 run_resume.py OUT
+"""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TESTS = Path(__file__).resolve().parents[1]
+
+
+def load(name: str, path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+fixtures = load("fixtures", TESTS / "conftest.py")
+helpers = load("resume_helpers", TESTS / "trajectories" / "test_resume.py")
+
+
+def rows() -> Any:
+    """Returns rows for a classifier; 18 of them are not a multiple of the 8 of one optimizer step."""
+    from datasets import Dataset
+
+    ids = torch.randint(5, 128, (18, 12), generator=torch.Generator().manual_seed(0)).tolist()
+    return Dataset.from_dict({"input_ids": ids, "labels": [i % 3 for i in range(18)]})
+
+
+def stream() -> Any:
+    return fixtures.make_padded_dataset(18).to_iterable_dataset(num_shards=2).shuffle(seed=1, buffer_size=6)
+
+
+def llama_rows() -> Any:
+    return fixtures.make_padded_dataset(18)
+
+
+CASES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "plain": (fixtures.make_tiny_llama, llama_rows, {}),
+    "dropout": (fixtures.make_tiny_bert, rows, {"ddp_find_unused_parameters": False}),
+    "length grouped": (fixtures.make_tiny_llama, llama_rows, {"train_sampling_strategy": "group_by_length"}),
+    "stream": (fixtures.make_tiny_llama, stream, {"max_steps": 6}),
+    "background saves": (fixtures.make_tiny_llama, llama_rows, {"async_save": True}),
+    "layerwise GaLore": (
+        fixtures.make_tiny_llama,
+        llama_rows,
+        {
+            "optim": "galore_adamw_layerwise",
+            "optim_target_modules": [r".*attn.*", r".*mlp.*"],
+            "optim_args": "rank=4, update_proj_gap=2, scale=0.25",
+        },
+    ),
+}
+
+
+def main(out: Path) -> None:
+    from accelerate import PartialState
+
+    found: dict[str, str] = {}
+    for name, (model, data, options) in CASES.items():
+        folder = out / name.replace(" ", "_")
+        whole = helpers.build(model, data(), folder / "whole", **options)
+        whole.train()
+        cut = helpers.interrupted_and_resumed(model, data(), folder / "cut", 3, **options)
+        try:
+            helpers.assert_equal(helpers.everything(cut), helpers.everything(whole))
+            found[name] = "equal"
+        except AssertionError as error:
+            found[name] = str(error)
+    state = PartialState()
+    found["processes"] = str(state.num_processes)
+    (out / f"report_{state.process_index}.json").write_text(json.dumps(found))
+    whole.end()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
