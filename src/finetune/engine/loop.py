@@ -76,7 +76,7 @@ def _run_window(run: TrainingRun, batches: list[Any], num_items: Any, hooks: Loo
         run.set_sync(last)
         if index == 0:
             events.fire("on_step_begin")
-        with run.sync_context(last):
+        with run.sync_context(last), run.observed():
             loss = hooks.training_step(run.model, inputs, num_items)
         run.meter.add(loss, events.state.global_step, run.place)
         run.count_work(hooks, inputs, events.state)
@@ -98,7 +98,9 @@ def _update(run: TrainingRun, hooks: LoopHooks, events: Events) -> None:
     run.stepping = True
     skipped = run.meter.window_is_bad(run.grad_norm)
     if not skipped:
+        run.before_update()
         run.optimizer.step()
+        run.after_update()
     events.fire("on_optimizer_step")
 
     run.learning_rate = hooks._get_learning_rate()

@@ -43,6 +43,8 @@ class TrainingRun:
         stepping: whether an update is half done, so that the state is not one to save.
         window_batches: micro-batches of the current window (`current_gradient_accumulation_steps`).
         flos: floating point operations of this process since they were last stored.
+        observers: who watches the first update: `micro_batch(model)`, `before_update` and `after_update`.
+        ledger, precision: its memory and its number formats, for the report; None when nobody asked.
     """
 
     args: "TrainingArguments"
@@ -71,6 +73,9 @@ class TrainingRun:
     learning_rate: float | None = None
     flos: float = 0.0
     tokens: Any = 0
+    observers: list[Any] = field(default_factory=list)
+    ledger: Any = None
+    precision: Any = None
 
     def __post_init__(self) -> None:
         distributed_type = str(self.accelerator.distributed_type).rsplit(".", 1)[-1].upper()
@@ -138,6 +143,25 @@ class TrainingRun:
         """Advances the schedule, unless the optimizer skipped the step (fp16 overflow) or it waits for a metric."""
         if not self.accelerator.optimizer_step_was_skipped and not self._metric_schedule:
             self.lr_scheduler.step()
+
+    def observed(self) -> contextlib.AbstractContextManager[Any]:
+        """Returns the context of one micro-batch for those who watch the run's first update."""
+        if not self.observers:
+            return contextlib.nullcontext()
+        stack = contextlib.ExitStack()
+        for observer in self.observers:
+            stack.enter_context(observer.micro_batch(self.model))
+        return stack
+
+    def before_update(self) -> None:
+        for observer in self.observers:
+            observer.before_update(self.model, self.optimizer)
+
+    def after_update(self) -> None:
+        """Tells the observers that the first update is done; they are not told of any other."""
+        observers, self.observers = self.observers, []
+        for observer in observers:
+            observer.after_update(self.model, self.optimizer)
 
     def clear_gradients(self) -> None:
         """Frees the gradients. DeepSpeed keeps its own and is asked instead."""

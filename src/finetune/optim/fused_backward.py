@@ -78,6 +78,10 @@ class ProjectInBackward:
         basis = state.get("basis_left", state.get("basis_right"))
         return low.to(basis.dtype)
 
+    def projections(self) -> list[Tensor]:
+        """Returns the projections that are held now."""
+        return list(self._projections.values())
+
     def clear(self) -> None:
         """Forgets the window's projections."""
         self._projections.clear()
@@ -162,6 +166,12 @@ def optimizer_logs(optimizer: Any) -> dict[str, float]:
 
     inner = unwrap(optimizer)
     return inner.stats() if isinstance(inner, GaLoreOptimizer) else {}
+
+
+def describe_optimizer(optimizer: Any) -> str:
+    """Returns what the optimizer says about itself on one line, such as how many weights GaLore projects, or ""."""
+    describe = getattr(unwrap(optimizer), "describe", None)
+    return str(describe()) if callable(describe) else ""
 
 
 def release_optimizer(optimizer: Any) -> None:

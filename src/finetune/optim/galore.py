@@ -6,6 +6,7 @@ groups, so schedules, clipping and checkpoints act on them as on any optimizer. 
 reference: with `svd="exact"` the trajectories agree to 1e-6. Source: Zhao et al., "GaLore", 2024, algorithm 2.
 """
 
+import math
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -203,19 +204,38 @@ class GaLoreOptimizer(Optimizer):
             "galore_captured_energy": energies.mean().item(),
         }
 
+    def moment_bytes(self, shape: tuple[int, ...], p: Tensor) -> int:
+        """Returns the bytes of the moments of parameter `p` whose gradient, or its projection, has `shape`."""
+        raise NotImplementedError
+
+    def planned_state(self) -> dict[str, int]:
+        """Returns the bytes, before the first step, of `moments`, `bases` and `gradients`; `projected` are the moments
+        of the projected weights alone. In layerwise mode their gradients are projections."""
+        planned = {"moments": 0, "bases": 0, "gradients": 0, "projected": 0}
+        for group in self.param_groups:
+            for p in group["params"]:
+                shape = tuple(p.shape)
+                if "rank" in group:
+                    rank, (m, n) = min(group["rank"], *shape), shape
+                    side: Side = side_of(p.shape, group["proj_type"])
+                    shape = {"left": (rank, n), "right": (m, rank), "full": (rank, rank)}[side]
+                    basis = {"left": m * rank, "right": rank * n, "full": (m + n) * rank}[side]
+                    planned["bases"] += basis * p.element_size()
+                    planned["projected"] += self.moment_bytes(shape, p)
+                planned["moments"] += self.moment_bytes(shape, p)
+                held = p.shape if self.backward is None else shape
+                planned["gradients"] += math.prod(held) * p.element_size()
+        return planned
+
     def describe(self) -> str:
         """Returns one line: how many weights are projected and how many bytes of moments and gradients that saves."""
-        low = full = gradients = narrow = 0
-        for group in self.param_groups:
-            for p in group["params"] if "rank" in group else ():
-                rank, (m, n) = min(group["rank"], *p.shape), p.shape
-                side: Side = side_of(p.shape, group["proj_type"])
-                moments = {"left": rank * n, "right": m * rank, "full": rank * rank}[side]
-                bases = {"left": m * rank, "right": rank * n, "full": (m + n) * rank}[side]
-                low += (2 * moments + bases) * p.element_size()
-                full += 2 * p.numel() * p.element_size()
-                gradients += p.numel() * p.element_size() if self.backward is not None else 0
-                narrow += group["rank"] > min(p.shape)
+        planned, targets = self.planned_state(), self.targets()
+        full = sum(self.moment_bytes(tuple(p.shape), p) for p in targets)
+        gradients = sum(p.numel() * p.element_size() for p in targets) if self.backward is not None else 0
+        narrow = sum(
+            group["rank"] > min(p.shape) for group in self.param_groups if "rank" in group for p in group["params"]
+        )
+        low = planned["projected"] + planned["bases"]
         text = (
             f"GaLore projects {len(self._index)} weights: moments and bases take {low / 2**20:.1f} MiB instead of "
             f"{full / 2**20:.1f} MiB of full moments"

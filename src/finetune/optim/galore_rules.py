@@ -45,6 +45,10 @@ class GaLoreAdamW(GaLoreOptimizer):
         square.mul_(beta2).addcmul_(gradient, gradient, value=1.0 - beta2)
         return (mean / square.sqrt().add_(group["eps"])).mul_(adam_step_size(group, int(state["step"].item())))
 
+    def moment_bytes(self, shape: tuple[int, ...], p: Tensor) -> int:
+        """Returns the bytes of two moments in the parameter's type."""
+        return 2 * math.prod(shape) * p.element_size()
+
     def rotate(self, state: dict[str, Any], old: Basis, new: Basis) -> None:
         """Expresses both moments in the new basis."""
         if "exp_avg" in state:
@@ -129,6 +133,13 @@ class GaLoreAdamW8bit(GaLoreAdamW):
             skip_zeros=False,
         )
         return moved.neg_()
+
+    def moment_bytes(self, shape: tuple[int, ...], p: Tensor) -> int:
+        """Returns the bytes of two 8-bit moments with their scales, or of two ordinary ones where those are kept."""
+        count = math.prod(shape)
+        if id(p) in self._wide or count < _SMALLEST_8BIT:
+            return super().moment_bytes(shape, p)
+        return 2 * (count + 4 * -(-count // _BLOCK))
 
     def _code_maps(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Returns the values that the codes of the first and of the second moment stand for."""
@@ -219,6 +230,12 @@ class GaLoreAdafactor(GaLoreOptimizer):
             state["exp_avg_sq_col"] = turn_squares(turn, state["exp_avg_sq_col"])
             if "exp_avg" in state:
                 state["exp_avg"] = state["exp_avg"] @ turn.t()
+
+    def moment_bytes(self, shape: tuple[int, ...], p: Tensor) -> int:
+        """Returns the bytes of the factored or plain averages, and of the first moment if there is one, in float32."""
+        factored = len(shape) >= 2
+        count = math.prod(shape[:-1]) + math.prod((*shape[:-2], shape[-1])) if factored else math.prod(shape)
+        return 4 * (count + (math.prod(shape) if self.defaults["beta1"] is not None else 0))
 
     def apply(self, p: Tensor, update: Tensor, group: ParameterGroup) -> None:
         """Decays the weight, then subtracts `update`, both in float32."""

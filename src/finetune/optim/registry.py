@@ -7,7 +7,6 @@
 and `TrainingArguments(optim="adan", optim_args="...")` then builds it over the usual parameter groups.
 """
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -33,9 +32,6 @@ class OptimizerArguments(Protocol):
     adam_beta2: float
     adam_epsilon: float
     seed: int
-
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -136,8 +132,6 @@ def build_optimizer(
         over = parameter_groups(source, args.weight_decay, decay_names=decay_names, learning_rates=rates)
     optimizer = cls(over, **kwargs)
     _keep_embeddings_wide(cls, kwargs, source)
-    if callable(describe := getattr(optimizer, "describe", None)):
-        logger.info(describe())
     return optimizer
 
 

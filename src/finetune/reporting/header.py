@@ -7,15 +7,25 @@ from typing import Any
 
 import torch
 
+from finetune.optim.fused_backward import describe_optimizer
 from finetune.reporting.flops import model_flops_utilization
 from finetune.reporting.memory import format_bytes, peak_device_bytes, peak_rss_bytes, take_ledger
+from finetune.reporting.precision import LivePrecision
+from finetune.reporting.run_ledger import RunLedger
 
 # Optimizer state per parameter, in tensors of the parameter's size, for classes whose state appears at the first step.
 _STATE_TENSORS = {"Adam": 2, "AdamW": 2, "NAdam": 2, "RAdam": 2, "Adamax": 2, "Lion": 1, "RMSprop": 1, "Adadelta": 2}
 
 
 def start_lines(
-    *, model: Any, args: Any, optimizer: Any, plan: Any, state: Any, world_size: int | None = None
+    *,
+    model: Any,
+    args: Any,
+    optimizer: Any,
+    plan: Any,
+    state: Any,
+    world_size: int | None = None,
+    ledger: RunLedger | None = None,
 ) -> list[str]:
     """Returns the header of a run, one `name  value` per line.
 
@@ -30,6 +40,8 @@ def start_lines(
         ("batch", _batch_text(plan, world)),
         ("length", _length_text(plan, state, args)),
         ("optimizer", _optimizer_text(model, optimizer, args)),
+        *([("", described)] if (described := describe_optimizer(optimizer)) else []),
+        *([("memory", ledger.start_text())] if ledger is not None else []),
         ("output", str(args.output_dir)),
     ]
     width = max(len(name) for name, _ in rows)
@@ -44,6 +56,8 @@ def end_lines(
     optimizer: Any = None,
     model: Any = None,
     stalls: Sequence[float] = (),
+    ledger: RunLedger | None = None,
+    precision: LivePrecision | None = None,
 ) -> list[str]:
     """Returns the summary of a finished run: time, rates, loss, memory, what saving cost, and the best checkpoint.
 
@@ -63,6 +77,10 @@ def end_lines(
         first, last = evaluated[0]["eval_loss"], evaluated[-1]["eval_loss"]
         rows.append(("eval loss", f"{first:.4g} -> {last:.4g}" if len(evaluated) > 1 else f"{last:.4g}"))
     rows.append(("memory", _memory_text(model, optimizer)))
+    if ledger is not None:
+        rows.append(("", ledger.end_text()))
+    if precision is not None and precision.text:
+        rows.append(("dtypes", precision.text))
     share = model_flops_utilization(state.total_flos, runtime, args.device, args.world_size) if runtime else None
     if share is not None:
         rows.append(("utilisation", f"{share:.1%} of the 16-bit peak (model FLOPs)"))
@@ -75,20 +93,29 @@ def end_lines(
 
 
 def log_start(trainer: Any, run: Any) -> None:
-    """Writes the header of `run` to standard error. Quiet inside a hyperparameter search."""
+    """Writes the header of `run` to standard error, and sets who watches its first update.
+
+    Quiet inside a hyperparameter search.
+    """
+    run.ledger, run.precision = RunLedger(trainer.model, run.optimizer, trainer.args), LivePrecision(trainer.args)
+    run.observers = [run.precision, run.ledger]
     if run.trial is None and _speaks(trainer.args, trainer.is_world_process_zero()):
         lines = start_lines(
-            model=trainer.model, args=trainer.args, optimizer=run.optimizer, plan=run.plan, state=trainer.state
-        )
+            model=trainer.model, args=trainer.args, optimizer=run.optimizer, plan=run.plan, state=trainer.state,
+            ledger=run.ledger,
+        )  # fmt: skip
         _write("Training", lines)
 
 
 def log_end(trainer: Any, run: Any, metrics: dict[str, Any], stalls: Sequence[float] = ()) -> None:
-    """Writes the summary of `run` to standard error."""
+    """Writes the summary of `run` to standard error, and its memory ledger to the run's folder."""
+    run.ledger.finish(trainer.model, run.optimizer)
+    if run.trial is None and getattr(trainer.args, "should_save", False):
+        run.ledger.write(trainer.args.output_dir)
     if run.trial is None and _speaks(trainer.args, trainer.is_world_process_zero()):
         lines = end_lines(
             metrics=metrics, state=trainer.state, args=trainer.args, optimizer=run.optimizer, model=trainer.model,
-            stalls=stalls,
+            stalls=stalls, ledger=run.ledger, precision=run.precision,
         )  # fmt: skip
         _write("Trained", lines)
 

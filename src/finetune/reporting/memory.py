@@ -163,15 +163,16 @@ def take_ledger(model: nn.Module, optimizer: Any = None) -> Ledger:
         name = str(parameter.dtype).removeprefix("torch.")
         dtypes[name] = dtypes.get(name, 0) + parameter.numel()
     return Ledger(
-        parameters=_bytes_of(parameters, seen),
-        gradients=_bytes_of((p.grad for p in parameters if p.grad is not None), seen),
-        optimizer=_bytes_of(_tensors_in(dict(getattr(optimizer, "state", None) or {})), seen),
-        buffers=_bytes_of(model.buffers(), seen),
+        parameters=bytes_of(parameters, seen),
+        gradients=bytes_of((p.grad for p in parameters if p.grad is not None), seen),
+        optimizer=bytes_of(tensors_in(dict(getattr(optimizer, "state", None) or {})), seen),
+        buffers=bytes_of(model.buffers(), seen),
         dtypes=dtypes,
     )
 
 
-def _bytes_of(tensors: Iterable[Tensor], seen: set[int]) -> int:
+def bytes_of(tensors: Iterable[Tensor], seen: set[int]) -> int:
+    """Returns the memory of `tensors` on this process; memory that is in `seen` counts no more."""
     total = 0
     for tensor in tensors:
         # A sharded parameter counts with the part this process holds.
@@ -187,15 +188,16 @@ def _bytes_of(tensors: Iterable[Tensor], seen: set[int]) -> int:
     return total
 
 
-def _tensors_in(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yields the tensors in nested dictionaries, lists and tuples."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict):
         for member in value.values():
-            yield from _tensors_in(member)
+            yield from tensors_in(member)
     elif isinstance(value, list | tuple):
         for member in value:
-            yield from _tensors_in(member)
+            yield from tensors_in(member)
 
 
 def format_bytes(count: float) -> str:

@@ -43,8 +43,8 @@ def write_report(
         config: field -> value, or field -> `{"value": ..., "source": "file" | "flag" | "default" | ...}`. Tokens
             are never written.
         extra: any of `title` and `notes` (text), `results` (name -> value), `data_audit` (rows of a table, or name
-            -> value), `generations` (rows with `prompt`, `before`, `after` and more), `series` (title -> points of
-            (step, value), drawn as further curves), `environment` (name -> value).
+            -> value), `memory` (rows), `generations` (rows with `prompt`, `before`, `after` and more), `series` (title
+            -> points of (step, value), drawn as further curves), `environment` (name -> value).
 
     Raises:
         OSError: the folder cannot be written.
@@ -60,6 +60,7 @@ def write_report(
         _section("Before and after", _rows_table(extra.get("generations"), text=True)),
         _section("Results", _any_table(extra.get("results"))),
         _section("Data", _any_table(extra.get("data_audit"))),
+        _section("Memory", _any_table(extra.get("memory"))),
         _section("Configuration", _configuration(config)),
         _section("Environment", _any_table(extra.get("environment"))),
     ]
@@ -80,8 +81,8 @@ def write_report(
 def report_from_run(run_dir: str | os.PathLike[str], extra: Mapping[str, Any] | None = None) -> Path:
     """Writes the report of a finished or running `output_dir` from its files and returns its path.
 
-    Reads `trainer_state.json` (or the newest checkpoint's), and if present `all_results.json` and
-    `resolved_config.yaml`.
+    Reads `trainer_state.json` (or the newest checkpoint's), and if present `all_results.json`, `memory_ledger.json`
+    and `resolved_config.yaml`.
 
     Raises:
         ArgumentError: there is no state of a trainer in `run_dir`.
@@ -90,6 +91,10 @@ def report_from_run(run_dir: str | os.PathLike[str], extra: Mapping[str, Any] | 
     found: dict[str, Any] = {}
     if (folder / "all_results.json").is_file():
         found["results"] = json.loads((folder / "all_results.json").read_text(encoding="utf-8"))
+    if (folder / "memory_ledger.json").is_file():
+        from finetune.reporting.run_ledger import ledger_rows
+
+        found["memory"] = ledger_rows(json.loads((folder / "memory_ledger.json").read_text(encoding="utf-8")))
     config: Mapping[str, Any] | None = None
     if (folder / "resolved_config.yaml").is_file():
         import yaml
