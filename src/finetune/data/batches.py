@@ -1,6 +1,6 @@
 """One batch of rows through the whole preparation: format, template, tokens, masks, labels, truncation."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from finetune.data.formats import (
     read_conversations,
     read_texts,
 )
-from finetune.data.labels import LabelledBatch, StopTokens, label_batch
+from finetune.data.labels import LabelledBatch, StopTokens, join_labelled, label_batch
 from finetune.data.pretokenized import read_tokenized
 from finetune.data.rows import WEIGHTS
 from finetune.data.settings import DataSettings
@@ -23,6 +23,9 @@ from finetune.data.spans import ChatRenderer, RenderedBatch
 from finetune.data.templates import stop_token_ids, try_training_template
 from finetune.data.tokenize import Encoder, TokenBatch, tokenize_pairs, tokenize_plain, tokenize_spans
 from finetune.errors import DataFormatError
+
+# Rows that are worked on together; while they are in the tokenizer, the next ones are rendered.
+_PART = 250
 
 
 class BatchProcessor:
@@ -100,6 +103,11 @@ class BatchProcessor:
         if self.formats:
             assert self.settings.formatting_func is not None
             batch = apply_formatting(batch, rows, self.settings.formatting_func)
+        parts = [slice(start, start + _PART) for start in range(0, len(rows), _PART)]
+        made = self.encoder.in_turns(lambda part: self._process(_Rows(batch, part), rows[part], truncate), parts)
+        return join_labelled(made) if len(made) > 1 else made[0]
+
+    def _process(self, batch: Columns, rows: Sequence[int], truncate: bool) -> LabelledBatch:
         expects_stop: np.ndarray | bool = self.settings.append_eos
         if self.format.kind is Kind.TOKENIZED:
             tokens = read_tokenized(batch, rows, self.tokenizer, self.name)
@@ -214,6 +222,22 @@ class BatchProcessor:
         chats = [parse_json_column(row[c], c, f"row 0 of the {self.name} data set") for c in columns if self._is_chat]
         messages = [message for chat in chats if isinstance(chat, (list, tuple)) for message in chat]
         return any(isinstance(message, Mapping) and any(flag in message for flag in flags) for message in messages)
+
+
+class _Rows(Mapping[str, Sequence[Any]]):
+    """A slice of the rows of a batch; a column is read when it is asked for."""
+
+    def __init__(self, batch: Columns, rows: slice) -> None:
+        self._batch, self._rows = batch, rows
+
+    def __getitem__(self, column: str) -> Sequence[Any]:
+        return self._batch[column][self._rows]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._batch)
+
+    def __len__(self) -> int:
+        return len(self._batch)
 
 
 def _join(batch: Columns) -> list[Any]:

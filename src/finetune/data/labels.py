@@ -5,7 +5,7 @@ Worked example: `input_ids` [5, 6, 7, 8, 2] with `completion_mask` [0, 0, 0, 1, 
 so the row is dropped and counted. `keep_end` leaves [7, 8, 2] and [-100, 8, 2].
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from finetune.data.tokenize import (
     STOP_TRAINED,
     TRUNCATED,
     TokenBatch,
+    join,
     take_tokens,
 )
 
@@ -36,6 +37,15 @@ class LabelledBatch:
     tokens: TokenBatch
     source_lengths: np.ndarray  # (B,) int32
     supervised: np.ndarray  # (B,) int32
+
+
+def join_labelled(batches: Sequence[LabelledBatch]) -> LabelledBatch:
+    """Returns the rows of several batches as one batch."""
+    return LabelledBatch(
+        join([batch.tokens for batch in batches]),
+        np.concatenate([batch.source_lengths for batch in batches]),
+        np.concatenate([batch.supervised for batch in batches]),
+    )
 
 
 def build_labels(batch: TokenBatch, *, completion_only: bool) -> np.ndarray:

@@ -8,7 +8,9 @@ Worked example, prompt "2+2=" and completion " 4" with EOS `</s>`: ids of "2+2= 
 the completion begins at character 4, which lies in token 4, so `completion_mask` is [0, 0, 0, 0, 1, 1].
 """
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -97,14 +99,54 @@ class Encoder:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self._backend = _plain_backend(tokenizer)
+        self._turn = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_turn"}  # for worker processes
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._turn = threading.Lock()
+
+    def in_turns(self, function: Callable[[Any], Any], parts: Sequence[Any]) -> list[Any]:
+        """Returns `function(part)` for each part; while one part is in the tokenizer, the next one is worked on.
+
+        Only the tokenizer runs beside other code: it needs no interpreter. Everything else is done by one thread at a
+        time, so `function` need not be safe for threads. Of several errors the first part's is raised.
+        """
+        if self._backend is None or len(parts) < 2:
+            return [function(part) for part in parts]
+        self._settle()
+
+        def run(part: Any) -> Any:
+            with self._turn:
+                return function(part)
+
+        with ThreadPoolExecutor(2, thread_name_prefix="tokenize") as pool:
+            return list(pool.map(run, parts))
+
+    def _settle(self) -> None:
+        """Switches off padding and truncation that an earlier call of the tokenizer may have left on."""
+        assert self._backend is not None
+        if self._backend.truncation is not None:
+            self._backend.no_truncation()
+        if self._backend.padding is not None:
+            self._backend.no_padding()
 
     def encode(self, texts: Sequence[str], *, special: bool, positions: bool = False) -> list[Encoded]:
         """Returns the encoding of each text, with special tokens added if `special`; `positions` allows `token_at`."""
         if self._backend is not None:
-            self._backend.no_truncation()
-            self._backend.no_padding()
+            self._settle()
             encode = self._backend.encode_batch if positions else self._backend.encode_batch_fast
-            return [Encoded(e.ids, e) for e in encode(list(texts), add_special_tokens=special)]
+            others_wait = self._turn.locked()
+            if others_wait:
+                self._turn.release()
+            try:
+                encodings = encode(list(texts), add_special_tokens=special)
+            finally:
+                if others_wait:
+                    self._turn.acquire()
+            return [Encoded(e.ids, e) for e in encodings]
         output = self.tokenizer(list(texts), add_special_tokens=special, return_attention_mask=False)
         encodings = output.encodings
         if encodings is not None:
@@ -138,6 +180,19 @@ def _plain_backend(tokenizer: Any) -> Any:
         if direct != tokenizer(probes, add_special_tokens=special)["input_ids"]:
             return None
     return backend
+
+
+def join(batches: Sequence[TokenBatch]) -> TokenBatch:
+    """Returns the rows of several batches, which have the same masks, as one batch."""
+    lengths = np.concatenate([batch.lengths for batch in batches])
+
+    def joined(name: str) -> Any:
+        values = [getattr(batch, name) for batch in batches]
+        return None if values[0] is None else np.concatenate(values)
+
+    names = ("completion_mask", "assistant_mask", "labels", "weights", "flags")
+    offsets = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
+    return TokenBatch(joined("ids"), offsets, **{name: joined(name) for name in names})
 
 
 def flatten(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:

@@ -155,3 +155,48 @@ def test_eos_can_be_another_token(chat_tokenizer: Any) -> None:
     chat_tokenizer.eos_token = None
     with pytest.raises(DataFormatError, match="`eos_token`"):
         BatchProcessor(chat_tokenizer, DataSettings(), {"text": "a"})
+
+
+def test_work_in_turns_gives_the_same_rows_and_never_overlaps_itself(chat_tokenizer: Any) -> None:
+    encoder = Encoder(chat_tokenizer)
+    texts = [f"the cat {i} sat on a mat " * (1 + i % 7) for i in range(400)]
+    inside: list[int] = []
+    together: list[int] = []
+
+    def work(part: slice) -> list[list[int]]:
+        inside.append(1)
+        together.append(len(inside))
+        rows = [text.upper() for text in texts[part]]
+        inside.pop()
+        made = [encoded.ids for encoded in encoder.encode(rows, special=False)]
+        inside.append(1)
+        together.append(len(inside))
+        inside.pop()
+        return made
+
+    parts = [slice(start, start + 20) for start in range(0, 400, 20)]
+    made = [ids for part in encoder.in_turns(work, parts) for ids in part]
+    assert made == [chat_tokenizer(text.upper(), add_special_tokens=False)["input_ids"] for text in texts]
+    assert set(together) == {1}
+
+
+def test_the_first_of_several_errors_is_raised_and_the_encoder_works_on(chat_tokenizer: Any) -> None:
+    encoder = Encoder(chat_tokenizer)
+
+    def fail(part: int) -> None:
+        encoder.encode(["the cat"] * 50, special=False)
+        if part in (2, 3, 7):
+            raise ValueError(str(part))
+
+    with pytest.raises(ValueError, match="2"):
+        encoder.in_turns(fail, range(9))
+    assert encoder.in_turns(lambda part: part, [1, 2]) == [1, 2]
+
+
+def test_encoders_travel_to_workers(chat_tokenizer: Any) -> None:
+    import pickle
+
+    again = pickle.loads(pickle.dumps(Encoder(chat_tokenizer)))
+    assert again.in_turns(lambda text: again.encode([text], special=False)[0].ids, ["a", "b"]) == [
+        chat_tokenizer(text)["input_ids"] for text in "ab"
+    ]
