@@ -355,7 +355,7 @@ def _parallelism(batch: dict[str, Any]) -> dict[str, Any]:
 def test_workers_tokenize_with_one_thread_each(given: str | None, seen: str, monkeypatch: Any) -> None:
     from finetune.data.watchdog import map_with_workers
 
-    monkeypatch.delenv("TOKENIZERS_PARALLELISM")
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
     if given is not None:
         monkeypatch.setenv("TOKENIZERS_PARALLELISM", given)
     data = Dataset.from_dict({"x": [1, 2, 3, 4]})
