@@ -176,7 +176,8 @@ def _open_state(args: ProcessView) -> "PartialState":
     if launched != state.num_processes:
         raise ArgumentError(
             f"The launcher started {launched} processes, but no process group could be formed, so each would train"
-            " alone and write to the same folder. Without accelerators set `use_cpu=True`."
+            " alone and write to the same folder. Without accelerators set `use_cpu=True` (under DeepSpeed instead"
+            " `ddp_backend='gloo'` and the environment variable DS_ACCELERATOR=cpu)."
         )
     return state
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from finetune.distributed.accelerator import fsdp_version, zero_stage
 from finetune.distributed.ranks import world_size
+from finetune.distributed.verify import verify_prepared
 
 
 @dataclass
@@ -69,6 +70,7 @@ def prepare(
             prepared = Prepared(*accelerator.prepare(model, create_optimizer()))
     if version is not None:
         _allow_generation(prepared.model)
+    verify_prepared(accelerator, prepared.model)
     return prepared
 
 
@@ -99,9 +101,10 @@ def _prepare_deepspeed(
             optimizer,
             lr_scheduler_callable=lambda real: create_scheduler(num_training_steps=max_steps, optimizer=real),
         )
-    if scheduler is None:
-        return Prepared(*accelerator.prepare(model, optimizer))
-    return Prepared(*accelerator.prepare(model, optimizer, scheduler))
+    objects = (model, optimizer) if scheduler is None else (model, optimizer, scheduler)
+    prepared = Prepared(*accelerator.prepare(*objects))
+    verify_prepared(accelerator, prepared.model)
+    return prepared
 
 
 def prepare_for_evaluation(accelerator: Any, model: nn.Module) -> nn.Module:

@@ -192,3 +192,13 @@ def test_strategies(caplog):
     assert train_sampler(stream, arguments(train_sampling_strategy="group_by_length")) is None
     assert "cannot act" in caplog.text
     assert eval_sampler(None, arguments()) is None
+
+
+def test_the_order_by_length_does_not_depend_on_how_many_processes_share_a_step() -> None:
+    """As for every other order; transformers groups by the rows of one process."""
+    dataset = Dataset.from_dict({"input_ids": [[1] * (1 + i * 7 % 11) for i in range(1000)]})
+    grouped = {"train_sampling_strategy": "group_by_length"}
+    alone = list(train_sampler(dataset, arguments(gradient_accumulation_steps=4, **grouped)))
+    shared = list(train_sampler(dataset, arguments(gradient_accumulation_steps=2, world_size=2, **grouped)))
+    smaller = list(train_sampler(dataset, arguments(gradient_accumulation_steps=2, **grouped)))
+    assert shared == alone != smaller

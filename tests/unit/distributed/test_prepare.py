@@ -8,7 +8,15 @@ from accelerate import Accelerator
 from accelerate.utils import DummyOptim, DummyScheduler
 from torch import nn
 
+from finetune.distributed import prepare as preparation
 from finetune.distributed.prepare import prepare, prepare_for_evaluation
+
+
+@pytest.fixture(autouse=True)
+def _unverified(monkeypatch, request) -> None:
+    """A spy shards nothing; what was prepared is looked at in `test_verify.py`."""
+    if "real" not in request.node.name:
+        monkeypatch.setattr(preparation, "verify_prepared", lambda *_: None)
 
 
 class Spy:
@@ -20,7 +28,7 @@ class Spy:
             config=dict(ds_config or {}), trainer_config_finalize=lambda *a: self.events.append(("finalize", a[2]))
         )
         deepspeed = None if stage is None else SimpleNamespace(zero_stage=stage, hf_ds_config=config)
-        plugin = None if fsdp is None else SimpleNamespace(fsdp_version=fsdp)
+        plugin = None if fsdp is None else SimpleNamespace(fsdp_version=fsdp, transformer_cls_names_to_wrap=None)
         self.state = SimpleNamespace(deepspeed_plugin=deepspeed, fsdp_plugin=plugin)
 
     def prepare(self, *objects):
@@ -80,3 +88,39 @@ def test_with_the_real_accelerator() -> None:
     assert prepared.model is model
     assert isinstance(prepared.optimizer.optimizer, torch.optim.SGD)
     assert prepare_for_evaluation(Accelerator(cpu=True), model) is model
+
+
+class Embeddings(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(4, 2)
+
+
+class Layer(nn.Linear):
+    pass
+
+
+class Encoder(nn.Module):
+    _no_split_modules = ["Embeddings", "Layer"]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embeddings, self.layer = Embeddings(), Layer(2, 2)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings.words
+
+
+@pytest.mark.parametrize("named", [None, ["Layer", "Embeddings"]])
+def test_fsdp2_does_not_shard_what_holds_the_embedding_as_one_unit(named) -> None:
+    """accelerate shards the embedding by itself, and torch refuses to shard it twice."""
+    seen = []
+    spy = Spy(fsdp=2)
+    plugin = spy.state.fsdp_plugin
+    plugin.transformer_cls_names_to_wrap = named
+    spy.prepare = lambda *objects: seen.append(plugin.transformer_cls_names_to_wrap) or objects
+    prepare(spy, Encoder(), spy.create)
+    assert seen == [["Layer"]] and plugin.transformer_cls_names_to_wrap is named
+    plugin.transformer_cls_names_to_wrap = ["Layer"]
+    prepare(spy, Encoder(), spy.create)
+    assert seen[1] == ["Layer"]

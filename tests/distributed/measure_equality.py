@@ -1,0 +1,127 @@
+"""How far two processes are from one: runs `run_equality.py` under `accelerate launch` and compares what it left.
+
+python tests/distributed/measure_equality.py      # every backend and case: writes equality.json, prints the table
+
+One process accumulates twice as many micro-batches as each of two. The tests use `launch` and `compare`.
+"""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+CONFIGS = {"ddp": "cpu", "fsdp2": "fsdp2", "zero1": "zero1", "zero2": "zero2", "zero3": "zero3"}
+KINDS = {"one": "NO", "ddp": "MULTI_CPU", "fsdp2": "FSDP"}
+ACCUMULATION = 2
+CASES = [
+    *("padded", "padding_free", "packed", "tied", "classification", "lora", "lora_classification"),
+    *("checkpointing", "lora_checkpointing"),
+]
+
+
+def launch(backend: str, cases: list[str], out: Path) -> None:
+    """Runs the cases on one process (`one`) or on two as `backend` says. Raises with the end of its output."""
+    payload = {"cases": cases, "backend": backend, "accumulation": ACCUMULATION * (2 if backend == "one" else 1)}
+    program = [str(HERE / "run_equality.py"), str(out), json.dumps(payload)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if backend == "one":
+        command = [sys.executable, *program]
+    else:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        config = ROOT / "accelerate_configs" / f"{CONFIGS[backend]}.yaml"
+        flags = {"config_file": config, "num_processes": 2, "main_process_port": port, "mixed_precision": "no"}
+        words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+        command = [sys.executable, "-m", "accelerate.commands.launch", *words, *program]
+        if backend.startswith("zero"):
+            environment["DS_ACCELERATOR"] = "cpu"
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if not re.match(r"\[rank1\]|.*it/s\]", line)]
+        raise RuntimeError(f"{backend}: exit code {done.returncode}\n" + "\n".join(lines)[-6000:])
+
+
+def compare(one: Path, other: Path, backend: str) -> dict[str, float]:
+    """Returns the largest differences of one case, after checking what must be the same exactly.
+
+    `losses`, `grad_norms`: over all steps. `evaluation`: over all metrics. `weights`: of the saved model.
+    `resumed`: losses and weights of the run that was resumed from a checkpoint.
+    """
+    expected = json.loads((one / "report.json").read_text())["train"]
+    report = json.loads((other / "report.json").read_text())
+    weights = read_weights(one / "train" / "model")
+    found: dict[str, dict[str, float]] = {}
+    for part in ("train", "resume"):
+        run = report[part]
+        pair = (run, expected)
+        assert run["processes"] == (1 if backend == "one" else 2)
+        assert run["kind"] == KINDS.get(backend, "DEEPSPEED")
+        assert run["zero_stage"] == (int(backend[4:]) if backend.startswith("zero") else None)
+        assert run["predicted_rows"] == expected["predicted_rows"]
+        assert run["eval"].keys() == expected["eval"].keys()
+        saved = read_weights(other / part / "model")
+        assert saved.keys() == weights.keys(), sorted(saved.keys() ^ weights.keys())
+        assert {name: (t.dtype, t.shape) for name, t in saved.items()} == {
+            name: (t.dtype, t.shape) for name, t in weights.items()
+        }
+        found[part] = {
+            "losses": _largest(run["losses"], expected["losses"]),
+            "grad_norms": _largest(run["grad_norms"], expected["grad_norms"]),
+            # Tokens include those of rows that only keep the processes in step.
+            "evaluation": _largest(
+                *([r["eval"][name] for name in r["eval"] if name != "eval_num_tokens"] for r in pair)
+            ),
+            "weights": max((saved[name] - tensor).abs().max().item() for name, tensor in weights.items()),
+        }
+    resumed = found["resume"]
+    return {**found["train"], "resumed": max(resumed.values())}
+
+
+def read_weights(folder: Path) -> Any:
+    from safetensors.torch import load_file
+
+    adapter = folder / "adapter_model.safetensors"
+    return load_file(adapter if adapter.is_file() else folder / "model.safetensors")
+
+
+def _largest(left: list[float], right: list[float]) -> float:
+    return max(abs(a - b) for a, b in zip(left, right, strict=True))
+
+
+def table(result: dict[str, dict[str, dict[str, float]]]) -> str:
+    """Returns the result as Markdown: for each case and backend the largest difference of losses and of weights."""
+    lines = ["| | " + " | ".join(result) + " |", "|---" * (len(result) + 1) + "|"]
+    for case in CASES:
+        cells = [f"{result[b][case]['losses']:.0e} / {result[b][case]['weights']:.0e}" for b in result]
+        lines.append(f"| {case.replace('_', ' ')} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    import importlib.metadata
+
+    result: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        one = Path(folder) / "one"
+        launch("one", CASES, one)
+        for backend in CONFIGS:
+            out = Path(folder) / backend
+            launch(backend, CASES, out)
+            result[backend] = {case: compare(one / case, out / case, backend) for case in CASES}
+            print(backend, "done", flush=True)
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "accelerate", "deepspeed")}
+    content = {"versions": versions, "reference": "one process, accumulation 4", "two processes": result}
+    (HERE / "equality.json").write_text(json.dumps(content, indent=1) + "\n")
+    print(table(result))
+
+
+if __name__ == "__main__":
+    main()
