@@ -110,6 +110,17 @@ def test_autocast_and_low_precision_weights(dtype, name: str) -> None:
             assert error < 4 * step, (name_, error)
 
 
+def test_autocast_decides_the_dtype_of_the_products() -> None:
+    """float32 operands under bfloat16 autocast give what bfloat16 operands give, and not what float32 ones do."""
+    values = inputs(torch.float32)
+    whole = run(linear_cross_entropy, values)[0].loss
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = run(linear_cross_entropy, values)[0].loss
+    low = {**values, **{name: values[name].bfloat16() for name in ("hidden", "weight")}}
+    assert torch.equal(cast, run(linear_cross_entropy, low)[0].loss)
+    assert not torch.equal(cast, whole)
+
+
 def test_fp16_does_not_flush_small_gradients() -> None:
     """A rival with probability 1e-8: its gradient is below fp16's smallest number unless it is lifted."""
     hidden = torch.ones((1, 1), dtype=torch.float16, requires_grad=True)

@@ -43,8 +43,8 @@ def make_llama(shape: str = "small", vocab_size: int = 8192, seed: int = 0, **ov
     return LlamaForCausalLM(LlamaConfig(**{**settings, **overrides}))
 
 
-def lengths(count: int, seed: int = 0, median: float = 90.0, sigma: float = 0.6, longest: int = 1024) -> np.ndarray:
-    """Returns log-normal token counts: median 90 (about 70 words), mean 108, the 95th percentile 241."""
+def lengths(count: int, seed: int = 0, median: float = 90.0, sigma: float = 0.7, longest: int = 1024) -> np.ndarray:
+    """Returns log-normal token counts: median 90 (about 70 words), mean 115, the 95th percentile 285."""
     drawn = np.random.default_rng(seed).lognormal(np.log(median), sigma, count)
     return np.clip(drawn.round(), 8, longest).astype(int)
 
@@ -79,7 +79,7 @@ def chats(count: int, seed: int = 0) -> list[list[dict[str, str]]]:
     # Word frequencies fall like 1 / rank, as in language.
     weights = 1 / np.arange(1, len(vocabulary) + 1)
     cumulative = np.cumsum(weights / weights.sum())
-    totals = np.clip(generator.lognormal(np.log(70), 0.6, count).round(), 6, 700).astype(int)
+    totals = np.clip(generator.lognormal(np.log(70), 0.7, count).round(), 6, 700).astype(int)
     turns = generator.integers(1, 4, count)
     drawn = np.searchsorted(cumulative, generator.random(int(totals.sum())))
     rows: list[list[dict[str, str]]] = []
@@ -110,10 +110,23 @@ def tokenizer(vocab_size: int = 8192) -> Any:
     """Returns a byte-level BPE tokenizer with a chat template, trained on the invented text once and kept on disk."""
     from transformers import PreTrainedTokenizerFast
 
+    if vocab_size > 8192:
+        return _word_tokenizer(vocab_size)
     folder = CACHE / f"tokenizer_{vocab_size}"
     if not (folder / "tokenizer.json").exists():
         _train_tokenizer(vocab_size, folder)
     return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+def _word_tokenizer(vocab_size: int) -> Any:
+    """Returns a tokenizer whose vocabulary is only large: the rows that go with it are token ids already."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    named = {"<pad>": 0, "<s>": 1, "</s>": 2}
+    vocabulary = {**named, **{f"w{index}": index for index in range(len(named), vocab_size)}}
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
 def _train_tokenizer(vocab_size: int, folder: Path) -> None:

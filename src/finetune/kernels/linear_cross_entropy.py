@@ -204,8 +204,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_enabled: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         needs = tuple(grad_enabled and each for each in ctx.needs_input_grad[:3])
+        dtype = _compute_dtype(hidden, weight)  # asks autocast, so before it is switched off
         with torch.autocast(hidden.device.type, enabled=False):
-            work = _Pass(hidden, weight, bias, options, _compute_dtype(hidden, weight), needs)
+            work = _Pass(hidden, weight, bias, options, dtype, needs)
             work.run(targets, positions, token_weights)
         ctx.options, ctx.hidden_shape, ctx.hidden_dtype = options, hidden.shape, hidden.dtype
         ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)

@@ -1,0 +1,123 @@
+"""What a trainer costs per step over a bare PyTorch loop: a tiny model, so that nothing else counts.
+
+    python tests/performance/bench_loop_overhead.py --fast --out results/loop_overhead.json
+
+The bare loop does what the others are asked to do and nothing more: batches from a DataLoader, forward, backward,
+clipping, AdamW (fused, as both trainers' default), a linear schedule, and every 10 steps the mean loss on the host.
+"""
+
+import itertools
+from typing import Any
+
+from harness import OURS, Bench, Pause
+from training import Windows, arguments, clocked_begin, clocked_end, library_of
+from workloads import make_llama
+
+BATCH, LENGTH, VOCABULARY = 4, 16, 128
+
+
+def rows() -> list[dict[str, Any]]:
+    """Returns 512 rows of 16 tokens."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, VOCABULARY, (512, LENGTH), generator=generator)
+    return [{"input_ids": each, "labels": each.clone()} for each in ids]
+
+
+def collate(features: list[dict[str, Any]]) -> dict[str, Any]:
+    import torch
+
+    return {name: torch.stack([each[name] for each in features]) for name in features[0]}
+
+
+def bare(steps: int, pause: Pause) -> None:
+    """Trains for ever in a plain loop, in windows of `steps`."""
+    import torch
+    from torch.utils.data import DataLoader
+
+    model = make_llama("tiny", VOCABULARY)
+    model.config.use_cache = False
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / 1e6))
+    data = rows()
+    loader = DataLoader(data, batch_size=BATCH, shuffle=True, collate_fn=collate)  # pyright: ignore[reportArgumentType]
+    total, losses = torch.zeros(()), []
+    clock, done = clocked_begin(), 0
+    for _ in itertools.count():
+        for batch in loader:
+            count = (batch["labels"][:, 1:] != -100).sum()
+            loss = model(**batch, num_items_in_batch=count).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            total += loss.detach()
+            done += 1
+            if done % 10 == 0:
+                losses.append(total.item() / 10)
+                total.zero_()
+            if done % steps == 0:
+                pause({**clocked_end(clock), "losses": losses})
+                clock = clocked_begin()
+
+
+def work(side: str, settings: dict[str, Any], pause: Pause) -> None:
+    if side == "bare loop":
+        bare(settings["steps"], pause)
+    options = {
+        "max_steps": 1_000_000,
+        "per_device_train_batch_size": BATCH,
+        "logging_steps": 10,
+        **settings.get("args", {}),
+    }
+    if library_of(side) == "finetune":
+        from finetune import Trainer, TrainingArguments
+    else:
+        from transformers import Trainer, TrainingArguments
+    made: Any = arguments("transformers", options) if library_of(side) != "finetune" else None
+    if made is None:
+        made = TrainingArguments(
+            "trainer_output_bench",
+            **{"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "use_cpu": True, "seed": 1},
+            learning_rate=1e-4,
+            **options,
+        )
+    trainer: Any = Trainer(
+        model=make_llama("tiny", VOCABULARY),
+        args=made,
+        train_dataset=rows(),  # pyright: ignore[reportArgumentType]
+        data_collator=collate,
+        callbacks=[Windows(settings["steps"], pause)],
+    )
+    # Both print each log as a line when there is no progress bar; the bare loop prints nothing.
+    for callback in list(trainer.callback_handler.callbacks):
+        if "Printer" in type(callback).__name__:
+            trainer.remove_callback(type(callback))
+    trainer.train()
+
+
+def main() -> None:
+    bench = Bench("loop_overhead", "Overhead per step over a bare loop, tiny model, logging every 10 steps", work, __doc__)
+    steps = 100 if bench.fast else 400
+    sides = {name: {"steps": steps} for name in ("bare loop", "transformers", "finetune")}
+    case = bench.case("tiny model", sides, pairs=9 if bench.fast else 15, settings={"steps": steps})
+    overheads: dict[str, list[float]] = {"transformers": [], "finetune": []}
+    for each in case.rounds:
+        for side, found in overheads.items():
+            found.append((each[side]["seconds"] - each["bare loop"]["seconds"]) / steps * 1000)
+    from harness import summary
+
+    case.result["overhead_ms_per_step"] = {side: summary(found) for side, found in overheads.items()}
+    ours, theirs = (case.result["overhead_ms_per_step"][side]["median"] for side in (OURS, "transformers"))
+    case.ratio("seconds", "transformers")
+    case.losses_agree(1e-5, "transformers")
+    case.bar("overhead over the bare loop, ms per step", ours, at_most=0.3)
+    case.bar("the same as a share of transformers'", ours / theirs, at_most=0.3)
+    bench.finish()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""Packed rows of 1,024 tokens: TRL's SFTTrainer and ours, both packing best-fit, in float32 and bf16.
+
+    python tests/performance/bench_packed.py --fast --out results/packed.json
+
+The rows are those of `bench_short_chats.py`. Both sides run at their best setting on this machine (no recomputation of
+activations); TRL's default, which recomputes, is measured too.
+"""
+
+from typing import Any
+
+from harness import Bench
+from training import train
+
+SHARED = {"shape": "small", "vocab_size": 8192, "rows": 2000}
+ARGS = {
+    "per_device_train_batch_size": 2,
+    "completion_only_loss": True,
+    "packing": True,
+    "max_length": 1024,
+}
+
+
+def main() -> None:
+    bench = Bench("packed", "Packed rows of 1,024 tokens, 2 per batch, vocabulary 8k", train, __doc__)
+    for precision, bar in (("float32", 1.5), ("bf16", 3.0)):
+        if not bench.wanted(precision):
+            continue
+        steps = 2 if bench.fast else 8
+
+        def side(**args: Any) -> dict[str, Any]:
+            return {**SHARED, "steps": steps, "args": {**ARGS, "bf16": precision == "bf16", **args}}  # noqa: B023
+
+        no_checkpointing = side(gradient_checkpointing=False)
+        sides = {"trl": side(), "trl best": no_checkpointing, "finetune": no_checkpointing}
+        case = bench.case(precision, sides, settings=SHARED)
+        case.ratio("seconds", "trl")
+        case.ratio("cpu_seconds", "trl best")
+        case.losses_agree(2e-4 if precision == "float32" else 2e-2, "trl best")
+        case.bar(f"tokens/s against TRL at its best, {precision}", case.ratio("seconds", "trl best"), at_least=bar)
+    bench.finish()
+
+
+if __name__ == "__main__":
+    main()
