@@ -32,7 +32,9 @@ class Option:
         if value is None or isinstance(value, dict):
             return value
         if self.many:
-            return [self.read(str(item)) for item in value] if isinstance(value, list) else self.read(str(value))
+            if not isinstance(value, list):
+                return self.read(str(value))
+            return [item if isinstance(item, dict) else self.read(str(item)) for item in value]
         result = self.read(str(value))
         if self.choices and result not in self.choices:
             raise ValueError(f"choose from {list(self.choices)}")

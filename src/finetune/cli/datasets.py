@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from finetune.errors import ArgumentError, DataFormatError, FinetuneError, nearest
 
 if TYPE_CHECKING:
-    from finetune.cli.script_arguments import ScriptArguments
+    from finetune.cli.script_arguments import DatasetConfig, DatasetMixtureConfig, ScriptArguments
 
 # File suffix: the reader of the library datasets.
 READERS = {
@@ -34,10 +34,96 @@ def load_datasets(script_args: ScriptArguments, *, evaluate: bool) -> tuple[Any,
         ArgumentError: no data set, or a split that it does not have.
         DataFormatError: it cannot be read, or a split has no rows.
     """
+    if script_args.datasets:
+        return _load_mixture(script_args, evaluate=evaluate)
     if not script_args.dataset_name:
         raise ArgumentError("no data set was named. Give a Hub id, a file or a folder: `--dataset_name`.")
     train = _load_split(script_args, "dataset_train_split")
     return train, _load_split(script_args, "dataset_test_split") if evaluate else None
+
+
+def get_dataset(mixture: DatasetMixtureConfig) -> Any:
+    """Returns a `DatasetDict` with the mixture as `train`, and `test` with `test_split_size`; as TRL's function.
+
+    Raises:
+        ArgumentError: no data set, shares for some sets only, or an option that streams do not have.
+        DataFormatError: a set cannot be read, has no rows, or its columns do not go together with the others'.
+    """
+    from datasets import DatasetDict, IterableDatasetDict
+
+    sets: list[Any] = list(mixture.datasets)
+    if not sets:
+        raise ArgumentError("`datasets` names no data set. List at least one, with its `path`.")
+    parts = _take_shares([_load_part(each, mixture.streaming) for each in sets], [each.fraction for each in sets])
+    joined = _concatenate(parts, [each.path for each in sets])
+    if mixture.test_split_size is None:
+        return (IterableDatasetDict if mixture.streaming else DatasetDict)({"train": joined})
+    if mixture.streaming:
+        raise ArgumentError("`test_split_size` needs the number of rows. Drop `streaming`, or `test_split_size`.")
+    size = mixture.test_split_size
+    # A fixed seed: all processes, and a resumed run, must hold out the same rows.
+    return joined.train_test_split(test_size=size if size < 1 else int(size), seed=42)
+
+
+def _load_mixture(script_args: ScriptArguments, *, evaluate: bool) -> tuple[Any, Any]:
+    if evaluate and script_args.test_split_size is None:
+        raise ArgumentError(
+            "`eval_strategy` asks for evaluation, and the mixture (`datasets`) holds nothing out. Set "
+            "`test_split_size`, or `--eval_strategy no`."
+        )
+    splits = get_dataset(script_args)
+    return splits["train"], splits["test"] if evaluate else None
+
+
+def _load_part(part: DatasetConfig, streaming: bool) -> Any:
+    from datasets import load_dataset
+
+    options: dict[str, Any] = {"split": part.split, "streaming": streaming}
+    try:
+        if part.data_dir is None and part.data_files is None:
+            rows = _read(part.path, part.name, part.split, "split", streaming)
+        else:
+            rows = load_dataset(
+                part.path, name=part.name, data_dir=part.data_dir, data_files=part.data_files, **options
+            )
+    except FinetuneError:
+        raise
+    except Exception as error:
+        raise _read_error(part.path, part.split, "split", error) from error
+    if hasattr(rows, "__len__") and len(rows) == 0:
+        raise DataFormatError(f"`datasets`: the split {part.split!r} of {part.path!r} has no rows.")
+    missing = sorted(set(part.columns or ()) - set(rows.column_names or part.columns or ()))
+    if missing:
+        raise ArgumentError(f"`columns` of {part.path!r} names {missing}; it has {sorted(rows.column_names)}.")
+    return rows if part.columns is None else rows.select_columns(part.columns)
+
+
+def _take_shares(parts: list[Any], fractions: list[float | None]) -> list[Any]:
+    """Returns the first rows of each set, as many as its share of the largest mixture that repeats no row."""
+    given = [fraction for fraction in fractions if fraction is not None]
+    if not given:
+        return parts
+    if len(given) < len(fractions) or min(given) < 0 or sum(given) <= 0:
+        raise ArgumentError(f"`fraction` is {fractions}. Give every data set a share, at least 0, or none.")
+    if not all(hasattr(part, "__len__") for part in parts):
+        raise ArgumentError("`fraction` needs to know the number of rows. Drop `streaming`, or the fractions.")
+    weights = [fraction / sum(given) for fraction in given]
+    total = min(len(part) / weight for part, weight in zip(parts, weights, strict=True) if weight)
+    return [part.select(range(round(weight * total))) for part, weight in zip(parts, weights, strict=True)]
+
+
+def _concatenate(parts: list[Any], names: list[str]) -> Any:
+    from datasets import concatenate_datasets
+
+    try:
+        return concatenate_datasets(parts)
+    except (ValueError, TypeError) as error:
+        pairs = zip(names, parts, strict=True)
+        columns = "; ".join(f"{name}: {part.features or part.column_names}" for name, part in pairs)
+        raise DataFormatError(
+            f"the data sets of the mixture do not go together ({' '.join(str(error).split())}). Their columns: "
+            f"{columns}. Choose with `columns`, and rename or convert what differs."
+        ) from error
 
 
 def _load_split(script_args: ScriptArguments, argument: str) -> Any:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from finetune.arguments import arg
-from finetune.errors import ArgumentError, ModelLoadError
+from finetune.errors import ArgumentError, ModelLoadError, nearest
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -21,7 +21,54 @@ Arguments = TypeVar("Arguments", bound=Any)
 
 
 @dataclass
-class ScriptArguments:
+class DatasetConfig:
+    """One data set of a mixture; fields and meaning as in TRL.
+
+    `fraction` is the set's share of the mixture, in any scale; given for all sets or for none. The first rows of each
+    are taken, so many that the shares hold and no set is repeated: with 100 and 1000 rows and shares 1 and 3 the
+    mixture has 100 + 300 rows. One epoch sees each of them once.
+    """
+
+    path: str
+    name: str | None = None
+    data_dir: str | None = None
+    data_files: str | list[str] | dict[str, str] | None = None
+    split: str = "train"
+    columns: list[str] | None = None
+    fraction: float | None = None
+
+
+@dataclass
+class DatasetMixtureConfig:
+    """A mixture of data sets, best written in a YAML file."""
+
+    datasets: list[dict[str, Any]] = arg(
+        help="Data sets to train on together: `path`, `split`, `columns`, `fraction`, ... of each.",
+        factory=list,
+    )
+    streaming: bool = arg(False, "Read the mixture while training instead of before.")
+    test_split_size: float | None = arg(
+        None, "Part of the mixture that is held out for evaluation: a share below 1, or rows."
+    )
+
+    def __post_init__(self) -> None:
+        self.datasets = [_dataset_config(each) for each in self.datasets]  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _dataset_config(given: Any) -> DatasetConfig:
+    if isinstance(given, DatasetConfig):
+        return given
+    known = [field.name for field in dataclasses.fields(DatasetConfig)]
+    for name in given:
+        if name not in known:
+            raise ArgumentError(f"`datasets`: {name!r} is not known; allowed are {known}.{nearest(str(name), known)}")
+    if "path" not in given:
+        raise ArgumentError(f"`datasets`: an entry without `path`: {given}. Name a Hub id, a file or a folder.")
+    return DatasetConfig(**given)
+
+
+@dataclass
+class ScriptArguments(DatasetMixtureConfig):
     """Which data set to train on."""
 
     dataset_name: str | None = arg(
@@ -32,6 +79,11 @@ class ScriptArguments:
     dataset_test_split: str = arg("test", "Split to evaluate on, used unless `eval_strategy` is `no`.")
     dataset_streaming: bool = arg(False, "Read the data set while training instead of before.")
     ignore_bias_buffers: bool = arg(False, "Leave boolean buffers out of DDP's broadcast (old GPT-2 like models).")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.datasets and self.dataset_name:
+            raise ArgumentError("`dataset_name` and `datasets` both name the data. Keep one.")
 
 
 @dataclass

@@ -8,6 +8,7 @@ position can be saved.
 from __future__ import annotations
 
 import logging
+import os
 import random
 from collections.abc import Callable
 from functools import partial
@@ -130,6 +131,9 @@ def build_dataloader(
         "in_order": args.dataloader_in_order,
         "collate_fn": collate_fn,
     }
+    if args.dataloader_num_workers and is_stream(dataset):
+        # Workers are forked: the tokenizers library would warn in each, and stop using threads there anyway.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if is_stream(dataset):
         return _stream_loader(dataset, args, accelerator, batch_size, params)
     if is_training:

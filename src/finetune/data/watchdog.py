@@ -11,8 +11,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,23 +32,6 @@ class WatchedFunction:
                 return self._function(*args, **kwargs)
             finally:
                 faulthandler.cancel_dump_traceback_later()
-
-
-@contextmanager
-def one_thread_per_tokenizer() -> Iterator[None]:
-    """Within, processes that are forked tokenize with one thread each; what the user set himself stays.
-
-    The processes share the cores already, and the tokenizers library warns when it finds itself forked with threads.
-    """
-    name = "TOKENIZERS_PARALLELISM"
-    if name in os.environ:
-        yield
-        return
-    os.environ[name] = "false"
-    try:
-        yield
-    finally:
-        os.environ.pop(name, None)
 
 
 def map_with_workers(
@@ -83,8 +65,7 @@ def map_with_workers(
         if stall_seconds > 0:
             thread.start()
         try:
-            with one_thread_per_tokenizer():
-                return run(watched, num_proc)
+            return run(watched, num_proc)
         except RuntimeError as error:
             if not stalled.is_set() and "abruptly died" not in str(error):
                 raise

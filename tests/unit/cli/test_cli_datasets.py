@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -113,3 +114,82 @@ def test_a_split_that_a_folder_lacks_is_named(tmp_path: Path) -> None:
     folder.mkdir()
     write_rows(folder / "train.jsonl")
     assert "dataset_train_split" in failure(ArgumentError, str(folder), dataset_train_split="trian")
+
+
+def mixture(tmp_path: Path, *fractions: float | None, **options: Any) -> Any:
+    from datasets import Dataset
+
+    from finetune import DatasetMixtureConfig
+
+    datasets = []
+    for number, fraction in enumerate(fractions):
+        path = tmp_path / f"part{number}.parquet"
+        rows = [{"text": f"{number}:{i}", "extra": i} for i in range(10 * (number + 1))]
+        Dataset.from_list(rows).to_parquet(str(path))
+        datasets.append({"path": str(path), "columns": ["text"], "fraction": fraction})
+    return DatasetMixtureConfig(datasets=datasets, **options)
+
+
+@pytest.mark.parametrize("fractions", [(None, None), (0.5, 0.5), (1, 3), (0.2, 0.0), (3, 1)])
+def test_a_mixture_has_the_rows_of_trls(tmp_path: Path, fractions: tuple[float | None, ...]) -> None:
+    import trl
+    from trl.scripts.utils import DatasetConfig, get_dataset
+
+    from finetune import get_dataset as ours
+
+    config = mixture(tmp_path, *fractions)
+    theirs = [
+        DatasetConfig(path="parquet", data_files=part.path, columns=part.columns, fraction=part.fraction)
+        for part in config.datasets
+    ]
+    expected = get_dataset(trl.DatasetMixtureConfig(datasets=theirs))
+    assert ours(config)["train"][:] == expected["train"][:]
+
+
+def test_a_mixture_in_a_yaml_file_reaches_the_program(tmp_path: Path) -> None:
+    from finetune import ScriptArguments, parse_arguments
+
+    config = mixture(tmp_path, 1, 1)
+    lines = [f"  - path: {part.path}\n    columns: [text]\n    fraction: {part.fraction}\n" for part in config.datasets]
+    (tmp_path / "run.yaml").write_text("datasets:\n" + "".join(lines) + "test_split_size: 4\n")
+    (args,) = parse_arguments(ScriptArguments, ["--config", str(tmp_path / "run.yaml")])
+    train, test = load_datasets(args, evaluate=True)
+    assert (len(train), len(test)) == (16, 4)
+    assert load_datasets(args, evaluate=True)[1][:] == test[:]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"datasets": [{"path": "x", "fractoin": 1}]}, "Did you mean `fraction`"),
+        ({"datasets": [{"name": "x"}]}, "without `path`"),
+        ({"datasets": [{"path": "x"}], "dataset_name": "y"}, "Keep one"),
+    ],
+)
+def test_a_mixture_that_cannot_be_is_refused_at_once(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ArgumentError, match=said):
+        ScriptArguments(**options)
+
+
+def test_a_mixture_that_cannot_be_loaded_says_why(tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    from finetune import DatasetMixtureConfig, get_dataset
+
+    with pytest.raises(ArgumentError, match="fraction"):
+        get_dataset(mixture(tmp_path, 1, None))
+    with pytest.raises(ArgumentError, match="streaming"):
+        get_dataset(mixture(tmp_path, 1, 1, streaming=True))
+    with pytest.raises(ArgumentError, match="test_split_size"):
+        get_dataset(mixture(tmp_path, None, None, streaming=True, test_split_size=0.1))
+    stream = get_dataset(mixture(tmp_path, None, None, streaming=True))["train"]
+    assert sum(1 for _ in stream) == 30
+    args = ScriptArguments(datasets=mixture(tmp_path, 1, 1).datasets)
+    with pytest.raises(ArgumentError, match="test_split_size"):
+        load_datasets(args, evaluate=True)
+    Dataset.from_list([{"text": [1, 2]}]).to_parquet(str(tmp_path / "other.parquet"))
+    parts = [*mixture(tmp_path, None).datasets, {"path": str(tmp_path / "other.parquet")}]
+    with pytest.raises(DataFormatError, match="go together"):
+        get_dataset(DatasetMixtureConfig(datasets=parts))
+    with pytest.raises(ArgumentError, match="names \\['nothing'\\]"):
+        get_dataset(DatasetMixtureConfig(datasets=[{"path": str(tmp_path / "part0.parquet"), "columns": ["nothing"]}]))

@@ -5,6 +5,8 @@ import dataclasses
 import pytest
 
 from finetune.cli.script_arguments import (
+    DatasetConfig,
+    DatasetMixtureConfig,
     ModelConfig,
     ScriptArguments,
     get_peft_config,
@@ -14,11 +16,25 @@ from finetune.cli.script_arguments import (
 from finetune.errors import ArgumentError
 
 
-@pytest.mark.parametrize("cls", [ModelConfig, ScriptArguments])
-def test_fields_and_defaults_are_those_of_trl(cls: type) -> None:
+@pytest.mark.parametrize(
+    ("cls", "names"),
+    [
+        (ModelConfig, ["ModelConfig"]),
+        (DatasetMixtureConfig, ["DatasetMixtureConfig"]),
+        (ScriptArguments, ["ScriptArguments", "DatasetMixtureConfig"]),  # the programs of TRL take both
+    ],
+)
+def test_fields_and_defaults_are_those_of_trl(cls: type, names: list[str]) -> None:
     trl = pytest.importorskip("trl")
-    theirs = {field.name: field.default for field in dataclasses.fields(getattr(trl, cls.__name__))}
+    theirs = {field.name: field.default for name in names for field in dataclasses.fields(getattr(trl, name))}
     assert {field.name: field.default for field in dataclasses.fields(cls)} == theirs
+
+
+def test_one_data_set_of_a_mixture_has_trls_fields() -> None:
+    from trl.scripts.utils import DatasetConfig as Theirs
+
+    theirs = {field.name: field.default for field in dataclasses.fields(Theirs)}
+    assert {field.name: field.default for field in dataclasses.fields(DatasetConfig)} == theirs
 
 
 def test_adapter_flags_become_the_configuration_that_trl_makes() -> None:

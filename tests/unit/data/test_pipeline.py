@@ -345,22 +345,3 @@ def test_special_tokens_can_be_left_away(chat_tokenizer: Any) -> None:
         assert split.dataset["input_ids"][:] == [expected]
         assert split.audit.num_stop_expected == append
         split.audit.check()
-
-
-def _parallelism(batch: dict[str, Any]) -> dict[str, Any]:
-    return {"seen": [os.environ.get("TOKENIZERS_PARALLELISM", "unset")] * len(batch["x"])}
-
-
-@pytest.mark.parametrize(("given", "seen"), [(None, "false"), ("true", "true")])
-def test_workers_tokenize_with_one_thread_each(given: str | None, seen: str, monkeypatch: Any) -> None:
-    from finetune.data.watchdog import map_with_workers
-
-    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
-    if given is not None:
-        monkeypatch.setenv("TOKENIZERS_PARALLELISM", given)
-    data = Dataset.from_dict({"x": [1, 2, 3, 4]})
-    made = map_with_workers(
-        lambda function, num_proc: data.map(function, batched=True, num_proc=num_proc), _parallelism, 2, 60.0, print
-    )
-    assert set(made["seen"][:]) == {seen}
-    assert os.environ.get("TOKENIZERS_PARALLELISM") == given
