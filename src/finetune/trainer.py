@@ -85,7 +85,7 @@ class Trainer(EvaluationMethods, OptimizerMethods, SavingMethods):
             check_trainable(self.model)
             if not self.place_model_on_device and (args.fp16_full_eval or args.bf16_full_eval):
                 self._move_model_to_device(self.model, args.device)
-            features.enter(stack, self.model, args, self.processing_class, self.neftune_noise_alpha)
+            self._feature_logs = features.enter(stack, self.model, args, self.processing_class, self.neftune_noise_alpha)
             stack.enter_context(self._model_features())
             stack.enter_context(setup.underflow_debugger(self.model, args.debug))
             if args.enable_jit_checkpoint:
@@ -421,7 +421,7 @@ class Trainer(EvaluationMethods, OptimizerMethods, SavingMethods):
             logs["learning_rate"] = self._get_learning_rate() if learning_rate is None else learning_rate
             if nonfinite:
                 logs["nonfinite_losses"] = nonfinite
-            logs |= optimizer_logs(self.optimizer)
+            logs |= optimizer_logs(self.optimizer) | self._feature_logs()
             self.store_flos()
             self.log(logs, start_time)
         if self.control.should_evaluate:

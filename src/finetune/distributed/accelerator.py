@@ -52,7 +52,8 @@ def accelerator_kwargs(args: Any, model: nn.Module | None = None) -> dict[str, A
         "dataloader_config": _loader_configuration(args),
         "gradient_accumulation_plugin": GradientAccumulationPlugin(**{**accumulation, "num_steps": 1}),
         "kwargs_handlers": [_ddp_kwargs(args, model)],
-        "dynamo_plugin": TorchDynamoPlugin(backend=args.torch_compile_backend, mode=args.torch_compile_mode),
+        # `features/compiled.py` compiles the layers in place; accelerate, only what its launcher asked for.
+        "dynamo_plugin": TorchDynamoPlugin(backend=None if args.torch_compile_backend is None else "no"),
     }
     parallelism = _parallelism_config(args, model)
     if parallelism is not None:
@@ -104,12 +105,6 @@ def verify_what_runs(accelerator: Any, args: Any) -> None:
             f"`args` ask for mixed precision {args.mixed_precision!r}, but accelerate runs {running!r}. Another "
             "`Accelerator` was made earlier in this process with other settings: make it after the training "
             "arguments, or give both the same precision (`bf16`, `fp16`)."
-        )
-    if args.torch_compile_backend is not None and accelerator.state.dynamo_plugin.backend.value == "NO":
-        raise ArgumentError(
-            f"`args` ask for `torch_compile_backend={args.torch_compile_backend!r}`, but accelerate compiles nothing: "
-            "another `Accelerator` was made earlier in this process without it, and they share their settings. Make "
-            "the compiled trainer first, or run it in a process of its own."
         )
 
 

@@ -4,11 +4,14 @@ Each feature restores what it found, so the model is the same object with the sa
 exception or an interrupt.
 """
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from finetune.features.compiled import compiled_blocks
+from finetune.features.garbage import garbage_control
 from finetune.models.activation import activation_checkpointing, use_cache
 from finetune.models.adapters import reentrant_checkpointing_kwargs
 from finetune.models.tokens import align_special_tokens
@@ -23,8 +26,12 @@ def enter(
     args: "TrainingArguments",
     processing_class: Any,
     neftune_noise_alpha: float | None,
-) -> None:
-    """Enters on `stack` what `args` ask for: Liger kernels before anything wraps the model, then the hooks."""
+) -> Callable[[], dict[str, float]]:
+    """Enters on `stack` what `args` ask for: Liger kernels before anything wraps the model, then the hooks.
+
+    Returns a function that gives what the features add to each log.
+    """
+    stack.enter_context(garbage_control(args.torch_empty_cache_steps))
     if args.use_liger_kernel:
         from finetune.kernels.liger import apply_liger
 
@@ -42,6 +49,11 @@ def enter(
         from finetune.features.neftune import neftune
 
         stack.enter_context(neftune(model, neftune_noise_alpha))
+    if args.torch_compile_backend is None:
+        return dict
+    # Last, so that what the others hang on the layers is compiled with them.
+    compiled = compiled_blocks(model, backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+    return stack.enter_context(compiled).logs
 
 
 def _as_dict(value: Any) -> dict[str, Any] | None:

@@ -136,6 +136,7 @@ class TrainerBase:
         self._eval_loaders: dict[str, Any] = {}
         self.model_preparation_time: float | None = None
         self.deepspeed: Any = None
+        self._feature_logs: Callable[[], dict[str, float]] = dict
         self._signature_columns: list[str] | None = None
         self._train_batch_size = args.train_batch_size
         self.is_in_train = False

@@ -21,6 +21,7 @@ from finetune.engine import setup
 from finetune.engine.meter import MetricBag, TokenCounter
 from finetune.errors import ArgumentError
 from finetune.facade.raw_rows import RawRowMethods, prepare_each
+from finetune.features.compiled import length_bucket
 from finetune.features.offload import offload_activations
 from finetune.hub.card import create_sft_model_card
 from finetune.kernels.attention import use_packed_attention
@@ -97,13 +98,15 @@ class SFTTrainer(RawRowMethods, Trainer):
         self._router_coefficient = router_coefficient(model, args.router_aux_loss_coef)
         wants_logits = compute_metrics or preprocess_logits_for_metrics or compute_loss_func
         ours = data_collator is None and not wants_logits and not self._plan.packing
-        self._plan = self._plan.settle(padding_free=ours and can_be_padding_free(model))
+        compiles = args.torch_compile_backend is not None
+        # Compiled layers want few different shapes, which rows without padding do not have.
+        self._plan = self._plan.settle(padding_free=ours and not compiles and can_be_padding_free(model))
         self._collator_is_ours = data_collator is None
         if data_collator is None:
             data_collator = DataCollatorForLanguageModeling(
                 pad_token_id=choose_pad_token(processing_class, model, args.pad_token),
                 padding_free=bool(self._plan.padding_free),
-                pad_to_multiple_of=args.pad_to_multiple_of,
+                pad_to_multiple_of=args.pad_to_multiple_of or (length_bucket(args.max_length) if compiles else None),
             )
         elif self._plan.padding_free:
             raise ArgumentError("`padding_free` and `packing` need their own collator: drop `data_collator`.")

@@ -58,7 +58,8 @@ def test_agrees_with_transformers(tmp_path, kwargs) -> None:
     assert ours.mixed_precision == theirs.mixed_precision
     assert ours.gradient_state.plugin_kwargs == theirs.gradient_state.plugin_kwargs
     assert vars(ours.ddp_handler) == vars(theirs.ddp_handler)
-    assert vars(ours.state.dynamo_plugin) == vars(theirs.state.dynamo_plugin)
+    # Layers are compiled in place here, so accelerate has nothing to compile.
+    assert built["dynamo_plugin"].backend.value == "NO"
     assert built["gradient_accumulation_plugin"].num_steps == 1 and built["fsdp_plugin"] is None
     assert zero_stage(ours) is None and fsdp_version(ours) is None
 
