@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from finetune import (
         SequenceClassificationTrainer,
+        finish_program,
         get_peft_config,
         get_quantization_config,
         load_datasets,
@@ -58,19 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         peft_config=get_peft_config(model_args),
     )
     result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-
-    trainer.save_model()
-    trainer.save_state()
-    trainer.log_metrics("train", result.metrics)
-    trainer.save_metrics("train", result.metrics)
-    if eval_dataset is not None:
-        metrics = trainer.evaluate()
-        trainer.log_metrics("eval", metrics)
-        trainer.save_metrics("eval", metrics)
-    trainer.accelerator.print(f"Model saved to {training_args.output_dir}")
-    if training_args.push_to_hub:
-        trainer.push_to_hub(dataset=script_args.dataset_name)
-    trainer.end()
+    finish_program(trainer, result, {"dataset": script_args.dataset_name}, evaluate=eval_dataset is not None)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Trains and saves."""
     script_args, training_args, model_args = parse(argv)
 
-    from finetune import SFTTrainer, get_peft_config, get_quantization_config, load_datasets, with_model_options
+    from finetune import (
+        SFTTrainer,
+        finish_program,
+        get_peft_config,
+        get_quantization_config,
+        load_datasets,
+        with_model_options,
+    )
 
     train_dataset, eval_dataset = load_datasets(script_args, evaluate=training_args.eval_strategy != "no")
     trainer = SFTTrainer(
@@ -55,15 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         boolean = [name for name, buffer in trainer.model.named_buffers() if not buffer.is_floating_point()]
         trainer.model._ddp_params_and_buffers_to_ignore = boolean  # what torch's DDP reads
     result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-
-    trainer.save_model()
-    trainer.save_state()
-    trainer.log_metrics("train", result.metrics)
-    trainer.save_metrics("train", result.metrics)
-    trainer.accelerator.print(f"Model saved to {training_args.output_dir}")
-    if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
-    trainer.end()
+    finish_program(trainer, result, {"dataset_name": script_args.dataset_name})
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ class Trainer(EvaluationMethods, OptimizerMethods, SavingMethods):
             NonFiniteLossError: the loss became NaN or infinite and `nonfinite_policy` is `raise`.
         """
         self._memory_tracker.start("train")
-        self._run = None
+        self._run = self._guard = None
         self._hp_search_setup(trial)
         args = self.args
         with checkpoints.agreeing():
@@ -85,11 +85,13 @@ class Trainer(EvaluationMethods, OptimizerMethods, SavingMethods):
             check_trainable(self.model)
             if not self.place_model_on_device and (args.fp16_full_eval or args.bf16_full_eval):
                 self._move_model_to_device(self.model, args.device)
-            self._feature_logs = features.enter(stack, self.model, args, self.processing_class, self.neftune_noise_alpha)
+            self._feature_logs = features.enter(
+                stack, self.model, args, self.processing_class, self.neftune_noise_alpha
+            )
             stack.enter_context(self._model_features())
             stack.enter_context(setup.underflow_debugger(self.model, args.debug))
             if args.enable_jit_checkpoint:
-                stack.enter_context(saving_on_signals(self.callback_handler, self.accelerator))
+                self._guard = stack.enter_context(saving_on_signals(self.callback_handler, self.accelerator))
             if checkpoint is not None and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
                 self._load_from_checkpoint(checkpoint)
             loop: Any = self._inner_training_loop
@@ -219,6 +221,11 @@ class Trainer(EvaluationMethods, OptimizerMethods, SavingMethods):
             return self.optimizer
 
         return create_both
+
+    @property
+    def was_preempted(self) -> bool:
+        """Whether the last `train` ended early because of a signal (`enable_jit_checkpoint`), after a checkpoint."""
+        return self._guard is not None and self._guard.agreed
 
     def _release_optimizer(self) -> None:
         """Takes the optimizer's hooks off the model (layerwise GaLore); the next `train` then makes a new one."""

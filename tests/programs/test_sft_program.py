@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -123,6 +125,24 @@ def test_a_run_is_resumed_as_if_it_had_never_stopped(folder: Path, trained: Path
     rest = run(*flags(folder, output, resume_from_checkpoint="auto"))
     assert rest.returncode == 0, rest.stderr[-3000:]
     assert losses(output) == losses(trained)
+
+
+def test_a_signal_saves_and_the_exit_code_says_start_me_again(folder: Path) -> None:
+    output = folder / "preempted"
+    words = flags(folder, output, max_steps=100_000, enable_jit_checkpoint=True, save_strategy="steps", save_steps=3)
+    process = subprocess.Popen([sys.executable, "trainers/sft.py", *words], cwd=ROOT, stdout=-1, stderr=-1, text=True)
+    deadline = time.monotonic() + 120
+    while not (output / "checkpoint-3").is_dir() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    said, errors = process.communicate(timeout=120)
+    assert process.returncode == 75, errors[-3000:]
+    newest = max(int(path.name.split("-")[1]) for path in output.glob("checkpoint-*"))
+    assert f"at step {newest} of 100000, which is saved" in said
+    assert not (output / "model.safetensors").exists()
+    rest = run(*flags(folder, output, max_steps=newest + 2, resume_from_checkpoint="auto"))
+    assert rest.returncode == 0, rest.stderr[-3000:]
+    assert len(losses(output)) == newest + 2
 
 
 def test_two_processes_train_as_one_with_twice_the_accumulation(folder: Path, trained: Path) -> None:

@@ -36,12 +36,17 @@ class PreemptionGuard:
 
     Signal handlers belong to the main thread: entered elsewhere, the guard does nothing and says so. Handlers that
     were there before come back on exit.
+
+    Attributes:
+        received: the number of the first signal this process got.
+        agreed: whether all processes learned that one of them got a signal.
     """
 
     def __init__(self, names: tuple[str, ...] = _NAMES) -> None:
         self._signals = [getattr(signal, name) for name in names if hasattr(signal, name)]
         self._before: dict[int, Any] = {}
         self.received: int | None = None
+        self.agreed = False
 
     def __enter__(self) -> "PreemptionGuard":
         if threading.current_thread() is not threading.main_thread():
@@ -64,12 +69,13 @@ class PreemptionGuard:
         With several processes a collective, so all must ask at the same step; with one it reads an attribute.
         """
         here = self.received is not None
-        if accelerator is None or accelerator.num_processes == 1:
-            return here
-        import torch
+        if accelerator is not None and accelerator.num_processes > 1:
+            import torch
 
-        flag = torch.tensor([int(here)], device=accelerator.device)
-        return bool(accelerator.reduce(flag, reduction="sum").item())
+            flag = torch.tensor([int(here)], device=accelerator.device)
+            here = bool(accelerator.reduce(flag, reduction="sum").item())
+        self.agreed = self.agreed or here
+        return here
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:

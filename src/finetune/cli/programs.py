@@ -45,7 +45,8 @@ def load_program(name: str) -> ModuleType:
 def run_program(main: Program, argv: Sequence[str] | None = None) -> int:
     """Runs `main(argv)` and returns the exit code; an error made for the user is one line on stderr, not a traceback.
 
-    0: done, 1: something given is wrong, 2: an argument is wrong, 130: Ctrl-C. Other exceptions pass through: they
+    0: done, 1: something given is wrong, 2: an argument is wrong, 75: a signal came and a checkpoint was saved
+    (`--enable_jit_checkpoint`), 130: Ctrl-C. Other exceptions pass through: they
     are defects, and their traceback is wanted.
     """
     try:
@@ -61,6 +62,37 @@ def run_program(main: Program, argv: Sequence[str] | None = None) -> int:
     except SystemExit as end:  # argparse, after `--help` or an unknown argument
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     return 0
+
+
+def finish_program(trainer: Any, result: Any, card: dict[str, Any], evaluate: bool = False) -> None:
+    """Ends a program after `result = trainer.train(...)`: saves model, state and metrics, and pushes if asked.
+
+    `card` are arguments of `create_model_card`.
+
+    Raises:
+        Preempted: a signal ended training; its checkpoint is all that was saved.
+    """
+    if trainer.was_preempted:
+        from finetune.checkpoint.preemption import Preempted
+
+        trainer.accelerator.print(
+            f"Stopped by a signal at step {trainer.state.global_step} of {trainer.state.max_steps}, which is saved. "
+            "The same command with `--resume_from_checkpoint auto` goes on."
+        )
+        trainer.end()
+        raise Preempted
+    trainer.save_model()
+    trainer.save_state()
+    trainer.log_metrics("train", result.metrics)
+    trainer.save_metrics("train", result.metrics)
+    if evaluate:
+        metrics = trainer.evaluate()
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+    trainer.accelerator.print(f"Model saved to {trainer.args.output_dir}")
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub(**card)
+    trainer.end()
 
 
 def check_before_start(args: Any, model: str | None) -> None:

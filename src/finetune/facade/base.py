@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.arguments import TrainingArguments
+from finetune.checkpoint.preemption import PreemptionGuard
 from finetune.checkpoint.writer import CheckpointWriter
 from finetune.compat import coerce_training_arguments
 from finetune.control.builtin import DefaultFlowCallback, PrinterCallback, ProgressCallback
@@ -131,6 +132,7 @@ class TrainerBase:
         if args.push_to_hub:
             self.init_hf_repo()  # pyright: ignore[reportAttributeAccessIssue]
         self._run: TrainingRun | None = None
+        self._guard: PreemptionGuard | None = None
         self._writer = CheckpointWriter(tolerant=args.on_save_failure == "continue")
         self._created_lr_scheduler = self._optimizer_is_released = False
         self._eval_loaders: dict[str, Any] = {}
