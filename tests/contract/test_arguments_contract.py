@@ -26,6 +26,7 @@ OURS = {
     "async_save": "checkpoints written in the background",
     "on_save_failure": "whether training goes on when a checkpoint cannot be written",
     "save_on_exception": "a checkpoint when training stops with an error",
+    "offload_optimizer_state": "room for activations on the device, at the price of two copies per step",
     "nonfinite_policy": "non-finite losses are never replaced, so there has to be a policy",
     "overwrite_output_dir": "removed from transformers 5; programs still read it",
     "logging_dir": "removed from transformers 5.15; still sets the TensorBoard folder",

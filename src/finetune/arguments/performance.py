@@ -64,6 +64,7 @@ class MemoryArguments(ArgumentGroup):
     gradient_checkpointing_kwargs: dict[str, Any] | str | None = arg(
         None, "The same as `activation_checkpointing_kwargs`."
     )
+    offload_optimizer_state: bool = arg(False, "Keep the optimizer's state in host memory between steps.")
     torch_empty_cache_steps: int | None = arg(None, "Empty the device's memory cache every so many steps.")
     use_cache: bool = arg(False, "Let the model keep its key-value cache while training; some PEFT methods need it.")
 
@@ -72,6 +73,11 @@ class MemoryArguments(ArgumentGroup):
         require(
             steps is None or (isinstance(steps, int) and steps > 0),
             f"`torch_empty_cache_steps={steps!r}` must be a whole number above 0, or None.",
+        )
+        require(
+            not self.offload_optimizer_state or (accelerator_present() and not getattr(self, "use_cpu", False)),
+            "`offload_optimizer_state=True` needs an accelerator; on a CPU run the state is in host memory already. Set"
+            " it to False.",
         )
 
 

@@ -8,6 +8,7 @@ from torch import nn
 from finetune.errors import ArgumentError
 from finetune.facade.base import TrainerBase
 from finetune.optim import groups, registry, schedules
+from finetune.optim.state_offload import offload_state
 
 
 class OptimizerMethods(TrainerBase):
@@ -29,6 +30,8 @@ class OptimizerMethods(TrainerBase):
                 cls_and_kwargs=self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, model),
                 decay_names=self.get_decay_parameter_names(model),
             )
+        if self.args.offload_optimizer_state:
+            offload_state(self.optimizer)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
