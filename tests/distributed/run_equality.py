@@ -54,6 +54,7 @@ CASES: dict[str, dict[str, Any]] = {
     "padding_free": {"arguments": {"padding_free": True}},
     "packed": {"arguments": {"packing": True, "max_length": 24}, "rows": 46},
     "tied": {"arguments": {}, "model": {"tie_word_embeddings": True}},
+    "sharded_checkpoints": {"arguments": {}, "environment": {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}},
     "classification": {"kind": "classification", "arguments": {"class_weights": "balanced"}},
     "lora": {"arguments": {}, "lora": True},
     "lora_classification": {"kind": "classification", "arguments": {}, "lora": True},
@@ -121,6 +122,8 @@ def run_case(name: str, out: Path, options: dict[str, Any]) -> None:
     from accelerate.state import AcceleratorState, GradientState
 
     case = CASES[name]
+    before = dict(os.environ)
+    os.environ.update(case.get("environment", {}))
     report: dict[str, Any] = {}
     for part in ("train", "resume"):
         torch.manual_seed(0)
@@ -147,6 +150,7 @@ def run_case(name: str, out: Path, options: dict[str, Any]) -> None:
         trainer.accelerator.wait_for_everyone()
         main = trainer.is_world_process_zero()
         trainer.accelerator.free_memory()
+    os.environ.update({name: before.get(name, "") for name in case.get("environment", {})})
     if main:
         (out / "report.json").write_text(json.dumps(report, indent=1))
 

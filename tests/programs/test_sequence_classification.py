@@ -100,7 +100,7 @@ def test_two_processes_train_as_one_with_twice_the_accumulation(folder: Path, tr
     output = folder / "two"
     words = flags(folder, output, gradient_accumulation_steps=1, use_cpu=None, dataset_name=folder / "rows.csv")
     words += ["--dataset_train_split", "train[:75%]", "--dataset_test_split", "train[75%:]", "--eval_strategy", "epoch"]
-    words += ["--class_weights", "balanced", "--train_sampling_strategy", "random"]
+    words += ["--class_weights", "balanced"]
     one = [*words, "--gradient_accumulation_steps", "2", "--use_cpu", "--output_dir", str(folder / "one")]
     assert main(["classify", *one]) == 0
     command = [
@@ -176,6 +176,37 @@ def test_run_glue_on_files(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert lines == ["index\tprediction", *(f"{i}\t{'good' if i < 4 else 'bad'}" for i in range(8))]
     assert "text-classification" in (output / "README.md").read_text()
     assert "max_length: {value: 3," in (output / "resolved_config.yaml").read_text()
+
+
+def test_run_glue_under_accelerate_launch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes train as one, count each row of the short last batches once, and one of them writes the files."""
+    write(folder / "dev.csv", ["text", "label"], [("red sun", "good"), ("old mat", "bad"), ("small boats", "good")])
+    files = {"train_file": folder / "rows.csv", "validation_file": folder / "dev.csv", "test_file": folder / "test.csv"}
+    output = {number: folder / f"glue-{number}" for number in (1, 2)}
+    words = {
+        number: [
+            *flags(folder, out, max_steps=6, gradient_accumulation_steps=4 // number, **files),
+            *["--do_train", "--do_eval", "--do_predict", "--per_device_eval_batch_size", "2"],
+        ]
+        for number, out in output.items()
+    }
+    run_glue(monkeypatch, *words[1])
+    launcher = ["--config_file", str(ROOT / "accelerate_configs" / "cpu.yaml"), "--main_process_port", "0"]
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", *launcher, str(RUN_GLUE), *words[2]],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert losses(output[2]) == pytest.approx(losses(output[1]), abs=1e-5)
+    one, two = (json.loads((path / "all_results.json").read_text()) for path in output.values())
+    for name in ("eval_accuracy", "eval_f1_macro", "eval_loss"):
+        assert two[name] == pytest.approx(one[name], abs=1e-5)
+    first, second = ((path / "predict_results_file.txt").read_text() for path in output.values())
+    assert first == second and len(second.splitlines()) == 9
+    assert (output[2] / "model.safetensors").is_file() and (output[2] / "README.md").is_file()
 
 
 @pytest.mark.parametrize(
