@@ -9,8 +9,8 @@ clipping, AdamW (fused, as both trainers' default), a linear schedule, and every
 import itertools
 from typing import Any
 
-from harness import OURS, Bench, Pause
-from training import Windows, arguments, clocked_begin, clocked_end, library_of
+from harness import OURS, Bench, Pause, clock, since, summary
+from training import Windows, arguments, library_of
 from workloads import make_llama
 
 BATCH, LENGTH, VOCABULARY = 4, 16, 128
@@ -44,7 +44,7 @@ def bare(steps: int, pause: Pause) -> None:
     data = rows()
     loader = DataLoader(data, batch_size=BATCH, shuffle=True, collate_fn=collate)  # pyright: ignore[reportArgumentType]
     total, losses = torch.zeros(()), []
-    clock, done = clocked_begin(), 0
+    begin, done = clock(), 0
     for _ in itertools.count():
         for batch in loader:
             count = (batch["labels"][:, 1:] != -100).sum()
@@ -60,8 +60,8 @@ def bare(steps: int, pause: Pause) -> None:
                 losses.append(total.item() / 10)
                 total.zero_()
             if done % steps == 0:
-                pause({**clocked_end(clock), "losses": losses})
-                clock = clocked_begin()
+                pause({**since(begin), "losses": losses})
+                begin = clock()
 
 
 def work(side: str, settings: dict[str, Any], pause: Pause) -> None:
@@ -81,7 +81,11 @@ def work(side: str, settings: dict[str, Any], pause: Pause) -> None:
     if made is None:
         made = TrainingArguments(
             "trainer_output_bench",
-            **{"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "use_cpu": True, "seed": 1},
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+            use_cpu=True,
+            seed=1,
             learning_rate=1e-4,
             **options,
         )
@@ -100,7 +104,9 @@ def work(side: str, settings: dict[str, Any], pause: Pause) -> None:
 
 
 def main() -> None:
-    bench = Bench("loop_overhead", "Overhead per step over a bare loop, tiny model, logging every 10 steps", work, __doc__)
+    bench = Bench(
+        "loop_overhead", "Overhead per step over a bare loop, tiny model, logging every 10 steps", work, __doc__
+    )
     steps = 100 if bench.fast else 400
     sides = {name: {"steps": steps} for name in ("bare loop", "transformers", "finetune")}
     case = bench.case("tiny model", sides, pairs=9 if bench.fast else 15, settings={"steps": steps})
@@ -108,8 +114,6 @@ def main() -> None:
     for each in case.rounds:
         for side, found in overheads.items():
             found.append((each[side]["seconds"] - each["bare loop"]["seconds"]) / steps * 1000)
-    from harness import summary
-
     case.result["overhead_ms_per_step"] = {side: summary(found) for side, found in overheads.items()}
     ours, theirs = (case.result["overhead_ms_per_step"][side]["median"] for side in (OURS, "transformers"))
     case.ratio("seconds", "transformers")

@@ -77,23 +77,35 @@ def difference(left: list[float], right: list[float]) -> float:
     """Returns the largest relative difference of two lists of losses; infinite if one of them is longer, or is NaN."""
     if len(left) != len(right):
         return float("inf")
-    found = [abs(a - b) / max(abs(a), abs(b), 1e-12) if a == a and b == b else float("inf") for a, b in zip(left, right)]  # noqa: B905
+    found = [
+        abs(a - b) / max(abs(a), abs(b), 1e-12) if a == a and b == b else float("inf") for a, b in zip(left, right)
+    ]  # noqa: B905
     return max(found, default=0.0)
 
 
 # ---- One side, in its own process ----
 
 
+def clock() -> tuple[float, float, int]:
+    """Returns now: seconds, processor seconds and page faults of this process."""
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    return time.perf_counter(), time.process_time(), faults
+
+
+def since(begin: tuple[float, float, int]) -> Measure:
+    """Returns the measurement from `begin`, a value of `clock`, to now."""
+    return dict(
+        zip(
+            ("seconds", "cpu_seconds", "page_faults"), (b - a for a, b in zip(begin, clock(), strict=True)), strict=True
+        )
+    )
+
+
 def clocked(action: Callable[[], Any]) -> Measure:
-    """Returns seconds, processor seconds and page faults of `action()`; a dictionary that it returns is added."""
-    faults, cpu = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, time.process_time()
-    started = time.perf_counter()
+    """Returns the measurement of `action()`; a dictionary that it returns is added."""
+    begin = clock()
     result = action()
-    measured = {
-        "seconds": time.perf_counter() - started,
-        "cpu_seconds": time.process_time() - cpu,
-        "page_faults": resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults,
-    }
+    measured = since(begin)
     return {**measured, **(result if isinstance(result, dict) else {})}
 
 
@@ -163,7 +175,9 @@ class Worker:
         line = self.process.stdout.readline()
         if not line:
             tail = "".join(self.log.read_text().splitlines(keepends=True)[-25:])
-            raise RuntimeError(f"The side {self.side!r} ended without a measurement (exit {self.process.wait()}):\n{tail}")
+            raise RuntimeError(
+                f"The side {self.side!r} ended without a measurement (exit {self.process.wait()}):\n{tail}"
+            )
         return json.loads(line)
 
     def go(self) -> None:

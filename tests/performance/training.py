@@ -3,7 +3,7 @@
 import tempfile
 from typing import Any
 
-from harness import Measure, Pause, clocked, resident_mib
+from harness import Pause, clock, resident_mib, since
 from workloads import make_llama, token_rows, tokenizer
 
 LIBRARIES = ("trl", "transformers", "finetune")
@@ -66,7 +66,7 @@ class _Windows:
         self.left -= 1
         if self.left:
             return
-        measure = clocked_end(self.clock)
+        measure = since(self.clock)
         losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
         extra = {"losses": losses, "base_mib": self.base, "peak_rss_mib": resident_mib("VmHWM")}
         if self.profiler is not None:
@@ -83,24 +83,7 @@ class _Windows:
             activities = [torch.profiler.ProfilerActivity.CPU]
             self.profiler = torch.profiler.profile(activities=activities, profile_memory=True)
             self.profiler.__enter__()
-        self.clock = clocked_begin()
-
-
-def clocked_begin() -> tuple[float, float, int]:
-    import resource
-    import time
-
-    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    return time.perf_counter(), time.process_time(), faults
-
-
-def clocked_end(begin: tuple[float, float, int]) -> Measure:
-    now = clocked_begin()
-    return {
-        "seconds": now[0] - begin[0],
-        "cpu_seconds": now[1] - begin[1],
-        "page_faults": now[2] - begin[2],
-    }
+        self.clock = clock()
 
 
 def ledger_peak(profiler: Any) -> float:
@@ -118,7 +101,6 @@ def ledger_peak(profiler: Any) -> float:
 
 def train(side: str, settings: dict[str, Any], pause: Pause) -> None:
     """Trains in windows. `settings`: shape, vocab_size, rows, steps (per window), args (overrides), seed."""
-    import torch
 
     rows = token_rows(settings["rows"], vocab_size=settings["vocab_size"], length=settings.get("length"))
     model = make_llama(settings["shape"], settings["vocab_size"])
@@ -128,9 +110,7 @@ def train(side: str, settings: dict[str, Any], pause: Pause) -> None:
     if library_of(side) == "transformers":
         rows, options = _for_transformers(rows), {"data_collator": padding_collator}
     callbacks = [Windows(settings["steps"], pause, settings.get("ledger", False))]
-    trainer = trainer_class(
-        model=model, args=args, train_dataset=rows, callbacks=callbacks, **options
-    )
+    trainer = trainer_class(model=model, args=args, train_dataset=rows, callbacks=callbacks, **options)
     trainer.train()
 
 
@@ -157,6 +137,3 @@ def padding_collator(features: list[dict[str, Any]]) -> dict[str, Any]:
     counts = torch.tensor([len(each["input_ids"]) for each in features])
     batch["attention_mask"] = (torch.arange(width) < counts[:, None]).long()
     return batch
-
-
-__all__ = ["arguments", "classes", "clocked", "library_of", "padding_collator", "train"]

@@ -146,7 +146,11 @@ def _train_tokenizer(vocab_size: int, folder: Path) -> None:
     text = [message["content"] for chat in chats(4000, seed=99) for message in chat]
     bpe.train_from_iterator(text, trainer)
     made = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="<|im_end|>", clean_up_tokenization_spaces=False
+        tokenizer_object=bpe,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="<|im_end|>",
+        clean_up_tokenization_spaces=False,
     )
     made.chat_template = CHATML
     made.save_pretrained(folder)

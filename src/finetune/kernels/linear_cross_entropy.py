@@ -30,10 +30,10 @@ from finetune.errors import ArgumentError
 
 IGNORE_INDEX = -100
 
-# Bytes of one chunk of float32 logits. Larger chunks read the head's weight fewer times, smaller ones need less memory.
+# Bytes of one chunk of logits. Larger chunks read the head's weight fewer times, smaller ones need less memory.
 _CHUNK_BYTES = {"cpu": 128 * 2**20, "default": 512 * 2**20}
-# Rows of a chunk whose elementwise passes run while they are in the cache; a GPU has no use for it.
-_BLOCK_BYTES = 4 * 2**20
+# Bytes of the rows of a chunk that softmax takes at a time, in float32: what a CPU's cache holds, or bounded memory.
+_BLOCK_BYTES = {"cpu": 4 * 2**20, "default": 256 * 2**20}
 # fp16 flushes below 6e-8: gradients are lifted by this much between softmax and matmul, and lowered in float32.
 _FP16_LIFT = 1024.0
 
@@ -262,7 +262,8 @@ class _Pass:
         self.correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
         self.d_hidden: Tensor | None = None
         sums = {"dtype": self.sum_dtype, "device": hidden.device}
-        self.d_weight = torch.zeros(weight.shape, **sums) if self.needs_weight else None
+        # The first chunk overwrites it.
+        self.d_weight = torch.empty(weight.shape, **sums) if self.needs_weight else None
         self.d_bias = torch.zeros(weight.shape[0], **sums) if self.needs_bias else None
 
     def run(self, targets: Tensor, positions: Tensor, token_weights: Tensor | None) -> None:
@@ -271,40 +272,47 @@ class _Pass:
         if self.needs_hidden:
             self.d_hidden = torch.empty(total, width, dtype=self.sum_dtype, device=self.hidden.device)
         if total == 0:
+            if self.d_weight is not None:
+                self.d_weight.zero_()
             return
-        rows = self.options.chunk_tokens or _rows(vocabulary, self.hidden.device.type, self.sum_dtype)
+        rows = self.options.chunk_tokens or _rows(vocabulary, self.hidden.device.type, self.dtype)
         rows = math.ceil(total / math.ceil(total / rows))
-        shape = {"dtype": self.sum_dtype, "device": self.hidden.device}
-        logits = torch.empty(rows, vocabulary, **shape)
+        block = min(rows, max(1, _block_bytes(self.hidden) // (vocabulary * self.sum_dtype.itemsize)))
+        # What the products write and read: logits, then their gradients. Wide copies exist of one block at a time.
+        logits = torch.empty(rows, vocabulary, dtype=self.dtype, device=self.hidden.device)
+        is_wide, shape = self.dtype == self.sum_dtype, {"dtype": self.sum_dtype, "device": self.hidden.device}
+        wide = None if is_wide else torch.empty(block, vocabulary, **shape)
         # Probabilities overwrite the logits unless something still needs the logits afterwards.
         keeps_logits = self.options.entropy or (self.options.softcap is not None and self.needs_grad)
-        probabilities = torch.empty(rows, vocabulary, **shape) if keeps_logits else logits
-        on_cpu = self.hidden.device.type == "cpu"
-        block = max(1, _BLOCK_BYTES // (vocabulary * logits.element_size())) if on_cpu else rows
+        probabilities = torch.empty(block, vocabulary, **shape) if keeps_logits else None
         for start in range(0, total, rows):
             stop = min(start + rows, total)
             chunk = self.hidden.index_select(0, positions[start:stop]).to(self.dtype)  # (C, D)
             self._project(chunk, logits[: stop - start])
             for low in range(start, stop, block):
                 high = min(low + block, stop)
-                part = slice(low - start, high - start)
+                part = logits[low - start : high - start]
+                values = part if wide is None else self._widened(part, wide[: high - low])
+                probs = values if probabilities is None else probabilities[: high - low]
                 weights = None if token_weights is None else token_weights[low:high].to(self.sum_dtype)
-                self._softmax_and_gradient(logits[part], probabilities[part], targets[low:high], weights)
+                self._softmax_and_gradient(values, probs, targets[low:high], weights)
+                if self.needs_grad and probs is not part:
+                    part.copy_(probs)
             if self.needs_grad:
-                self._accumulate(chunk, probabilities[: stop - start], start, stop)
+                self._accumulate(chunk, logits[: stop - start], start, stop)
 
     def _project(self, chunk: Tensor, logits: Tensor) -> None:
-        """Writes `scale * (chunk @ weight.T + bias)` into `logits` (C, V)."""
-        scale = self.options.scale
-        if self.dtype != self.sum_dtype:
-            # As the model's own head: the product is rounded to the compute dtype, everything after it is float32.
-            logits.copy_(torch.nn.functional.linear(chunk, self.weight, self.bias))
-            if scale != 1.0:
-                logits.mul_(scale)
-        elif self.bias is None:
+        """Writes `chunk @ weight.T + bias` into `logits` (C, V), scaled already if they are wide."""
+        scale = self.options.scale if self.dtype == self.sum_dtype else 1.0
+        if self.bias is None:
             torch.addmm(logits, chunk, self.weight.t(), beta=0, alpha=scale, out=logits)
         else:
             torch.addmm(self.bias, chunk, self.weight.t(), beta=scale, alpha=scale, out=logits)  # pyright: ignore
+
+    def _widened(self, logits: Tensor, wide: Tensor) -> Tensor:
+        """Returns one block in float32. The product was rounded, as by the model's own head; the rest is not."""
+        wide.copy_(logits)
+        return wide.mul_(self.options.scale) if self.options.scale != 1.0 else wide
 
     def _softmax_and_gradient(self, logits: Tensor, probs: Tensor, targets: Tensor, weights: Tensor | None) -> None:
         """Adds one block's sums; leaves d loss / d (logits before scaling) in `probs` if gradients are needed."""
@@ -350,20 +358,26 @@ class _Pass:
     def _accumulate(self, chunk: Tensor, d_logits: Tensor, start: int, stop: int) -> None:
         """Adds one chunk to the gradients; the head's in float32 whatever the products run in."""
         if self.d_bias is not None:
-            self.d_bias.add_(d_logits.sum(0), alpha=1 / self.lift)
-        low = d_logits if self.dtype == self.sum_dtype else d_logits.to(self.dtype)
+            self.d_bias.add_(d_logits.sum(0, dtype=self.sum_dtype), alpha=1 / self.lift)
         if self.d_hidden is not None:
             if self.dtype == self.sum_dtype:
-                torch.mm(low, self.weight, out=self.d_hidden[start:stop])
+                torch.mm(d_logits, self.weight, out=self.d_hidden[start:stop])
             else:
-                self.d_hidden[start:stop] = low @ self.weight
+                self.d_hidden[start:stop] = d_logits @ self.weight
                 if self.lift != 1.0:
                     self.d_hidden[start:stop] /= self.lift
-        if self.d_weight is not None:
-            if self.dtype == self.sum_dtype:
-                self.d_weight.addmm_(low.t(), chunk)
-            else:
-                self.d_weight.add_(low.t() @ chunk, alpha=1 / self.lift)
+        if self.d_weight is None:
+            return
+        first = start == 0
+        if self.dtype == self.sum_dtype:
+            torch.addmm(self.d_weight, d_logits.t(), chunk, beta=0 if first else 1, out=self.d_weight)
+            return
+        # A block of the vocabulary at a time: the product stays in the cache until it is added.
+        width = max(1, _block_bytes(chunk) // (chunk.shape[1] * chunk.element_size()))
+        for low in range(0, d_logits.shape[1], width):
+            part = d_logits[:, low : low + width].t() @ chunk
+            target = self.d_weight[low : low + width]
+            target.copy_(part).div_(self.lift) if first else target.add_(part, alpha=1 / self.lift)
 
 
 def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
@@ -373,6 +387,9 @@ def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     return torch.promote_types(hidden.dtype, weight.dtype)
 
 
+def _block_bytes(tensor: Tensor) -> int:
+    return _BLOCK_BYTES.get(tensor.device.type, _BLOCK_BYTES["default"])
+
+
 def _rows(vocabulary: int, device_type: str, dtype: torch.dtype) -> int:
-    budget = _CHUNK_BYTES.get(device_type, _CHUNK_BYTES["default"])
-    return max(16, budget // (vocabulary * dtype.itemsize))
+    return max(16, _CHUNK_BYTES.get(device_type, _CHUNK_BYTES["default"]) // (vocabulary * dtype.itemsize))
