@@ -59,8 +59,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         peft_config=get_peft_config(model_args),
     )
     if script_args.ignore_bias_buffers:
-        boolean = [name for name, buffer in trainer.model.named_buffers() if not buffer.is_floating_point()]
-        trainer.model._ddp_params_and_buffers_to_ignore = boolean  # what torch's DDP reads
+        model: Any = trainer.model
+        boolean = [name for name, buffer in model.named_buffers() if not buffer.is_floating_point()]
+        model._ddp_params_and_buffers_to_ignore = boolean  # what torch's DDP reads
     result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     finish_program(trainer, result, {"dataset_name": script_args.dataset_name})
 

@@ -165,3 +165,15 @@ def test_every_public_name_can_be_imported() -> None:
 
     for name in finetune.__all__:
         assert getattr(finetune, name) is not None
+
+
+def test_type_checkers_see_the_names_that_are_imported_when_used() -> None:
+    import finetune
+
+    stub = ast.parse((PACKAGE / "__init__.pyi").read_text())
+    seen = {
+        alias.asname: node.module for node in ast.walk(stub) if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
+    assert seen == {name: f"finetune.{module}" for name, module in finetune._EXPORTS.items()}
+    for name in finetune._EXPORTS:
+        assert getattr(finetune, name).__name__ == name
