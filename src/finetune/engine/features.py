@@ -33,10 +33,11 @@ def enter(
     """
     stack.enter_context(garbage_control(args.torch_empty_cache_steps))
     if args.use_liger_kernel:
-        from finetune.kernels.liger import apply_liger
+        from finetune.kernels.liger import apply_liger, liger_parity
 
         handle = apply_liger(model, _as_dict(args.liger_kernel_config))
         stack.callback(handle.remove)
+        stack.enter_context(liger_parity(model, handle, mixed=bool(args.bf16 or args.fp16)))
     stack.enter_context(use_cache(model, bool(args.use_cache)))
     kwargs = _as_dict(args.activation_checkpointing_kwargs)
     if args.activation_checkpointing:

@@ -41,7 +41,8 @@ def offload_state(optimizer: Any, *, park: Move | None = None, fetch: Move | Non
     parameters = [p for group in inner.param_groups for p in group["params"]]
     if any(getattr(p, "device_mesh", None) is not None for p in parameters):
         raise ArgumentError(
-            "`offload_optimizer_state` does not work with FSDP, which has `fsdp_offload_params` for this. Set it to False."
+            "`offload_optimizer_state` does not work with FSDP, which has `fsdp_offload_params` for this. Set it to "
+            "False."
         )
     if park is None and all(p.device.type == "cpu" for p in parameters):
         raise ArgumentError(

@@ -1,17 +1,23 @@
 """Liger by name and through a handle: errors here, arithmetic in a subprocess under Triton's interpreter."""
 
+import functools
 import os
 import subprocess
 import sys
 import textwrap
+import types
+from contextlib import nullcontext
 
 import pytest
 import torch
+from datasets import Dataset
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama import modeling_llama
 
+from finetune import Trainer, TrainingArguments
 from finetune.errors import ArgumentError
+from finetune.kernels import liger
 from finetune.kernels.fused_head import unsupported_reason
 from finetune.kernels.liger import apply_liger
 
@@ -73,6 +79,68 @@ def test_only_the_named_kernels_and_removal_restores_everything(model, interpret
     handle.remove()
     handle.remove()
     assert snapshot(model) == before
+
+
+def fake_apply(error, owns_head):
+    """Returns a stand-in for Liger's function: a norm, or the model's forward, that is off by `error`."""
+
+    def apply(rms_norm: bool = True, fused_linear_cross_entropy: bool = owns_head, model=None) -> None:
+        if fused_linear_cross_entropy:
+
+            @functools.wraps(LlamaForCausalLM.forward)
+            def forward(self, *args, **kwargs):
+                outputs = type(self).forward(self, *args, **kwargs)
+                outputs.loss = outputs.loss * (1 + error)
+                return outputs
+
+            model.forward = types.MethodType(forward, model)
+        else:
+            norm = model.model.norm
+            norm.forward = lambda hidden: type(norm).forward(norm, hidden) * (1 + 100 * error)
+
+    return apply
+
+
+def one_step(model, folder, **changes):
+    ids = torch.randint(32, (4, 8)).tolist()
+    rows = Dataset.from_list([{"input_ids": row, "labels": row} for row in ids])
+    args = TrainingArguments(
+        str(folder), max_steps=1, use_liger_kernel=True, use_cpu=True, save_strategy="no", report_to="none",
+        disable_tqdm=True, **changes,
+    )  # fmt: skip
+    trainer = Trainer(model, args, train_dataset=rows)
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("owns_head", [False, True])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_first_batch_compares_with_and_without(model, interpreted, monkeypatch, tmp_path, owns_head, bf16) -> None:
+    before = snapshot(model)
+    weights = [p.detach().clone() for p in model.parameters()]
+    monkeypatch.setattr(liger, "_functions", lambda: {"llama": fake_apply(0.05, owns_head)})
+    with pytest.raises(ArgumentError, match=r"Liger's kernels \(.*loss of .*`use_liger_kernel=False`"):
+        one_step(model, tmp_path, bf16=bf16)
+    # It was found before anything was trained.
+    assert all(map(torch.equal, weights, model.parameters()))
+    right = fake_apply(1e-3 if bf16 and owns_head else 1e-7, owns_head)
+    monkeypatch.setattr(liger, "_functions", lambda: {"llama": right})
+    trainer = one_step(model, tmp_path, bf16=bf16)
+    assert trainer.state.global_step == 1 and not model._forward_pre_hooks
+    if not bf16:
+        assert snapshot(model)[2:] == before[2:] and "forward" not in model.model.norm.__dict__
+
+
+def test_the_comparison_disturbs_no_random_state(model, interpreted, monkeypatch) -> None:
+    monkeypatch.setattr(liger, "_functions", lambda: {"llama": fake_apply(0.0, True)})
+    model.model.layers[0].self_attn.attention_dropout = 0.5
+    ids = torch.randint(32, (2, 8))
+    losses = []
+    for compares in (False, True):
+        torch.manual_seed(3)
+        with apply_liger(model) as handle, liger.liger_parity(model, handle) if compares else nullcontext():
+            losses.append(model.train()(input_ids=ids, labels=ids).loss)
+    assert torch.equal(*losses)
 
 
 PARITY = textwrap.dedent(
