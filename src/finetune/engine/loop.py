@@ -37,6 +37,9 @@ def _run_epoch(run: TrainingRun, epoch: int, hooks: LoopHooks, events: Events) -
     done = run.resume if epoch == run.resume.epoch else ResumePoint(epoch)
     run.epoch, run.epoch_is_over, run.batches_done = epoch, False, done.batches_done
     run.grad_norm, run.learning_rate = None, None
+    if done.updates_done == 0:
+        # A checkpoint at the end of an epoch was written before the next epoch's loader drew its seed.
+        run.restore_rng_once()
     iterator = iter(_epoch_loader(run, epoch, done))
     for update in range(done.updates_done, run.plan.updates_per_epoch):
         wanted = run.plan.batches_in_update(update)

@@ -36,7 +36,7 @@ class TrainingRun:
         optimizer, lr_scheduler: as `accelerator.prepare` and `create_scheduler` returned them.
         skip_batches: `(loader, n) -> loader` that starts behind n batches.
         restore_rng: loads the checkpoint's random state; called once, after the first window was fetched, because
-            creating the loader's iterator draws from the global generator.
+            creating the loader's iterator draws from the global generator; before that where a new epoch starts.
         token_counter: `(inputs) -> tokens`, None when tokens are not tracked.
         epoch, batches_done: position, in epochs and in micro-batches of this epoch.
         epoch_is_over: whether the next batch belongs to the next epoch.

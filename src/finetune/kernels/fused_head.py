@@ -240,7 +240,8 @@ class _Call:
         # this point the queue of kernels is as short as it gets.
         positions = targets.reshape(-1).ne(IGNORE_INDEX).nonzero().squeeze(1)
         if weights is not None and shifted is None:
-            weights = _shift(weights, 0)
+            virtual = targets.shape[-1] - weights.shape[-1]  # labels that PEFT put before those of each row
+            weights = _shift(nn.functional.pad(weights, (virtual, 0)), 0)
         return cls(targets, positions, weights, Recorder())
 
 

@@ -89,9 +89,15 @@ def brings_packed_attention(model: nn.Module) -> bool:
     return "flash" in implementation
 
 
+def uses_virtual_tokens(model: nn.Module) -> bool:
+    """Returns whether PEFT puts learned tokens before each row of a batch (prompt tuning, prefix tuning, ...)."""
+    configs = getattr(model, "peft_config", None)
+    return isinstance(configs, dict) and any(config.is_prompt_learning for config in configs.values())
+
+
 def can_be_padding_free(model: nn.Module) -> bool:
     """Returns whether batches without padding train the same: the model takes them, and a probe moved no neighbour."""
-    if brings_packed_attention(model) or packed_unsupported_reason(model) is not None:
+    if uses_virtual_tokens(model) or brings_packed_attention(model) or packed_unsupported_reason(model) is not None:
         return False
     if any(parameter.numel() == 0 or parameter.is_meta for parameter in model.parameters()):
         return False  # sharded while loading: a probe would need all processes

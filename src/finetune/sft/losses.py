@@ -34,9 +34,10 @@ def token_sums(
 
     With `dft` each token's loss is weighted by its own probability, without gradient through the weight
     (arXiv:2508.05629). `token_weights` (B, T), unshifted as well, multiply the loss of the token they stand at; `count`
-    counts tokens, whatever their weights. `labels = [[-100, 7, 3]]` has two supervised tokens, predicted at positions 0
-    and 1.
+    counts tokens, whatever their weights. Logits of virtual tokens before a row (prompt tuning) are left out.
+    `labels = [[-100, 7, 3]]` has two supervised tokens, predicted at positions 0 and 1.
     """
+    logits = logits[:, logits.shape[1] - labels.shape[1] :]
     targets = labels[:, 1:].reshape(-1)
     kept = targets.ne(IGNORE_INDEX)
     scores = logits[:, :-1].reshape(-1, logits.shape[-1])[kept]  # (N, V)

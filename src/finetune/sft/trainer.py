@@ -35,6 +35,7 @@ from finetune.sft.build import (
     check_model_options,
     load_model_for_sft,
     load_tokenizer_for_sft,
+    uses_virtual_tokens,
 )
 from finetune.sft.config import SFTConfig
 from finetune.sft.experts import auxiliary_loss, own_weight_is_zero, router_coefficient, without_router_outputs
@@ -101,6 +102,12 @@ class SFTTrainer(RawRowMethods, Trainer):
         compiles = args.torch_compile_backend is not None
         # Compiled layers want few different shapes, which rows without padding do not have.
         self._plan = self._plan.settle(padding_free=ours and not compiles and can_be_padding_free(model))
+        if self._plan.padding_free and uses_virtual_tokens(model):
+            raise ArgumentError(
+                "PEFT puts its virtual tokens before each row of a batch, and `padding_free` (and packing by `bfd`) "
+                "make one row of many samples. Set `padding_free=False`, and `packing=False` or "
+                "`packing_strategy='wrapped'`."
+            )
         self._collator_is_ours = data_collator is None
         if data_collator is None:
             data_collator = DataCollatorForLanguageModeling(
