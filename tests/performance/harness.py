@@ -1,4 +1,4 @@
-"""Measures the incumbent and finetune side by side: alternating, each in a process of its own, and says how they relate.
+"""Measures the incumbent and finetune side by side: alternating, each in a process of its own.
 
 A benchmark script holds one function that works for one side, and calls `pause` whenever a measurement is ready:
 
@@ -24,6 +24,7 @@ The result of a script is one JSON file: versions, hardware, settings, every sin
 import argparse
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import resource
@@ -77,10 +78,10 @@ def difference(left: list[float], right: list[float]) -> float:
     """Returns the largest relative difference of two lists of losses; infinite if one of them is longer, or is NaN."""
     if len(left) != len(right):
         return float("inf")
-    found = [
-        abs(a - b) / max(abs(a), abs(b), 1e-12) if a == a and b == b else float("inf") for a, b in zip(left, right)
-    ]  # noqa: B905
-    return max(found, default=0.0)
+    if any(math.isnan(each) for each in (*left, *right)):
+        return float("inf")
+    pairs = zip(left, right, strict=True)
+    return max((abs(a - b) / max(abs(a), abs(b), 1e-12) for a, b in pairs), default=0.0)
 
 
 # ---- One side, in its own process ----
@@ -94,11 +95,8 @@ def clock() -> tuple[float, float, int]:
 
 def since(begin: tuple[float, float, int]) -> Measure:
     """Returns the measurement from `begin`, a value of `clock`, to now."""
-    return dict(
-        zip(
-            ("seconds", "cpu_seconds", "page_faults"), (b - a for a, b in zip(begin, clock(), strict=True)), strict=True
-        )
-    )
+    names = ("seconds", "cpu_seconds", "page_faults")
+    return {name: now - then for name, then, now in zip(names, begin, clock(), strict=True)}
 
 
 def clocked(action: Callable[[], Any]) -> Measure:
@@ -243,15 +241,9 @@ def _slug(name: str) -> str:
 
 def environment() -> dict[str, Any]:
     """Returns versions, hardware and how busy the machine was."""
-    versions: dict[str, str] = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed"
     return {
         "python": platform.python_version(),
-        "packages": versions,
+        "packages": {name: _version(name) for name in PACKAGES},
         "processor": _processor(),
         "cores": os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
@@ -259,6 +251,13 @@ def environment() -> dict[str, Any]:
         "load": [round(each, 2) for each in os.getloadavg()],
         "date": time.strftime("%Y-%m-%d %H:%M"),
     }
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _processor() -> str:

@@ -1,0 +1,105 @@
+"""How long training stands still for a checkpoint: 135M parameters with AdamW, weights and optimizer state.
+
+    python tests/performance/bench_checkpoint.py --fast --out results/checkpoint.json
+
+The stall is the time between the end of a step and the moment the next step may begin, as a callback sees it. TRL and
+transformers write before they go on; finetune copies the state and writes in the background (`async_save`), and with
+`async_save=False` as they do. Both write to the same disk; the files are removed after each save.
+"""
+
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from harness import Bench, Pause, clock, resident_mib, since
+from training import library_of
+from workloads import make_llama
+
+
+def work(side: str, settings: dict[str, Any], pause: Pause) -> None:
+    import torch
+    from transformers import TrainerCallback
+
+    folder = Path(tempfile.mkdtemp(prefix="bench_checkpoint_"))
+    if library_of(side) == "finetune":
+        from finetune import Trainer, TrainingArguments
+    else:
+        from transformers import Trainer, TrainingArguments
+
+    class Saves(TrainerCallback):
+        """Asks for a checkpoint after every step, and measures until the next step begins."""
+
+        begin: Any = None
+        waiting = False
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step > 1:
+                control.should_save = True
+                self.begin = clock()
+
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            measured = since(self.begin)
+            started = time.perf_counter()
+            newest = folder / f"checkpoint-{state.global_step}"
+            # The clock has stopped: wait until the background write is over, so that it disturbs nobody else.
+            while not (newest / "trainer_state.json").exists() or list(folder.glob("*.tmp*")) or _growing(newest):
+                time.sleep(0.1)
+                if time.perf_counter() - started > 120:
+                    break
+            size = sum(file.stat().st_size for file in newest.rglob("*") if file.is_file()) / 2**20
+            written = time.perf_counter() - started
+            pause({**measured, "written_seconds": written, "mib": size, "peak_mib": resident_mib("VmHWM")})
+            shutil.rmtree(newest, ignore_errors=True)
+
+    rows = [{"input_ids": torch.arange(3, 11), "labels": torch.arange(3, 11)} for _ in range(64)]
+    options: dict[str, Any] = {"async_save": settings["async_save"]} if "async_save" in settings else {}
+    args = TrainingArguments(
+        str(folder),
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        per_device_train_batch_size=1,
+        max_steps=50,
+        save_strategy="no",
+        **options,
+    )
+    try:
+        Trainer(
+            model=make_llama("135m", 49152),
+            args=args,
+            train_dataset=rows,  # pyright: ignore[reportArgumentType]
+            callbacks=[Saves()],
+        ).train()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _growing(folder: Path) -> bool:
+    """Returns whether the folder's files grew within a fifth of a second."""
+
+    def size() -> int:
+        return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+    before = size()
+    time.sleep(0.2)
+    return size() != before
+
+
+def main() -> None:
+    bench = Bench("checkpoint", "Stall per checkpoint, 135M parameters with AdamW", work, __doc__)
+    sides = {
+        "transformers": {},
+        "finetune": {"async_save": True},
+        "finetune synchronous": {"async_save": False},
+    }
+    case = bench.case("save", sides, pairs=3 if bench.fast else 5)
+    case.ratio("seconds", "transformers", "finetune synchronous")
+    share = 1 / case.ratio("seconds", "transformers")
+    case.bar("seconds that training stands still, as a share of transformers'", share, at_most=0.1)
+    bench.finish()
+
+
+if __name__ == "__main__":
+    main()
