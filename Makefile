@@ -54,7 +54,7 @@ check: $(VENV)/.installed-all
 	$(BIN)/python -m pytest -q tests/unit/test_layout.py
 
 bench: $(VENV)/.installed-all
-	@for script in tests/performance/bench_*.py; do echo "$$script"; $(BIN)/python "$$script" || exit 1; done
+	HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 $(BIN)/python tests/performance/run_all.py $(BENCH_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist runs/demo .pytest_cache .ruff_cache .hypothesis .import_linter_cache

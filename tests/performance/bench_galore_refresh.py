@@ -121,7 +121,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--skip-reference", action="store_true")
     parser.add_argument("--json")
+    parser.add_argument("--fast", action="store_true", help="a smaller matrix, whose decomposition takes seconds")
+    parser.add_argument("--out", help="where the result goes in the form that plots and README read")
     options = parser.parse_args()
+    if options.out:
+        options.rows, options.columns, options.ranks = (1024, 8192, [128]) if options.fast else (2048, 16384, [128])
     results = []
     for name, first, later in cases(options):
         for rank in options.ranks:
@@ -129,6 +133,8 @@ def main() -> None:
             result = {"case": name, **compare(*pair, rank, options.repeats, not options.skip_reference)}
             results.append(result)
             print(json.dumps({k: round(v, 5) if isinstance(v, float) else v for k, v in result.items()}), flush=True)
+    if options.out:
+        write(options.out, results, options.fast)
     if options.json:
         environment = {
             "torch": torch.__version__,
@@ -138,6 +144,36 @@ def main() -> None:
         }
         with open(options.json, "w") as file:
             json.dump({"environment": environment, "results": results}, file, indent=1)
+
+
+def write(path: str, results: list[dict[str, Any]], fast: bool) -> None:
+    """Writes the result as the other benchmarks do: one round, because one decomposition takes up to minutes."""
+    from harness import Case, environment, rounded
+
+    cases: list[dict[str, Any]] = []
+    for each in results:
+        rows, columns = each["shape"]
+        sides = {
+            "galore-torch": {"seconds": each["galore_torch_seconds"]},
+            "finetune": {"seconds": each["warm_seconds"]},
+            "finetune, first basis": {"seconds": each["cold_seconds"]},
+        }
+        case = Case(f"{rows} x {columns}, rank {each['rank']}", {"energy": each}, [sides])
+        case.ratio("seconds", "galore-torch", "finetune, first basis")
+        name = f"GaLore basis refresh, {rows} x {columns}, rank {each['rank']}"
+        case.bar(name, case.ratio("seconds", "galore-torch"), at_least=50.0)
+        kept = "share of the optimal energy kept"
+        case.result["checks"][kept] = {"value": each["warm_of_optimum"], "agree": each["warm_of_optimum"] > 0.98}
+        cases.append(case.result)
+    result = {
+        "benchmark": "galore_refresh",
+        "title": "GaLore basis refresh against galore-torch",
+        "fast": fast,
+        "environment": environment(),
+        "cases": cases,
+    }
+    with open(path, "w") as file:
+        file.write(json.dumps(rounded(result), indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -388,16 +388,16 @@ class Bench:
         target = self.options.out or HERE / "results" / f"{self.name}.json"
         target = Path(target)
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(json.dumps(_rounded(result), indent=1) + "\n")
+        target.write_text(json.dumps(rounded(result), indent=1) + "\n")
         print(f"{target} ({result['seconds_taken']} s)", file=sys.stderr, flush=True)
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
     """Returns `value` with floats of 6 significant digits: what a clock can tell, and readable."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, dict):
-        return {key: _rounded(each) for key, each in value.items()}
+        return {key: rounded(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_rounded(each) for each in value]
+        return [rounded(each) for each in value]
     return value
