@@ -65,7 +65,7 @@ def work(side: str, settings: dict[str, Any], pause: Pause) -> None:
 
 def main() -> None:
     bench = Bench("evaluation", "Evaluation of 2,000 rows with metrics", work, __doc__)
-    rows = 400 if bench.fast else 2000
+    rows = 120 if bench.fast else 2000
     pairs = 3 if bench.fast else 5
     for name, metrics in (("built-in metrics", False), ("compute_metrics", True)):
         if not bench.wanted(name):
