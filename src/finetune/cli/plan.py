@@ -80,11 +80,20 @@ def plan_text(options: PlanArguments, args: Any, model_args: Any) -> str:
     options_of_model = {
         "peft_config": get_peft_config(model_args), "attn_implementation": model_args.attn_implementation,
     }  # fmt: skip
-    with PlannedStep(config, args, stored, autocast=mixed_dtype(args), **options_of_model) as step:
-        trace = narrow = step.trace()
-    if step.autocast is not None:
-        with PlannedStep(config, args, step.autocast, **options_of_model) as low:
-            narrow = low.trace()
+    try:
+        with PlannedStep(config, args, stored, autocast=mixed_dtype(args), **options_of_model) as step:
+            trace = narrow = step.trace()
+        if step.autocast is not None:
+            with PlannedStep(config, args, step.autocast, **options_of_model) as low:
+                narrow = low.trace()
+    except (NotImplementedError, RuntimeError, TypeError) as error:
+        if isinstance(error, FinetuneError):
+            raise
+        raise FinetuneError(
+            f"this training cannot be run on fake tensors: {type(error).__name__} {error}. Either the model or "
+            f"`optim={getattr(args.optim, 'value', args.optim)}` asks for values or updates inside backward; plan with "
+            "another `optim`, such as `adamw_torch`."
+        ) from error
     sizes = step.sizes
     rows = [single(trace)]
     for way in STRATEGIES:

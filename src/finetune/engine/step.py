@@ -189,11 +189,14 @@ class LabelSmoother:
 
 
 def enter_train_mode(model: nn.Module, optimizer: Any) -> None:
-    """Puts the model in training mode, and a schedule-free optimizer too (it keeps two sets of weights)."""
+    """Puts the model in training mode, and a schedule-free optimizer too (it keeps two sets of weights).
+
+    The optimizer is asked each time, because a new one is in no mode while a new model is in training mode.
+    """
     if not model.training:
         model.train()
-        if callable(train := getattr(optimizer, "train", None)):
-            train()
+    if callable(train := getattr(optimizer, "train", None)):
+        train()
 
 
 def enter_eval_mode(optimizer: Any) -> None:

@@ -77,6 +77,8 @@ def trace_updates(
                 # Before the optimizer's own hooks, which may consume the gradient.
                 parameter.register_post_accumulate_grad_hook(lambda p: recorder.label("gradients", [p.grad]))
         optimizer = make_optimizer(model)
+        if callable(train := getattr(optimizer, "train", None)):
+            train()  # schedule-free optimizers step in no other mode
         for _ in range(2):
             for _ in range(min(accumulation, 2)):
                 loss = loss_of(model)

@@ -66,3 +66,12 @@ def test_the_whole_command(capsys):
 def test_refusals(words, message, capsys):
     assert main(["plan", *words, "--use_cpu"]) != 0
     assert message in capsys.readouterr().err
+
+
+def test_an_optimizer_that_needs_values_is_named(capsys, monkeypatch):
+    def refuse(self, *_):
+        raise NotImplementedError
+
+    monkeypatch.setattr(torch.optim.Adagrad, "step", refuse)
+    assert main(["plan", "--model", str(MODEL), "--optim", "adagrad", "--max_length", "16", "--use_cpu"]) != 0
+    assert "`optim=adagrad` asks for values" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Counting, scaling and computing the loss of a micro-batch."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -118,3 +119,15 @@ def test_label_smoothing_equals_torch(shift: bool) -> None:
     scores, targets = (logits[:, :-1], labels[:, 1:]) if shift else (logits, labels)
     expected = nn.functional.cross_entropy(scores.reshape(-1, 7), targets.reshape(-1), label_smoothing=0.1)
     assert torch.allclose(got, expected, atol=1e-6)
+
+
+def test_a_new_schedule_free_optimizer_is_put_in_training_mode():
+    """A model that is in training mode already says nothing about the optimizer, which is new."""
+    asked = []
+    optimizer = SimpleNamespace(train=lambda: asked.append("train"))
+    model = nn.Linear(1, 1).train()
+    step.enter_train_mode(model, optimizer)
+    assert asked == ["train"]
+    model.eval()
+    step.enter_train_mode(model, torch.optim.SGD(model.parameters(), lr=1.0))
+    assert model.training
