@@ -26,8 +26,9 @@ def start_lines(
     state: Any,
     world_size: int | None = None,
     ledger: RunLedger | None = None,
+    loss: str = "",
 ) -> list[str]:
-    """Returns the header of a run, one `name  value` per line.
+    """Returns the header of a run, one `name  value` per line. `loss` says how it is computed.
 
     `plan` is a `StepPlan` (`max_steps`, `num_train_epochs`, `num_examples`, `total_batch_size`, `accumulation`).
     """
@@ -41,6 +42,7 @@ def start_lines(
         ("length", _length_text(plan, state, args)),
         ("optimizer", _optimizer_text(model, optimizer, args)),
         *([("", described)] if (described := describe_optimizer(optimizer)) else []),
+        *([("loss", loss)] if loss else []),
         *([("memory", ledger.start_text())] if ledger is not None else []),
         ("output", str(args.output_dir)),
     ]
@@ -102,7 +104,7 @@ def log_start(trainer: Any, run: Any) -> None:
     if run.trial is None and _speaks(trainer.args, trainer.is_world_process_zero()):
         lines = start_lines(
             model=trainer.model, args=trainer.args, optimizer=run.optimizer, plan=run.plan, state=trainer.state,
-            ledger=run.ledger,
+            ledger=run.ledger, loss=getattr(trainer, "describe_loss", str)(),
         )  # fmt: skip
         _write("Training", lines)
 

@@ -233,6 +233,13 @@ class SFTTrainer(RawRowMethods, Trainer):
             return "`compute_loss_func` takes the model's outputs"
         return unsupported_reason(self.model)
 
+    def describe_loss(self) -> str:
+        """Returns on one line who computes the loss from the hidden states: this package, Liger, or the model."""
+        if self._head is not None:
+            return "fused with the head, without logits"
+        reason = self._why_not_fused() or ""
+        return "Liger's fused head" if reason.startswith("Liger") else f"from all logits: {reason}"
+
     @contextmanager
     def _model_features(self) -> Iterator[None]:
         """Within, the model computes its loss without logits and attends within samples; then it is what it was."""

@@ -7,9 +7,10 @@ import pytest
 import torch
 from datasets import Dataset
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from finetune import Trainer, TrainingArguments
+from finetune import SFTConfig, SFTTrainer, Trainer, TrainingArguments
+from finetune.cli.demo import MODEL as DEMO
 from finetune.errors import ArgumentError
 from finetune.reporting.precision import LivePrecision
 from finetune.reporting.report import report_from_run
@@ -113,3 +114,20 @@ def test_precision_leaves_no_hook():
     assert not model[0]._forward_hooks
     with watch.micro_batch(model):
         assert not model[0]._forward_hooks
+
+
+def test_the_header_says_who_computes_the_loss(tmp_path, capsys, monkeypatch):
+    from finetune.sft import trainer as sft
+
+    for reason, text in (
+        (None, "loss        fused with the head, without logits"),
+        ("Liger's `fused_linear_cross_entropy` owns its head already", "loss        Liger's fused head"),
+        ("its head is odd", "loss        from all logits: its head is odd"),
+    ):
+        if reason is not None:
+            monkeypatch.setattr(sft, "unsupported_reason", lambda model, reason=reason: reason)
+        args = SFTConfig(str(tmp_path), max_steps=1, use_cpu=True, save_strategy="no", report_to="none")
+        rows = Dataset.from_list([{"input_ids": list(range(5, 20))}])
+        model = AutoModelForCausalLM.from_pretrained(DEMO, dtype="float32")
+        SFTTrainer(model, args, train_dataset=rows, processing_class=AutoTokenizer.from_pretrained(DEMO)).train()
+        assert text in capsys.readouterr().err
