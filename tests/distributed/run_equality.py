@@ -55,6 +55,9 @@ CASES: dict[str, dict[str, Any]] = {
     "packed": {"arguments": {"packing": True, "max_length": 24}, "rows": 46},
     "tied": {"arguments": {}, "model": {"tie_word_embeddings": True}},
     "sharded_checkpoints": {"arguments": {}, "environment": {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}},
+    "by_name": {"arguments": {}, "by_name": True},
+    "lora_by_name": {"arguments": {}, "by_name": True, "lora": True},
+    "classification_by_name": {"kind": "classification", "arguments": {}, "by_name": True},
     "classification": {"kind": "classification", "arguments": {"class_weights": "balanced"}},
     "lora": {"arguments": {}, "lora": True},
     "lora_classification": {"kind": "classification", "arguments": {}, "lora": True},
@@ -74,6 +77,26 @@ def classification_rows(number: int) -> list[dict[str, Any]]:
     return rows
 
 
+def make_model(case: dict[str, Any]) -> Any:
+    """Returns the model of a case, with the same weights in every process."""
+    if case.get("kind") != "classification":
+        return fixtures.make_tiny_llama(512, **case.get("model", {}))
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    labels = {"id2label": {0: "bad", 1: "good"}, "label2id": {"bad": 0, "good": 1}}
+    return BertForSequenceClassification(
+        BertConfig(vocab_size=512, max_position_embeddings=64, **labels, **size, **dropout)
+    )
+
+
+def weights_folder(out: Path) -> Path:
+    """Returns where this process saves a model that is then loaded by name."""
+    return out / f"weights-{os.environ.get('RANK', '0')}"
+
+
 def make_trainer(case: dict[str, Any], out: Path, options: dict[str, Any]) -> Any:
     """Returns the trainer of a case: same weights and same rows in every process and for every backend."""
     import finetune
@@ -89,16 +112,11 @@ def make_trainer(case: dict[str, Any], out: Path, options: dict[str, Any]) -> An
         from peft import LoraConfig
 
         lora = LoraConfig(**LORA)
+    model = str(weights_folder(out.parent)) if case.get("by_name") else make_model(case)
     if case.get("kind") == "classification":
-        dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-        from transformers import BertConfig, BertForSequenceClassification
-
-        torch.manual_seed(0)
-        size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-        config = BertConfig(vocab_size=512, num_labels=2, max_position_embeddings=64, **size, **dropout)
         rows = classification_rows(ROWS + EVAL_ROWS)
         return finetune.SequenceClassificationTrainer(
-            model=BertForSequenceClassification(config),
+            model=model,
             args=finetune.SequenceClassificationConfig(str(out), **arguments),
             train_dataset=rows[:ROWS],
             eval_dataset=rows[ROWS:],
@@ -108,7 +126,7 @@ def make_trainer(case: dict[str, Any], out: Path, options: dict[str, Any]) -> An
     number = case.get("rows", ROWS)
     rows = fixtures.make_token_rows(number + EVAL_ROWS, seed=3)
     return finetune.SFTTrainer(
-        model=fixtures.make_tiny_llama(512, **case.get("model", {})),
+        model=model,
         args=finetune.SFTConfig(str(out), **arguments),
         train_dataset=rows[:number],
         eval_dataset=rows[number:],
@@ -158,6 +176,10 @@ def run_case(name: str, out: Path, options: dict[str, Any]) -> None:
 def run(out: Path, options: dict[str, Any]) -> None:
     if options["backend"].startswith("fsdp"):
         load(HERE / "cpu_shim.py").install()
+    for name in options["cases"]:
+        if CASES[name].get("by_name"):  # before there is a process group, in which one process would save
+            make_model(CASES[name]).save_pretrained(weights_folder(out / name))
+            fixtures.make_chat_tokenizer().save_pretrained(weights_folder(out / name))
     for name in options["cases"]:
         run_case(name, out / name, options)
     if torch.distributed.is_initialized():

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from finetune.data.rows import IGNORE_INDEX
 from finetune.engine.divisor import LossDivisor
 from finetune.errors import ArgumentError
+from finetune.models.adapters import unwrap
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -193,7 +194,8 @@ def enter_train_mode(model: nn.Module, optimizer: Any) -> None:
 
     The optimizer is asked each time, because a new one is in no mode while a new model is in training mode.
     """
-    if not model.training:
+    # A wrapper (DDP, DeepSpeed, PEFT) is born in training mode around a model that was loaded in evaluation mode.
+    if not (model.training and unwrap(model).training):
         model.train()
     if callable(train := getattr(optimizer, "train", None)):
         train()

@@ -66,7 +66,19 @@ def load_model(
         raise _load_error("model", name, error) from error
     found, info = loaded if isinstance(loaded, tuple) else (loaded, {})
     _check_weights(found, info, name)
+    _forget_unused_conversions(found)
     return found
+
+
+def _forget_unused_conversions(model: Any) -> None:
+    """Keeps of the renamings that saving reverts those that renamed a weight of the checkpoint.
+
+    transformers does so itself, but not under ZeRO-3: there BERT would be saved with `LayerNorm.gamma`, whatever it was
+    loaded with.
+    """
+    known = getattr(model, "_weight_conversions", None)
+    if isinstance(known, list) and all(hasattr(each, "was_used") for each in known):
+        model._weight_conversions = [each for each in known if each.was_used()]
 
 
 def load_config(model: str | os.PathLike[str], *, trust_remote_code: bool = False, **kwargs: Any) -> PretrainedConfig:

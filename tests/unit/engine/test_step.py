@@ -131,3 +131,19 @@ def test_a_new_schedule_free_optimizer_is_put_in_training_mode():
     model.eval()
     step.enter_train_mode(model, torch.optim.SGD(model.parameters(), lr=1.0))
     assert model.training
+
+
+def test_a_wrapper_around_a_model_in_evaluation_mode_trains_it() -> None:
+    """`from_pretrained` returns models in evaluation mode; a wrapper says `training` all the same."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=8, **size)).eval()
+    wrapped = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    assert wrapped.training and not model.model.layers[0].training
+    step.enter_train_mode(wrapped, None)
+    assert all(module.training for module in wrapped.modules())
+    model.eval()
+    step.enter_train_mode(nn.DataParallel(model), None)
+    assert all(module.training for module in model.modules())
