@@ -27,6 +27,9 @@ REMEDY = (
 # A bucket may hold samples down to this share of its longest, so padding costs little and calls are few.
 _BUCKET_SHARE = 0.8
 _ALWAYS_TOGETHER = 32
+# Up to this length a CPU computes bfloat16 attention faster, and better, in float32: 6.9 against 11.7 ms for 8 samples
+# of 96 tokens and 6 heads, forward and backward, 8.5 against 9.5 ms for 3 of 200; from 450 on there is no difference.
+_WIDE_ON_CPU = 256
 
 
 class RowsUnderWay:
@@ -116,8 +119,23 @@ def _by_buckets(query: Tensor, key: Tensor, value: Tensor, boundaries: tuple[int
     for bucket, (q, k, v) in zip(plan.buckets, zip(*parts, strict=True), strict=True):
         rows, length = len(bucket), bucket[0]
         q, k, v = (each.view(rows, length, *each.shape[1:]).transpose(1, 2) for each in (q, k, v))
-        outputs.append(_attend(q, k, v, bucket, scores).transpose(1, 2).flatten(0, 1))
+        attended = _attend_wide(q, k, v, bucket, scores) if _is_wide(q, length) else _attend(q, k, v, bucket, scores)
+        outputs.append(attended.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs).index_select(0, scatter)
+
+
+def _is_wide(query: Tensor, length: int) -> bool:
+    """Returns whether samples of `length` tokens are computed in float32 although bfloat16 was asked for."""
+    if query.device.type != "cpu" or length > _WIDE_ON_CPU:
+        return False
+    asked = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
+    return asked == torch.bfloat16
+
+
+def _attend_wide(query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], scores: _Scores) -> Tensor:
+    """As `_attend`, in float32 inside; returns bfloat16."""
+    with torch.autocast("cpu", enabled=False):
+        return _attend(query.float(), key.float(), value.float(), lengths, scores).bfloat16()
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], scores: _Scores) -> Tensor:
