@@ -107,3 +107,21 @@ def test_wrong_options(folder) -> None:
         load_model(folder, dtype="float16", model_init_kwargs={"dtype": "float32"})
     with pytest.raises(ArgumentError, match="AutoModelForCausalLM"):
         load_model(folder, auto_class="AutoModelForCausalML")
+
+
+def test_only_names_that_were_renamed_are_renamed_back_when_saving() -> None:
+    """transformers' ZeRO-3 loader leaves all known renamings on the model, used or not."""
+    from types import SimpleNamespace
+    from typing import Any
+
+    from finetune.models.load import _forget_unused_conversions
+
+    used, unused = (SimpleNamespace(was_used=lambda value=value: value) for value in (True, False))
+    model: Any = SimpleNamespace(_weight_conversions=[used, unused])
+    _forget_unused_conversions(model)
+    assert model._weight_conversions == [used]
+    for value in (None, [object()]):
+        model._weight_conversions = value
+        _forget_unused_conversions(model)
+        assert model._weight_conversions == value
+    _forget_unused_conversions(SimpleNamespace())

@@ -301,3 +301,21 @@ def test_mistakes_in_later_data_and_arguments_are_errors(bert: str, tmp_path: Pa
     with pytest.raises(ArgumentError, match="balanced"):
         config(tmp_path, class_weights="balancd")
     assert config(tmp_path, class_weights=["1", "2.5"]).class_weights == [1.0, 2.5]
+
+
+@pytest.mark.parametrize("kind", ["single_label_classification", "multi_label_classification", "regression"])
+def test_rows_that_only_keep_processes_in_step_count_nothing(kind: str) -> None:
+    from finetune.sequence_classification.data import Task
+    from finetune.sequence_classification.trainer import loss_sum
+
+    single = kind == "single_label_classification"
+    logits = torch.randn(3, 2, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    labels = torch.tensor([1, 0, 1]) if single else torch.tensor([[0.0, 1.0], [1.0, 1.0], [0.0, 0.0]])
+    task = Task(kind, ("a", "b"))
+    masked = labels.clone()
+    masked[2] = -100
+    expected = loss_sum(logits[:2], labels[:2], task, None, 0.0)
+    assert loss_sum(logits, masked, task, None, 0.0).item() == pytest.approx(expected.item())
+    nothing = loss_sum(logits, torch.full_like(labels, -100), task, None, 0.0)
+    nothing.backward()
+    assert nothing.item() == 0 and logits.grad is not None and not logits.grad.any()
