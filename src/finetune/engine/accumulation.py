@@ -36,10 +36,12 @@ def without_repeated_rows(
     be 0/0, and a process that has only repeated rows trains on them, as in transformers. So do runs whose order or
     shares are not known here: streams, `dispatch_batches`, `split_batches`, `batch_rebalance`, `drop_last`.
     """
+    if accelerator.num_processes == 1:
+        return batches
     dataset, sampler = getattr(loader, "dataset", None), getattr(loader, "batch_sampler", None)
     everywhere = rows_per_batch(loader)
     shared_out = getattr(sampler, "num_processes", 1) == accelerator.num_processes
-    known = accelerator.num_processes > 1 and everywhere and shared_out and has_length(dataset)
+    known = everywhere and shared_out and has_length(dataset)
     if not known or is_stream(dataset) or getattr(sampler, "drop_last", False):
         return batches
     assert everywhere is not None and dataset is not None
