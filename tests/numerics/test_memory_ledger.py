@@ -13,6 +13,8 @@ from finetune.cli.demo import MODEL
 from finetune.kernels.fused_head import fuse_head
 from finetune.models.activation import activation_checkpointing
 from finetune.optim.registry import build_optimizer
+from finetune.reporting import planned_step
+from finetune.reporting.ledger import sharded
 from finetune.reporting.planned_step import PlannedStep, mixed_dtype
 
 MODELS = {
@@ -95,6 +97,54 @@ def test_peak_is_within_ten_percent(name, changes, tmp_path):
     guess = predicted(MODELS[name], args).peak()[0]
     real = measured(MODELS[name], args)
     assert guess == pytest.approx(real, rel=0.1)
+
+
+def tracked_by_torch(config, args, ranks):
+    """Returns the FSDP2 peak of torch's own tracker, in a group of `ranks` processes of which only one exists."""
+    import torch.distributed as dist
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
+    try:
+        options = {
+            "mesh": dist.init_device_mesh("cpu", (ranks,)),
+            "mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16),
+        }
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            model = AutoModelForCausalLM.from_config(config).train()
+            for layer in model.model.layers:
+                fully_shard(layer, **options)
+            fully_shard(model, **options)
+            optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
+            ids = torch.zeros(args.per_device_train_batch_size, args.max_length, dtype=torch.long)
+            tracker = FSDPMemTracker(model, optimizer)
+            tracker.track_inputs((ids,))
+            with tracker:
+                for update in range(2):
+                    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    if update == 0:
+                        tracker.reset_mod_stats()
+            (snapshot,) = tracker.get_tracker_snapshot("peak").values()
+        return next(size for name, size in snapshot.items() if str(name).endswith("Total"))
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_fsdp2_agrees_with_torchs_own_tracker(tmp_path, monkeypatch):
+    monkeypatch.setattr(planned_step, "unsupported_reason", lambda model: "the tracker runs the plain loss")
+    config = MODELS["llama"]
+    args = arguments(tmp_path, optim="adamw_torch", bf16=True, max_grad_norm=0.0)
+    with PlannedStep(config, args, autocast=torch.bfloat16) as step:
+        trace = step.trace()
+    with PlannedStep(config, args, torch.bfloat16) as narrow:
+        row = sharded("fsdp2", 8, trace, narrow.trace(), step.sizes)
+    assert row.peak == pytest.approx(tracked_by_torch(config, args, 8), rel=0.1)
 
 
 def test_peak_of_a_whole_sft_run(tmp_path):

@@ -3,7 +3,10 @@
 import gc
 
 import pytest
+import torch
+from torch import nn
 
+from finetune import Trainer, TrainerCallback, TrainingArguments
 from finetune.features.garbage import garbage_control
 
 
@@ -26,3 +29,42 @@ def test_untouched_when_the_device_cache_is_emptied_or_the_collector_is_off() ->
         assert not gc.isenabled()
     finally:
         gc.enable()
+
+
+class Watch(TrainerCallback):
+    def __init__(self) -> None:
+        self.thresholds: list[int] = []
+
+    def on_step_end(self, *_: object, **__: object) -> None:
+        self.thresholds.append(gc.get_threshold()[0])
+
+
+@pytest.mark.parametrize("every", [None, 2])
+def test_a_run_collects_seldom_and_empties_the_cache_when_asked(every, tmp_path, monkeypatch) -> None:
+    before, emptied, watch = gc.get_threshold(), [], Watch()
+    monkeypatch.setattr("accelerate.utils.memory.clear_device_cache", lambda *_, **__: emptied.append(1))
+    args = TrainingArguments(
+        str(tmp_path), max_steps=4, per_device_train_batch_size=1, torch_empty_cache_steps=every, use_cpu=True,
+        save_strategy="no", report_to="none", disable_tqdm=True,
+    )  # fmt: skip
+    rows = [{"x": torch.ones(2), "labels": torch.ones(2)}] * 4
+    trainer = Trainer(Model(), args, train_dataset=rows, callbacks=[watch], data_collator=stack)
+    trainer.train()
+    # Emptying the cache frees what was collected, so then the collector keeps its usual pace.
+    assert watch.thresholds == [50_000 if every is None else before[0]] * 4
+    # accelerate empties it once before the run.
+    assert len(emptied) - 1 == (0 if every is None else 2)
+    assert gc.get_threshold() == before
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(2, 2)
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"loss": (self.inner(x) - labels).square().mean()}
+
+
+def stack(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
