@@ -144,6 +144,13 @@ class SupervisionAudit:
     def warnings(self) -> list[str]:
         """Returns one line for each count that is no error but should be looked at."""
         lines = []
+        if self.sampled and self.num_rows:
+            lines.append(
+                f"a stream: counted are its first {self.num_rows} rows, the others are prepared and checked as they "
+                "are read."
+            )
+        elif self.sampled:
+            lines.append("a packed stream: nothing was counted.")
         if self.num_dropped:
             rows = ", ".join(map(str, self.first_dropped_rows))
             lines.append(
@@ -244,7 +251,7 @@ def audit_table(audits: Mapping[str, SupervisionAudit]) -> str:
     """Returns one table with a column per split, followed by the warnings of each, ready to print."""
     splits = list(audits.values())
     rows: list[tuple[str, list[str]]] = [
-        ("rows", [f"{a.num_rows:,}" + (" (first)" if a.sampled else "") for a in splits]),
+        ("rows", [f"{a.num_rows:,}" + (" (the first)" if a.sampled else "") for a in splits]),
         ("read as", [a.format for a in splits]),
         ("trained tokens chosen by", [a.mask_method for a in splits]),
         ("tokens", [f"{a.num_tokens:,}" for a in splits]),

@@ -297,7 +297,7 @@ def _type_name(value: Any) -> str:
 def _other_weights(weights: Any) -> bool:
     import pyarrow as pa
 
-    if pa.types.is_null(weights.type) or pa.types.is_boolean(weights.type):
-        return False
+    if not (pa.types.is_integer(weights.type) or pa.types.is_floating(weights.type)):
+        return False  # none at all, or no numbers, which reading the rows will say
     known = set(weights.unique().to_pylist())  # a data set has a handful of different weights
     return bool(known - {0, 1, None})

@@ -100,14 +100,20 @@ def prepare_split(
     if ready is not None:
         return ready
     processor = BatchProcessor(processing_class, settings, row, name, weighted=has_other_weights(dataset))
-    prepared, cached = _map(dataset.with_format(None), processor, processing_class, name, say)
+    try:
+        prepared, cached = _map(dataset.with_format(None), processor, processing_class, name, say)
+    except UnicodeDecodeError as error:
+        raise DataFormatError(_not_utf8(dataset, name, error)) from error
     say(f"{name}: {processor.format.describe(columns)}; cache {cached}")
     return PreparedSplit(*_finish(prepared, processor), cached)
 
 
 def first_row(dataset: Any, name: str = "train") -> dict[str, Any]:
     """Returns the first row of a data set or stream without consuming it. Raises `DataFormatError` if there is none."""
-    row = next(iter(dataset), None)
+    try:
+        row = next(iter(dataset), None)
+    except UnicodeDecodeError as error:
+        raise DataFormatError(f"Row 0 of the {name} data set holds text that is not UTF-8: {error}.") from error
     if row is None:
         raise DataFormatError(f"The {name} data set is empty. Give it at least one row.")
     if not isinstance(row, Mapping):
@@ -216,8 +222,16 @@ def _already_prepared(dataset: Any, columns: Sequence[str], settings: DataSettin
         raise DataFormatError(
             f"The {name} data set is packed (`seq_lengths`) but has no `labels`. Pack rows that have them."
         )
-    lengths, supervised = count_rows(dataset)
     packed = "seq_lengths" in columns
+    odd = [key for key in ("input_ids", "labels") if key in columns and not _holds_integers(dataset, key)]
+    if odd and packed:
+        raise DataFormatError(
+            f"The {name} data set is packed (`seq_lengths`), but {' and '.join(map(repr, odd))} do not hold a list of "
+            "integers in every row. Pack rows that have them."
+        )
+    if odd:
+        return None  # the rows are read one by one, and the bad one is named
+    lengths, supervised = count_rows(dataset)
     limit = settings.max_length if settings.truncate else None
     if not packed and ((limit is not None and (lengths > limit).any()) or (supervised == 0).any()):
         return None
@@ -227,6 +241,28 @@ def _already_prepared(dataset: Any, columns: Sequence[str], settings: DataSettin
     flags = np.where(supervised == 0, NOTHING_TRAINED | NOTHING_BEFORE_TRUNCATION, 0).astype(np.uint8)
     audit = audit_rows(flags, lengths, lengths, supervised, name=name, format=kind.value)
     return PreparedSplit(dataset, audit, "already prepared")
+
+
+def _not_utf8(dataset: Any, name: str, error: UnicodeDecodeError) -> str:
+    """Returns the message for text that Arrow holds and Python cannot decode, with the first row that has some."""
+    row, found = 0, error
+    try:
+        for _ in dataset:
+            row += 1
+    except UnicodeDecodeError as again:
+        found = again
+    return f"Row {row} of the {name} data set holds text that is not UTF-8: {found}. Repair or remove it."
+
+
+def _holds_integers(dataset: Any, column: str) -> bool:
+    """Returns whether Arrow stores a column as lists of integers without a missing value."""
+    import pyarrow as pa
+
+    values = dataset.data.column(column)
+    if not (pa.types.is_list(values.type) or pa.types.is_large_list(values.type)):
+        return False
+    whole = not values.null_count and not any(chunk.flatten().null_count for chunk in values.chunks)
+    return whole and pa.types.is_integer(values.type.value_type)
 
 
 def _prepare_stream(
@@ -250,7 +286,10 @@ def _prepare_stream(
         remove_columns=columns,
         features=features,
     )
-    sample = list(dataset.take(_STREAM_AUDIT_ROWS))
+    try:
+        sample = list(dataset.take(_STREAM_AUDIT_ROWS))
+    except UnicodeDecodeError as error:
+        raise DataFormatError(f"The {name} data set holds text that is not UTF-8: {error}.") from error
     batch = {column: [example.get(column) for example in sample] for column in columns}
     labelled = processor.process(batch, range(len(sample)))
     audit = audit_rows(

@@ -1,7 +1,7 @@
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from finetune.data.formats import Kind, apply_formatting, detect_format, read_conversations, read_texts
@@ -122,7 +122,15 @@ values = st.recursive(
 )
 messages = st.lists(
     values
-    | st.fixed_dictionaries({}, optional={"role": values | st.sampled_from(["user", "assistant"]), "content": values}),
+    | st.fixed_dictionaries(
+        {},
+        optional={
+            "role": values | st.sampled_from(["user", "assistant"]),
+            "content": values | st.text(max_size=5),
+            "weight": values | st.sampled_from([0.0, 0.5, 1]),
+            "train": values,
+        },
+    ),
     max_size=3,
 )
 rows = st.fixed_dictionaries(
@@ -136,10 +144,37 @@ rows = st.fixed_dictionaries(
         "input_ids": values | st.lists(st.integers(-3, 500), max_size=4),
         "labels": values | st.lists(st.integers(-101, 500), max_size=4),
         "completion_mask": values,
+        "token_weights": values | st.lists(st.floats(-1, 2), max_size=4),
         "tools": values,
         "chat_template_kwargs": values,
     },
 )
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@given(made=st.lists(rows, max_size=3), stream=st.booleans())
+def test_no_data_set_ends_in_a_bare_traceback(
+    made: list[dict[str, Any]], stream: bool, chat_tokenizer_cached: Any
+) -> None:
+    """The same through Arrow, which gives messages the keys of their neighbours, and None where they had none."""
+    from datasets import Dataset
+
+    from finetune.data.pipeline import prepare_split
+
+    try:
+        data: Any = Dataset.from_list(made)
+        data = data.to_iterable_dataset() if stream else data
+    except Exception:  # what Arrow cannot hold never becomes a data set
+        assume(False)
+        return
+    try:
+        split = prepare_split(data, chat_tokenizer_cached, DataSettings(max_length=8), say=lambda line: None)
+        list(split.dataset)
+        split.audit.check()
+    except FinetuneError as error:
+        assert str(error)
+    except UnicodeDecodeError:
+        assert stream  # `datasets` reads on before our function is called; only the first rows are read under a guard
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
@@ -182,3 +217,17 @@ def test_losses_that_the_rows_cannot_have_are_refused(
     with pytest.raises(DataFormatError) as error:
         prepare_split(Dataset.from_list([row]), chat_tokenizer, DataSettings(**options), say=lambda line: None)
     assert said in str(error.value)
+
+
+def test_bytes_that_are_no_text_are_named_by_their_row(chat_tokenizer: Any) -> None:
+    import pyarrow as pa
+    from datasets import Dataset
+
+    from finetune.data.pipeline import prepare_split
+
+    column = pa.Array.from_buffers(pa.string(), 2, pa.array([b"the cat", b"\x80"]).buffers())
+    data = Dataset(pa.table({"text": column}))
+    with pytest.raises(DataFormatError, match="Row 1 of the train data set holds text that is not UTF-8"):
+        prepare_split(data, chat_tokenizer, DataSettings(), say=lambda line: None)
+    with pytest.raises(DataFormatError, match="Row 0"):
+        prepare_split(data.select([1]), chat_tokenizer, DataSettings(), say=lambda line: None)
