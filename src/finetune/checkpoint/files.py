@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -61,22 +62,59 @@ def to_plain(value: Any, where: str) -> Any:
     )
 
 
-def snapshot(value: Any, memo: dict[Any, tuple[Tensor, Tensor]] | None = None) -> Any:
+class CopyPool:
+    """Memory for the copies of one checkpoint after another.
+
+    Fresh memory costs a page fault for every 4 KiB, more than the copy itself. Ask for `renew` when nothing reads the
+    last copies any more; those that the next snapshot does not take are freed by `trim`.
+    """
+
+    def __init__(self) -> None:
+        self._free: dict[Any, list[Tensor]] = {}
+        self._given: list[Tensor] = []
+
+    def copy(self, tensor: Tensor) -> Tensor:
+        """Returns a copy of `tensor` on the CPU, in memory of the last snapshot if some has its shape and dtype."""
+        tensor = tensor.detach()
+        if type(tensor) is not Tensor or tensor.layout != torch.strided:
+            return tensor.to("cpu", copy=True)
+        spare = self._free.get((tensor.dtype, tensor.shape, tensor.stride()))
+        self._given.append(spare.pop().copy_(tensor) if spare else tensor.to("cpu", copy=True))
+        return self._given[-1]
+
+    @property
+    def num_bytes(self) -> int:
+        """What the pool holds."""
+        return sum(tensor.nbytes for tensor in (*self._given, *itertools.chain(*self._free.values())))
+
+    def renew(self) -> None:
+        """Makes the memory of all copies given so far available again."""
+        given, self._given = self._given, []
+        for tensor in given:
+            self._free.setdefault((tensor.dtype, tensor.shape, tensor.stride()), []).append(tensor)
+
+    def trim(self) -> None:
+        """Frees what is available."""
+        self._free.clear()
+
+
+def snapshot(value: Any, memo: dict[Any, tuple[Tensor, Tensor]] | None = None, pool: CopyPool | None = None) -> Any:
     """Returns `value` with every tensor copied to the CPU; tensors that were one memory stay one memory.
 
     Tied weights must stay recognisable: what writes a model finds them by their address.
     """
     memo = {} if memo is None else memo
+    pool = CopyPool() if pool is None else pool
     if isinstance(value, Tensor):
         key = (value.data_ptr(), value.device, value.dtype, value.storage_offset(), tuple(value.shape), value.stride())
         if value.data_ptr() == 0 or key not in memo:
             # The source is kept too: its address must not be given to another tensor meanwhile.
-            memo[key] = (value, value.detach().to("cpu", copy=True))
+            memo[key] = (value, pool.copy(value))
         return memo[key][1]
     if isinstance(value, dict):
-        return {k: snapshot(v, memo) for k, v in value.items()}
+        return {k: snapshot(v, memo, pool) for k, v in value.items()}
     if isinstance(value, (list, tuple)) and not isinstance(value, torch.Size):
-        items = [snapshot(item, memo) for item in value]
+        items = [snapshot(item, memo, pool) for item in value]
         return items if isinstance(value, list) else tuple(items)
     return value
 

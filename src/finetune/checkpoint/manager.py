@@ -161,7 +161,7 @@ def saves_in_background(trainer: Any) -> bool:
     import psutil
 
     needed = bytes_needed(trainer.model, trainer.optimizer, weights_only=args.save_only_model)
-    return needed <= psutil.virtual_memory().available // 2
+    return needed <= (psutil.virtual_memory().available + trainer._writer.held_bytes) // 2
 
 
 def _is_own(method: Any) -> bool:
@@ -292,6 +292,7 @@ def report_last_on_error(run_dir: str, writer: CheckpointWriter | None = None) -
         raise
     if writer is not None:
         writer.wait()
+        writer.release()
 
 
 def emergency_save(save: Any, error: BaseException, *, consistent: bool) -> None:

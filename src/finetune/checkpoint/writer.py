@@ -47,6 +47,7 @@ class CheckpointWriter:
         self.last: SaveReport | None = None
         self._jobs: list[Callable[[], None]] | None = None
         self._memo: dict[Any, Any] = {}
+        self._pool = files.CopyPool()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -54,6 +55,8 @@ class CheckpointWriter:
     def collecting(self) -> Iterator[None]:
         """Keeps the jobs of the block for `launch`; forgets them when it fails."""
         self._jobs = [] if self.asynchronous else None
+        if not self.busy:
+            self._pool.renew()
         try:
             yield
         except BaseException:
@@ -61,6 +64,7 @@ class CheckpointWriter:
             raise
         finally:
             self._memo = {}
+            self._pool.trim()
 
     def run(self, job: Callable[[], None]) -> None:
         """Runs `job`, or keeps it for the background."""
@@ -71,7 +75,7 @@ class CheckpointWriter:
 
     def snapshot(self, value: Any) -> Any:
         """Returns what a job may use later: copies of the tensors on the CPU; `value` itself when jobs run at once."""
-        return value if self._jobs is None else files.snapshot(value, self._memo)
+        return value if self._jobs is None else files.snapshot(value, self._memo, self._pool)
 
     def launch(self, finish: Callable[[BaseException | None], None]) -> None:
         """Runs the kept jobs, then `finish(error)`: in a thread, or here when there is nothing in the background."""
@@ -107,6 +111,15 @@ class CheckpointWriter:
     def busy(self) -> bool:
         """Whether a checkpoint is being written in the background."""
         return self._thread is not None and self._thread.is_alive()
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory of the last copies, which the next save will use again."""
+        return self._pool.num_bytes
+
+    def release(self) -> None:
+        """Frees the memory of the last copies: no further save is near."""
+        self._pool = files.CopyPool()
 
     def wait(self) -> float:
         """Returns the seconds waited until nothing is being written.

@@ -157,3 +157,17 @@ class TestLayout:
             (tmp_path / name).touch()
         assert layout.rng_ranks(tmp_path) == [2, 10]
         assert [p.name for p in layout.stateful_files(tmp_path)] == ["finetune_state_0.pt", "finetune_state_1.pt"]
+
+
+def test_copies_use_the_memory_of_the_last_ones_only_when_told() -> None:
+    pool, tensor = files.CopyPool(), torch.arange(6.0).view(2, 3)
+    first = files.snapshot({"a": tensor}, pool=pool)["a"]
+    second = files.snapshot([tensor], pool=pool)[0]
+    assert second.data_ptr() != first.data_ptr(), "the first copy may still be being written"
+    pool.renew()
+    tensor += 1
+    again = files.snapshot((tensor, torch.ones(7)), pool=pool)[0]
+    assert again.data_ptr() in (first.data_ptr(), second.data_ptr())
+    assert torch.equal(again, tensor)
+    pool.trim()
+    assert pool.num_bytes == tensor.nbytes + 7 * 4
