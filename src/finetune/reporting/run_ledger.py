@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from finetune.models.adapters import is_peft_model, unwrap
 from finetune.optim.fused_backward import unwrap as unwrap_optimizer
-from finetune.reporting.ledger import LedgerRow, sharded, single
+from finetune.reporting.ledger import LedgerRow, single
 from finetune.reporting.memory import bytes_of, format_bytes, peak_device_bytes, tensors_in
 from finetune.reporting.planned_step import PlannedStep, mixed_dtype
 
@@ -24,9 +24,9 @@ _STATE_TENSORS = {"Adam": 2, "AdamW": 2, "NAdam": 2, "RAdam": 2, "Adamax": 2, "L
 class RunLedger:
     """Bytes per group on this process. `predicted` and `measured` hold the groups that are known.
 
-    Weights, gradients, moments and bases are always known. Activations and the peak are traced before the run
-    (`planned_step.py`) where memory is scarce or measured: on an accelerator, or with `skip_memory_metrics=False`. The
-    same switch measures activations in the first micro-batch: what autograd keeps for the backward pass.
+    Weights, gradients, moments and bases are always known. With `skip_memory_metrics=False` one process also traces its
+    activations and its peak before the run (`planned_step.py`: seconds, more for large models), and measures what
+    autograd keeps in the first micro-batch. `finetune plan` does the same for any number of processes.
     """
 
     def __init__(self, model: nn.Module, optimizer: Any, args: Any) -> None:
@@ -38,7 +38,7 @@ class RunLedger:
         others = getattr(args, "torch_compile", False) or getattr(args, "activation_offloading", False)
         self._counts = measures and not others
         self._weights = {storage_of(p) for p in model.parameters()}
-        if measures or torch.device(args.device).type != "cpu":
+        if measures:
             row, self.unknown = _traced(model, args)
             if row is not None:
                 self.predicted |= {**row.groups, "peak": row.peak}
@@ -148,7 +148,10 @@ def _traced(model: nn.Module, args: Any) -> tuple[LedgerRow | None, str]:
     base: Any = unwrap(model)
     length = getattr(args, "max_length", None)
     reason = ""
-    if not length:
+    if args.world_size > 1:
+        # Making a second optimizer, or a model under ZeRO-3, would talk to processes that are not listening.
+        reason = "`finetune plan --num_processes` predicts several processes"
+    elif not length:
         reason = "`max_length` gives rows no length"
     elif is_peft_model(unwrap(model, keep_adapters=True)):
         reason = "the model has adapters; `finetune plan --use_peft` knows them"
@@ -157,25 +160,9 @@ def _traced(model: nn.Module, args: Any) -> tuple[LedgerRow | None, str]:
     if reason:
         return None, reason
     stored = next(base.parameters()).dtype
-    way = _way(args)
     try:
         with PlannedStep(base.config, args, stored, autocast=mixed_dtype(args)) as step:
-            trace = narrow = step.trace()
-        if way == "single":
-            return single(trace), ""
-        if step.autocast is not None and way != "ddp":
-            with PlannedStep(base.config, args, step.autocast) as low:
-                narrow = low.trace()
+            return single(step.trace()), ""
     except Exception as error:
         # The run itself must not depend on whether every operation of a model has a fake counterpart.
         return None, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    return sharded(way, args.world_size, trace, narrow, step.sizes, trained_bytes=step.gradient_bytes), ""
-
-
-def _way(args: Any) -> str:
-    plugin = getattr(args, "deepspeed_plugin", None)
-    if plugin is not None and plugin.zero_stage:
-        return f"zero{plugin.zero_stage}"
-    if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
-        return "fsdp2"
-    return "ddp" if args.world_size > 1 else "single"

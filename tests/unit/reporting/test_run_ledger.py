@@ -71,7 +71,7 @@ def test_activations_are_measured_when_memory_is(tmp_path):
 
 
 def test_the_trace_is_part_of_the_prediction():
-    args = SimpleNamespace(device="cpu", skip_memory_metrics=False)
+    args = SimpleNamespace(device="cpu", skip_memory_metrics=False, world_size=1)
     ledger = RunLedger(nn.Linear(2, 2), torch.optim.SGD([nn.Parameter(torch.ones(1))]), args)
     assert ledger.predicted == {"weights": 24, "gradients": 24}
     assert (
@@ -114,6 +114,26 @@ def test_precision_leaves_no_hook():
     assert not model[0]._forward_hooks
     with watch.micro_batch(model):
         assert not model[0]._forward_hooks
+
+
+def test_a_traced_run(tmp_path):
+    """`SFTTrainer` on one process with memory metrics: the prediction is traced, and the measured share of it fits."""
+    rows = Dataset.from_list([{"input_ids": list(range(5, 69))} for _ in range(4)])
+    args = SFTConfig(
+        str(tmp_path), max_steps=1, per_device_train_batch_size=4, max_length=64, use_cpu=True, save_strategy="no",
+        report_to="none", skip_memory_metrics=False, gradient_checkpointing=False,
+    )  # fmt: skip
+    state = torch.random.get_rng_state()
+    model = AutoModelForCausalLM.from_pretrained(DEMO, dtype="float32")
+    ledger = RunLedger(model, torch.optim.AdamW(model.parameters()), args)
+    assert torch.equal(torch.random.get_rng_state(), state) and ledger.unknown == ""
+    SFTTrainer(model, args, train_dataset=rows, processing_class=AutoTokenizer.from_pretrained(DEMO)).train()
+    content = json.loads((tmp_path / FILE).read_text())
+    predicted, measured = content["predicted"], content["measured"]
+    assert predicted == ledger.predicted and predicted["peak"] > predicted["activations"] > predicted["weights"]
+    assert measured["activations"] == pytest.approx(predicted["activations"], rel=0.1)
+    several = SimpleNamespace(device="cpu", skip_memory_metrics=False, world_size=2)
+    assert "--num_processes" in RunLedger(model, None, several).unknown
 
 
 def test_the_header_says_who_computes_the_loss(tmp_path, capsys, monkeypatch):
