@@ -303,3 +303,74 @@ def test_an_unknown_convention_stops_instead_of_training_on_other_logits() -> No
     model = build(Sorted, hf.LlamaConfig)
     with fuse_head(model), pytest.raises(ArgumentError, match="applies `sort`"):
         model(**batch())
+
+
+OPTIONS = {
+    "plain": {},
+    "label smoothing": {"label_smoothing": 0.1},
+    "dft": {"dft": True},
+    "z-loss": {"z_loss": 1e-3},
+    "smoothing and z-loss": {"label_smoothing": 0.2, "z_loss": 1e-2},
+}
+
+
+def defined(logits: torch.Tensor, labels: torch.Tensor, label_smoothing=0.0, z_loss=0.0, dft=False) -> torch.Tensor:
+    """Returns the mean loss over the labels, from the logits that the model itself makes."""
+    kept = labels[:, 1:] != -100
+    scores, targets = logits[:, :-1][kept], labels[:, 1:][kept]
+    log_p = scores.log_softmax(-1)
+    nll = nn.functional.nll_loss(log_p, targets, reduction="none")
+    loss = (1 - label_smoothing) * nll + label_smoothing * -log_p.mean(-1)
+    loss = loss * log_p.gather(1, targets[:, None])[:, 0].exp().detach() if dft else loss
+    return (loss + z_loss * scores.logsumexp(-1) ** 2).mean()
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize(
+    "name", ["llama, tied", "phi, bias", "gemma2, soft cap", "granite, divided", "cohere, multiplied"]
+)
+def test_every_loss_on_every_kind_of_head_in_float64(name: str, options: str) -> None:
+    model = make(name).double()
+    inputs = batch()
+    labels = inputs.pop("labels")
+    expected = defined(model(**inputs).logits, labels, **OPTIONS[options])
+    expected.backward()
+    gradients = {n: p.grad for n, p in model.named_parameters()}
+    model.zero_grad()
+    with fuse_head(model, chunk_tokens=5, **OPTIONS[options]):
+        loss = model(**inputs, labels=labels).loss
+        loss.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
+    for n, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, gradients[n], rtol=1e-7, atol=1e-12, msg=lambda text, n=n: f"{n}: {text}")
+
+
+def test_data_parallel_reduces_the_heads_gradient(tmp_path) -> None:
+    """DDP's hooks fire for the head, tied or not, although its gradient is made in the forward pass."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        for name in ("llama", "llama, tied"):
+            model = make(name)
+            _, expected = run(model)
+            model.zero_grad(set_to_none=True)
+            reduced: list[int] = []
+
+            def count(state, bucket, reduced=reduced):
+                reduced.extend(gradient.numel() for gradient in bucket.gradients())
+                future = torch.futures.Future()
+                future.set_result(bucket.buffer())
+                return future
+
+            with fuse_head(model):
+                wrapped = nn.parallel.DistributedDataParallel(model)
+                wrapped.register_comm_hook(None, count)
+                for _ in range(2):  # the second pass uses the buckets that the first one ordered
+                    model.zero_grad(set_to_none=True)
+                    reduced.clear()
+                    wrapped(**batch()).loss.backward()
+                    assert sum(reduced) == sum(p.numel() for p in model.parameters())
+            assert_same_gradients({n: p.grad for n, p in model.named_parameters()}, expected)
+    finally:
+        dist.destroy_process_group()
