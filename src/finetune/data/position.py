@@ -136,18 +136,20 @@ def skip_batches(loader: Any, num_batches: int) -> Any:
     if getattr(loader, "batch_sampler", None) is None or isinstance(plain.sampler, BatchSampler):
         return skip_first_batches(loader, num_batches)
     kwargs = {name: getattr(plain, name) for name in _LOADER_PARAMS}
-    accelerates: dict[str, Any] = {
-        name: getattr(loader, name, None) for name in ("_drop_last", "_non_blocking", "iteration")
-    }
+    accelerates: dict[str, Any] = {name: getattr(loader, name, None) for name in ("_drop_last", "_non_blocking")}
     if type(loader) is DataLoaderShard:
         skipped = SkippedBatches(loader.batch_sampler, num_batches)
         accelerates |= {key: getattr(loader, key) for key in ("device", "rng_types", "synchronized_generator")}
-        return DataLoaderShard(loader.dataset, batch_sampler=skipped, **accelerates, **kwargs)
+        rest = DataLoaderShard(loader.dataset, batch_sampler=skipped, **accelerates, **kwargs)
+        rest.iteration = loader.iteration
+        return rest
     if type(loader) is DataLoaderDispatcher:
         per_round = 1 if loader.split_batches else loader.state.num_processes
         skipped = SkippedBatches(loader.batch_sampler, num_batches * per_round)
         accelerates |= {key: getattr(loader, key) for key in ("split_batches", "slice_fn", "torch_device_mesh")}
-        return DataLoaderDispatcher(loader.dataset, batch_sampler=skipped, **accelerates, **kwargs)
+        rest = DataLoaderDispatcher(loader.dataset, batch_sampler=skipped, **accelerates, **kwargs)
+        rest.iteration = loader.iteration
+        return rest
     if type(loader) is DataLoader:
         return DataLoader(loader.dataset, batch_sampler=SkippedBatches(loader.batch_sampler, num_batches), **kwargs)
     return skip_first_batches(loader, num_batches)
