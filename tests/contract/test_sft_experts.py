@@ -72,6 +72,16 @@ def test_zero_switches_it_off(chat_tokenizer: Any, tmp_path: Path) -> None:
     assert "aux_loss" not in without.state.log_history[0]
 
 
+@pytest.mark.parametrize("options", [{"label_smoothing_factor": 0.1}, {"loss_type": "dft"}, {"padding_free": True}])
+def test_label_smoothing_keeps_it(options: dict[str, Any], chat_tokenizer: Any, tmp_path: Path) -> None:
+    logs = []
+    for coefficient in (0.0, 0.5):
+        tokenizer, out = copy.deepcopy(chat_tokenizer), tmp_path / str(coefficient)
+        settings = {**options, "max_steps": 1, "router_aux_loss_coef": coefficient}
+        logs.append(run(finetune, mixture("Mixtral"), tokenizer, out, **settings).state.log_history[0])
+    assert logs[1]["loss"] - logs[0]["loss"] == pytest.approx(0.5 * logs[1]["aux_loss"], abs=1e-3)
+
+
 def test_it_is_the_mean_over_the_micro_batches(chat_tokenizer: Any, tmp_path: Path) -> None:
     """Rows of equal length: two micro-batches of two rows have the loss of one of four, but for the balance itself."""
     losses = []
