@@ -77,8 +77,8 @@ def make_model(shape: dict[str, Any], dtype: Any, device: str) -> Any:
     import torch
     from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig
 
-    settings = {key: value for key, value in shape.items() if key != "type"}
-    extra = {"max_position_embeddings": 16_384, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    settings: dict[str, Any] = {key: value for key, value in shape.items() if key != "type"}
+    extra: dict[str, Any] = {"max_position_embeddings": 16_384, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     config = (GemmaConfig if shape["type"] == "gemma" else LlamaConfig)(**settings, **extra, tie_word_embeddings=True)
     torch.manual_seed(0)
     with torch.device(device):
