@@ -7,6 +7,7 @@ clipping, AdamW (fused, as both trainers' default), a linear schedule, and every
 """
 
 import itertools
+import tempfile
 from typing import Any
 
 from harness import OURS, Bench, Pause, clock, since, summary
@@ -80,7 +81,7 @@ def work(side: str, settings: dict[str, Any], pause: Pause) -> None:
     made: Any = arguments("transformers", options) if library_of(side) != "finetune" else None
     if made is None:
         made = TrainingArguments(
-            "trainer_output_bench",
+            tempfile.mkdtemp(prefix="bench_loop_"),
             report_to="none",
             save_strategy="no",
             disable_tqdm=True,

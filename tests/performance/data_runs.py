@@ -42,7 +42,9 @@ def _program(side: str, source: Path, folder: Path, settings: dict[str, Any]) ->
     )
     if answer.returncode:
         raise RuntimeError(answer.stderr[-3000:])
-    inside = json.loads(answer.stdout.strip().splitlines()[-1])
+    # The libraries print their own dictionaries around it.
+    line = next(line for line in answer.stdout.splitlines() if line.startswith("RESULT "))
+    inside = json.loads(line.removeprefix("RESULT "))
     return {"process_seconds": time.perf_counter() - begin, **inside}
 
 
@@ -59,7 +61,7 @@ def _run_program(order: dict[str, Any]) -> None:
             now = time.perf_counter()
             # Without the imports, which have a benchmark of their own.
             found = {"seconds": now - imported, "with_imports_seconds": now - begin}
-            sys.stdout.write(json.dumps({**found, "cpu_seconds": time.process_time() - cpu}) + "\n")
+            sys.stdout.write("\nRESULT " + json.dumps({**found, "cpu_seconds": time.process_time() - cpu}) + "\n")
             control.should_training_stop = True
 
     rows = load_dataset("json", data_files=order["source"], split="train", cache_dir=order["cache"])
