@@ -28,9 +28,11 @@ import math
 import os
 import platform
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -156,6 +158,8 @@ class Worker:
         self.side, self.log = side, log
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", **settings.get("env", {})}
         environment.setdefault("TOKENIZERS_PARALLELISM", "false")
+        # Whatever a side leaves behind goes with it.
+        self.scratch = environment["TMPDIR"] = tempfile.mkdtemp(prefix="finetune_bench_")
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("w") as errors:
             self.process = subprocess.Popen(
@@ -197,6 +201,7 @@ class Worker:
             except (OSError, subprocess.TimeoutExpired):
                 self.process.kill()
         self.process.wait()
+        shutil.rmtree(self.scratch, ignore_errors=True)
 
 
 def alternate(
