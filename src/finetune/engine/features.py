@@ -12,6 +12,7 @@ from torch import nn
 
 from finetune.features.compiled import compiled_blocks
 from finetune.features.garbage import garbage_control
+from finetune.features.lookups import settled_lookups
 from finetune.models.activation import activation_checkpointing, use_cache
 from finetune.models.adapters import reentrant_checkpointing_kwargs
 from finetune.models.tokens import align_special_tokens
@@ -32,6 +33,7 @@ def enter(
     Returns a function that gives what the features add to each log.
     """
     stack.enter_context(garbage_control(args.torch_empty_cache_steps))
+    stack.enter_context(settled_lookups())
     if args.use_liger_kernel:
         from finetune.kernels.liger import apply_liger, liger_parity
 
