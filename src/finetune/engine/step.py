@@ -9,6 +9,7 @@ of `sum over the global batch / count over the global batch`, whatever the numbe
 `scale_loss` is the only place that divides by accumulation or multiplies by processes.
 """
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
