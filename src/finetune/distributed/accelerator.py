@@ -45,6 +45,8 @@ def accelerator_kwargs(args: Any, model: nn.Module | None = None) -> dict[str, A
     from accelerate.utils import GradientAccumulationPlugin, TorchDynamoPlugin
 
     accumulation = dict(args.accelerator_config.gradient_accumulation_kwargs or {})
+    # `features/compiled.py` compiles the layers in place; accelerate, only what its launcher asked for.
+    dynamo: Any = None if args.torch_compile_backend is None else "no"
     kwargs: dict[str, Any] = {
         "mixed_precision": args.mixed_precision,
         "deepspeed_plugin": args.deepspeed_plugin,
@@ -52,8 +54,7 @@ def accelerator_kwargs(args: Any, model: nn.Module | None = None) -> dict[str, A
         "dataloader_config": _loader_configuration(args),
         "gradient_accumulation_plugin": GradientAccumulationPlugin(**{**accumulation, "num_steps": 1}),
         "kwargs_handlers": [_ddp_kwargs(args, model)],
-        # `features/compiled.py` compiles the layers in place; accelerate, only what its launcher asked for.
-        "dynamo_plugin": TorchDynamoPlugin(backend=None if args.torch_compile_backend is None else "no"),
+        "dynamo_plugin": TorchDynamoPlugin(backend=dynamo),
     }
     parallelism = _parallelism_config(args, model)
     if parallelism is not None:

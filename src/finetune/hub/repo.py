@@ -20,7 +20,9 @@ from finetune.hub.uploads import PushQueue, Repository, Upload, create_early
 logger = logging.getLogger(__name__)
 
 SNAPSHOT_PREFIX = "_push-"
-NOT_PUSHED = ("_*", f"{layout.CHECKPOINT_PREFIX}-*", ".*", layout.LATEST, layout.BEST)
+# What shows rows of the training data stays here: they may be private where the model is not.
+DATA_FILES = ("data_preview*.html", "data_audit*.json")
+NOT_PUSHED = ("_*", f"{layout.CHECKPOINT_PREFIX}-*", ".*", layout.LATEST, layout.BEST, *DATA_FILES)
 WEIGHTS = ("model*.safetensors*", "pytorch_model*.bin*", "adapter_model.*")
 
 # What a checkpoint holds besides a loadable model: needed to resume, not to use it.

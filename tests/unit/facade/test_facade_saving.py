@@ -96,7 +96,7 @@ def test_a_failed_save_does_not_stop_training_if_so_asked(
 
 
 def test_an_unknown_policy_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ArgumentError, match="on_save_failure.*stop.*continue"):
+    with pytest.raises(ArgumentError, match=r"on_save_failure.*stop.*continue"):
         finetune.TrainingArguments(str(tmp_path), on_save_failure="ignore")
 
 

@@ -98,7 +98,8 @@ def set_patience(monkeypatch, seconds):
 
 def test_push_to_hub_saves_writes_the_card_and_uploads(hub, folder):
     trainer = FakeTrainer(folder)
-    (folder / "_private").write_text("x")
+    for name in ("_private", "data_preview.html", "data_audit.json"):
+        (folder / name).write_text("x")
     trainer.checkpoint(1)
     commit = trainer.push_to_hub(commit_message="Done", tags="sft")
     assert hub.private == {"me/model": True} and trainer.hub_model_id == "me/model"
