@@ -76,9 +76,9 @@ def use_packed_attention(model: nn.Module) -> PackedAttention:
     reason = packed_unsupported_reason(model)
     if reason is not None:
         raise ArgumentError(f"samples of a packed row cannot be kept apart in this model: {reason}. {REMEDY}")
-    _register()
+    register_packed_attention()
     base = base_model(model)
-    return PackedAttention(base, backbone_of(base), _configs(base))
+    return PackedAttention(base, backbone_of(base), configs_of(base))
 
 
 def packed_unsupported_reason(model: nn.Module) -> str | None:
@@ -89,7 +89,7 @@ def packed_unsupported_reason(model: nn.Module) -> str | None:
         return f"{name} is no transformers model"
     if getattr(base.config, "is_encoder_decoder", False):
         return f"{name} is an encoder-decoder"
-    kinds = {kind for config in _configs(base) for kind in getattr(config, "layer_types", None) or ()}
+    kinds = {kind for config in configs_of(base) for kind in getattr(config, "layer_types", None) or ()}
     other = kinds - {"full_attention", "sliding_attention", "attention"}
     if other:
         return f"it has layers of the kind {', '.join(sorted(other))}, whose state runs through the whole row"
@@ -110,7 +110,7 @@ def _packed_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     return sdpa_mask(*args, **kwargs)
 
 
-def _register() -> None:
+def register_packed_attention() -> None:
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
@@ -126,7 +126,7 @@ def backbone_of(base: Any) -> Any:
     return base.base_model
 
 
-def _configs(base: nn.Module) -> list[Any]:
+def configs_of(base: nn.Module) -> list[Any]:
     """Returns the config objects that the attention layers of `base` read their implementation from."""
     found = {id(m.config): m.config for m in base.modules() if hasattr(getattr(m, "config", None), "model_type")}
     return list(found.values())

@@ -35,6 +35,12 @@ class SequenceClassificationArguments(ArgumentGroup):
     max_length: int | None = arg(512, "Longest sequence in tokens, pairs included; longer ones are cut.")
     pad_token: str | None = arg(None, "Token used for padding; unset means the tokenizer's, or one that is free.")
     pad_to_multiple_of: int | None = arg(None, "Pad batches to a multiple of this many tokens.")
+    padding_free: bool | None = arg(
+        None,
+        "Let the layers leave out padding; unset means where a probe shows the same logits, False never.",
+        nargs="?",
+        const=True,
+    )
     dataset_num_proc: int | None = arg(None, "Processes that prepare the data set.")
 
     def _validate(self) -> None:

@@ -1,7 +1,8 @@
 """`SequenceClassificationTrainer`: classes, several classes per row, or numbers from text, on the common trainer."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from finetune.data.rows import IGNORE_INDEX
 from finetune.engine import setup
 from finetune.errors import ArgumentError
 from finetune.facade.raw_rows import RawRowMethods, prepare_each
+from finetune.kernels.unpadded import use_unpadded_trunk
 from finetune.models.adapters import add_adapters, is_peft_model, prepare_quantized, unwrap
 from finetune.models.load import load_config, load_model, load_tokenizer
 from finetune.models.tokens import choose_pad_token
@@ -31,6 +33,7 @@ from finetune.sequence_classification.data import (
     read_task,
 )
 from finetune.sequence_classification.metrics import first_output, metrics_for
+from finetune.sequence_classification.padding import settle_padding_free
 from finetune.trainer import Trainer
 
 
@@ -40,7 +43,8 @@ class SequenceClassificationTrainer(RawRowMethods, Trainer):
     `SequenceClassificationTrainer(model="path-or-id", train_dataset=rows).train()` is enough: text and labels are
     found (`text`, `sentence1` and `sentence2`, ...; `label`), and so is what the labels mean: one class (names,
     integers), several classes (lists) or numbers (floats). The head gets the right size, the names of the classes are
-    saved in `id2label`, rows are padded per batch and grouped by length.
+    saved in `id2label`, rows are padded per batch and grouped by length. Where a probe at the start shows the same
+    logits, the layers below the head leave the padding out (`padding_free`).
 
     The loss is a sum over rows divided by the rows of the whole step, so it does not depend on accumulation or the
     number of processes. `class_weights` change how much a row counts, see `data.balanced_weights`.
@@ -104,6 +108,7 @@ class SequenceClassificationTrainer(RawRowMethods, Trainer):
         _settle_padding(processing_class, model, args.pad_token, train_dataset)
         if peft_config is not None:
             model = _with_adapters(model, peft_config, bool(args.gradient_checkpointing))
+        self._padding_free = settle_padding_free(args, model, processing_class)
         super().__init__(
             model=model,
             args=args,
@@ -144,6 +149,29 @@ class SequenceClassificationTrainer(RawRowMethods, Trainer):
         if not hasattr(dataset, "column_names") or "input_ids" in first_row(dataset, name):
             return dataset
         return self._prepare_dataset(dataset, self.processing_class, self.args, name)
+
+    # ---- Padding ----
+
+    @contextmanager
+    def _model_features(self) -> Iterator[None]:
+        """Within, the layers of the model leave padding out, where that was settled; then it is what it was."""
+        if self._features_are_on:
+            yield
+            return
+        self._features_are_on = True
+        side = getattr(self.processing_class, "padding_side", "right")
+        try:
+            with use_unpadded_trunk(self.model, side) if self._padding_free else nullcontext():
+                yield
+        finally:
+            self._features_are_on = False
+
+    _features_are_on = False
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.evaluation_loop`, without padding in the layers. Called by `evaluate` and `predict`."""
+        with self._model_features():
+            return super().evaluation_loop(*args, **kwargs)
 
     # ---- Loss ----
 

@@ -1,0 +1,125 @@
+"""A classifier whose trunk leaves padding out must give the logits, losses and gradients of the padded one."""
+
+import copy
+import functools
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from torch import nn
+
+from finetune.kernels.unpadded import use_unpadded_trunk, why_not_unpadded
+
+LENGTHS = (9, 1, 14, 3, 40, 6)
+COMMON = {
+    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "max_position_embeddings": 64, "pad_token_id": 0, "num_labels": 3,
+}  # fmt: skip
+STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+DECODER = {"num_key_value_heads": 2, "head_dim": 8, "attention_dropout": 0.0}
+NARROW = {"sliding_window": 5}
+MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "bert": (hf.BertForSequenceClassification, hf.BertConfig, STILL),
+    "roberta": (hf.RobertaForSequenceClassification, hf.RobertaConfig, {**STILL, "pad_token_id": 1}),
+    "electra": (hf.ElectraForSequenceClassification, hf.ElectraConfig, {**STILL, "embedding_size": 16}),
+    "distilbert": (
+        hf.DistilBertForSequenceClassification, hf.DistilBertConfig,
+        {"dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4, "dropout": 0.0, "attention_dropout": 0.0,
+         "seq_classif_dropout": 0.0}),
+    "llama": (hf.LlamaForSequenceClassification, hf.LlamaConfig, DECODER),
+    "qwen2": (hf.Qwen2ForSequenceClassification, hf.Qwen2Config, DECODER),
+    "mistral, window": (hf.MistralForSequenceClassification, hf.MistralConfig, {**DECODER, **NARROW}),
+    "gemma2, soft cap and window": (
+        hf.Gemma2ForSequenceClassification, hf.Gemma2Config,
+        {**DECODER, **NARROW, "attn_logit_softcapping": 0.5, "query_pre_attn_scalar": 8}),
+    "gpt2, learned positions": (
+        hf.GPT2ForSequenceClassification, hf.GPT2Config,
+        {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}),
+    "modernbert": (
+        hf.ModernBertForSequenceClassification, hf.ModernBertConfig,
+        {"local_attention": 8, "cls_token_id": 1, "sep_token_id": 2, "bos_token_id": 1, "eos_token_id": 2}),
+}  # fmt: skip
+
+
+@functools.cache
+def _original(name: str) -> nn.Module:
+    model_class, config_class, settings = MODELS[name]
+    torch.manual_seed(0)
+    config = config_class(**{**COMMON, **settings})
+    # Only explicit scores honour caps, and they are NaN in float64 where padding sees nothing.
+    capped = "attn_logit_softcapping" in settings
+    model = model_class._from_config(config, attn_implementation="eager" if capped else "sdpa").train()
+    model.to(torch.float32 if capped else torch.float64)
+    for parameter in model.parameters():
+        if parameter.ndim == 1 and not parameter.any():
+            nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def make(name: str) -> Any:
+    return copy.deepcopy(_original(name))
+
+
+def batch(model: Any, lengths: tuple[int, ...] = LENGTHS, *, left: bool = False) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    place = torch.arange(max(lengths))
+    ends = torch.tensor(lengths)[:, None]
+    mask = (place >= max(lengths) - ends) if left else (place < ends)
+    ids = torch.randint(3, 96, mask.shape, generator=generator)
+    return {
+        "input_ids": ids.masked_fill(~mask, model.config.pad_token_id),
+        "attention_mask": mask.long(),
+        "labels": torch.randint(0, 3, (len(lengths),), generator=generator),
+    }
+
+
+def results(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Returns logits, loss and the gradient of every parameter."""
+    model.zero_grad()
+    outputs = model(**inputs)
+    outputs.loss.backward()
+    found = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+    return {"logits": outputs.logits.detach(), "loss": outputs.loss.detach(), **found}
+
+
+def limit(model: Any) -> float:
+    return 1e-12 if model.dtype == torch.float64 else 1e-6
+
+
+def farthest(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
+    assert found.keys() == wanted.keys()
+    return max(float((found[name] - wanted[name]).abs().max()) for name in wanted)
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS, (7,), (5, 5, 5)], ids=["uneven", "one row", "no padding"])
+@pytest.mark.parametrize("name", MODELS)
+def test_padding_free_equals_padded(name: str, lengths: tuple[int, ...]) -> None:
+    model = make(name)
+    inputs = batch(model, lengths)
+    padded = results(model, inputs)
+    with use_unpadded_trunk(model):
+        found = results(model, inputs)
+    assert farthest(found, padded) < limit(model)
+    after = results(model, inputs)
+    assert all(torch.equal(after[name], padded[name]) for name in padded)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_rows_padded_on_the_left(name: str, side: str) -> None:
+    """Of the side that was not asked for they run padded: BERT's head would read nothing but zeros."""
+    model = make(name)
+    if (name, side) == ("bert", "left"):
+        assert "logits" in (why_not_unpadded(model, side) or "")
+        return
+    assert why_not_unpadded(model, side) is None
+    inputs = batch(model, left=True)
+    padded = results(model, inputs)
+    with use_unpadded_trunk(model, side):
+        assert farthest(results(model, inputs), padded) < limit(model)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_probe_finds_them_all_fit(name: str) -> None:
+    assert why_not_unpadded(make(name).float()) is None
