@@ -1,5 +1,6 @@
 """Fixtures shared by all tests: tiny models, a chat tokenizer and a small data set, made in the process."""
 
+import logging
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -23,6 +24,16 @@ CHATML = (
     "{{ '\n' }}{% else %}{{ message['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+
+
+@pytest.fixture(autouse=True)
+def _same_log_levels() -> Any:
+    """`log_level` is the whole process's; a test that asks for another one must not silence those after it."""
+    loggers = [logging.getLogger(name) for name in ("finetune", "transformers", "datasets", "accelerate")]
+    levels = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
 
 
 @pytest.fixture(autouse=True)

@@ -57,5 +57,6 @@ def test_the_command_finds_its_programs_without_the_checkout(unpacked: Path, tmp
 def test_the_extras_are_those_announced() -> None:
     tomllib = pytest.importorskip("tomllib")  # Python 3.11
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = {"galore", "liger", "deepspeed", "peft", "8bit", "plots", "tracking", "glue", "dev", "bench", "all"}
+    optimizers = {"galore", "8bit", "optimizers", "torchao"}
+    extras = optimizers | {"liger", "deepspeed", "peft", "plots", "tracking", "glue", "dev", "bench", "all"}
     assert set(project["optional-dependencies"]) == extras

@@ -48,15 +48,15 @@ class _Rows:
         """Returns the rows of a mask (B, L); None without one, or where a row is empty or padded on the other side."""
         if not isinstance(mask, Tensor) or mask.ndim != 2:
             return None
-        real = mask.bool()
+        real = mask.bool().cpu()  # the device is waited for once, here
         # A head that reads the first place of each row would find nothing there.
         if not bool(real[:, 0 if padding_side == "right" else -1].all()):
             return None
         lengths = real.sum(1)
-        ends = nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+        ends = nn.functional.pad(lengths.cumsum(0), (1, 0)).int().to(mask.device)
         longest = int(lengths.max())
         lengths_of = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
-        return cls(real.flatten().nonzero()[:, 0], (real.shape[0], real.shape[1]), lengths_of)
+        return cls(real.flatten().nonzero()[:, 0].to(mask.device), (real.shape[0], real.shape[1]), lengths_of)
 
     def gather(self, states: Tensor) -> Tensor:
         """Returns (1, N, ...) of (B, L, ...)."""
@@ -170,7 +170,7 @@ def unpadded_unsupported_reason(model: nn.Module) -> str | None:
     configs = getattr(model, "peft_config", None)
     if isinstance(configs, dict) and any(config.is_prompt_learning for config in configs.values()):
         return "PEFT puts its virtual tokens before each row of a batch"
-    if base.config.output_attentions or base.config.output_hidden_states:
+    if any(getattr(base.config, name, False) for name in ("output_attentions", "output_hidden_states")):
         return "`output_attentions` or `output_hidden_states` of its config asks for every layer as padded"
     if "flash" in (getattr(base.config, "_attn_implementation", None) or ""):
         return "it was loaded with a FlashAttention, which leaves padding out of attention itself"
@@ -212,19 +212,21 @@ def why_not_unpadded(model: nn.Module, padding_side: str = "right") -> str | Non
     try:
         with torch.no_grad():
             return _compare(model, padding_side)
-    except (ArgumentError, AttributeError, TypeError, ValueError, RuntimeError, IndexError) as error:
-        return f"{type(base_model(model)).__name__} does not take such a batch: {str(error).splitlines()[0][:200]}"
+    except (ArgumentError, AssertionError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        told = " ".join(str(error).split())[:200]
+        return f"{type(base_model(model)).__name__} does not take such a batch ({type(error).__name__}: {told})"
     finally:
         for module, training in modes:
             module.training = training
 
 
-def _compare(model: nn.Module, side: str, lengths: tuple[int, ...] = (7, 1, 9, 5)) -> str | None:
+def _compare(model: nn.Module, side: str, lengths: tuple[int, ...] = (7, 1, 9)) -> str | None:
     base = base_model(model)
     backbone = backbone_of(base)
     table = backbone.get_input_embeddings().weight
     pad = base.config.get_text_config().pad_token_id
-    allowed = torch.tensor([index for index in range(table.shape[0]) if index != pad])
+    allowed = torch.arange(table.shape[0])
+    allowed = allowed[allowed != (-1 if pad is None else pad)]  # positions may be counted from padding tokens
     make = torch.Generator().manual_seed(0)
     shape = (len(lengths), max(lengths))
     first = torch.randint(0, len(allowed), shape, generator=make)
@@ -237,9 +239,14 @@ def _compare(model: nn.Module, side: str, lengths: tuple[int, ...] = (7, 1, 9, 5
     near, same = (1e-4, 1e-5) if single else (5e-2, 5e-2)  # of hidden states and of logits: what rounding explains
 
     def run(tokens: Tensor) -> tuple[Tensor, Tensor]:
-        arguments = {"input_ids": tokens, "attention_mask": mask.long()}
-        states = backbone(**arguments).last_hidden_state.masked_fill(~mask[..., None], 0.0)
-        return states.float(), model(**arguments).logits.float()
+        found: list[Tensor] = []
+        # Registered last, so that it sees what the head sees.
+        hook = backbone.register_forward_hook(lambda _, __, output: found.append(output.last_hidden_state))
+        try:
+            logits = model(input_ids=tokens, attention_mask=mask.long()).logits
+        finally:
+            hook.remove()
+        return found[0].masked_fill(~mask[..., None], 0.0).float(), logits.float()
 
     padded, padded_logits = run(ids)
     size, size_of_logits = float(padded.abs().max()), max(1.0, float(padded_logits.abs().max()))

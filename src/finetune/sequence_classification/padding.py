@@ -20,6 +20,8 @@ def settle_padding_free(args: SequenceClassificationConfig, model: nn.Module, to
         return False
     if args.torch_compile_backend is not None:
         reason = "compiled layers want few different shapes"
+    elif args.pad_to_multiple_of is not None:
+        reason = "`pad_to_multiple_of` asks for padding"
     else:
         reason = why_not_unpadded(model, getattr(tokenizer, "padding_side", "right"))
     if reason is not None and args.padding_free:
