@@ -63,24 +63,48 @@ def to_plain(value: Any, where: str) -> Any:
 
 
 class CopyPool:
-    """Memory for the copies of one checkpoint after another.
+    """Memory for the copies of one checkpoint after another, and the copying that may wait.
 
     Fresh memory costs a page fault for every 4 KiB, more than the copy itself. Ask for `renew` when nothing reads the
     last copies any more; those that the next snapshot does not take are freed by `trim`.
+
+    Tensors whose memory is in `steady` (addresses of storages) are copied by `complete`, which must be called before
+    anything changes them. Until then their copies have no content.
     """
 
     def __init__(self) -> None:
+        self.steady: frozenset[int] = frozenset()
         self._free: dict[Any, list[Tensor]] = {}
         self._given: list[Tensor] = []
+        self._pending: list[tuple[Tensor, Tensor, int]] = []
 
     def copy(self, tensor: Tensor) -> Tensor:
         """Returns a copy of `tensor` on the CPU, in memory of the last snapshot if some has its shape and dtype."""
-        tensor = tensor.detach()
+        version, tensor = tensor._version, tensor.detach()
         if type(tensor) is not Tensor or tensor.layout != torch.strided:
             return tensor.to("cpu", copy=True)
         spare = self._free.get((tensor.dtype, tensor.shape, tensor.stride()))
-        self._given.append(spare.pop().copy_(tensor) if spare else tensor.to("cpu", copy=True))
-        return self._given[-1]
+        target = spare.pop() if spare else torch.empty_like(tensor, device="cpu")
+        if tensor.untyped_storage().data_ptr() in self.steady:
+            self._pending.append((target, tensor, version))
+        else:
+            target.copy_(tensor)
+        self._given.append(target)
+        return target
+
+    def complete(self) -> None:
+        """Copies what was left for later.
+
+        Raises `CheckpointError` when something changed a tensor meanwhile: the copies would be of no one moment.
+        """
+        pending, self._pending = self._pending, []
+        for target, tensor, version in pending:
+            target.copy_(tensor)
+            if tensor._version != version:
+                raise CheckpointError(
+                    "Weights or optimizer state changed outside the optimizer's step while a checkpoint was being "
+                    "copied in the background. Set `async_save=False`."
+                )
 
     @property
     def num_bytes(self) -> int:
@@ -89,7 +113,7 @@ class CopyPool:
 
     def renew(self) -> None:
         """Makes the memory of all copies given so far available again."""
-        given, self._given = self._given, []
+        given, self._given, self._pending = self._given, [], []
         for tensor in given:
             self._free.setdefault((tensor.dtype, tensor.shape, tensor.stride()), []).append(tensor)
 

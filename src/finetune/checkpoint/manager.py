@@ -48,6 +48,7 @@ __all__ = [
     "SaveReport",
     "Stateful",
     "agreeing",
+    "changes_in_step",
     "current_metric",
     "determine_best_metric",
     "load_best_model",
@@ -85,6 +86,7 @@ def save_checkpoint(
     optimizer: Any,
     writer: CheckpointWriter,
     stateful: Mapping[str, Stateful] | None = None,
+    steady: frozenset[int] = frozenset(),
 ) -> SaveReport:
     """Saves `checkpoint-{global_step}` below `run_dir`, complete or not at all. Called on all processes.
 
@@ -93,6 +95,7 @@ def save_checkpoint(
             write into the staging folder.
         optimizer: for the space needed.
         stateful: what else belongs to this run, by name.
+        steady: what a save in the background may copy later; see `changes_in_step`.
 
     Returns:
         The report of this save; `writer.last` is the same object, completed when a background write ends. Its `error`
@@ -104,7 +107,7 @@ def save_checkpoint(
     """
     best_before = events.state.best_model_checkpoint
     try:
-        return _save(hooks, run_dir, args, events, model, optimizer, writer, stateful or {})
+        return _save(hooks, run_dir, args, events, model, optimizer, writer, stateful or {}, steady)
     except CheckpointError as error:
         events.state.best_model_checkpoint = best_before
         if args.on_save_failure != "continue":
@@ -123,6 +126,7 @@ def _save(
     optimizer: Any,
     writer: CheckpointWriter,
     stateful: Mapping[str, Stateful],
+    steady: frozenset[int],
 ) -> SaveReport:
     started = time.perf_counter()
     writer.wait()
@@ -132,7 +136,7 @@ def _save(
         if args.should_save:
             store.require_space(bytes_needed(model, optimizer, weights_only=args.save_only_model))
             store.stage(state.global_step)
-    with _discarding(store, staging, args), writer.collecting():
+    with _discarding(store, staging, args), writer.collecting(steady):
         with agreeing(), files.writing(staging):
             _write_all(hooks, staging, run_dir, args, events, stateful)
         report = SaveReport(Path(run_dir) / staging.name, state.global_step, in_background=writer.collects)
@@ -162,6 +166,24 @@ def saves_in_background(trainer: Any) -> bool:
 
     needed = bytes_needed(trainer.model, trainer.optimizer, weights_only=args.save_only_model)
     return needed <= (psutil.virtual_memory().available + trainer._writer.held_bytes) // 2
+
+
+def changes_in_step(trainer: Any) -> frozenset[int]:
+    """Returns the storages (their addresses) that nothing but the optimizer's step will change.
+
+    Those of the trained weights and of the optimizer's state, if the optimizer is one of torch's and no code of the
+    user runs between a save and the next step: no callback, no trainer class, no loss function. Else nothing.
+    """
+    from finetune.optim.fused_backward import unwrap
+
+    optimizer: Any = unwrap(trainer.optimizer)
+    own = [type(trainer), *(type(callback) for callback in trainer.callback_handler.callbacks)]
+    foreign = trainer.compute_loss_func is not None or not all(kind.__module__.startswith("finetune.") for kind in own)
+    if foreign or trainer.args.world_size > 1 or not type(optimizer).__module__.startswith("torch.optim."):
+        return frozenset()
+    tensors = [p for group in optimizer.param_groups for p in group["params"]]
+    tensors += [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
+    return frozenset(tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.dim() > 0)
 
 
 def _is_own(method: Any) -> bool:

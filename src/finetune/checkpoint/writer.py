@@ -38,6 +38,9 @@ class CheckpointWriter:
     one waits. A background failure is logged when it happens and raised by the next `wait`, unless `tolerant`
     (`on_save_failure` is `continue`).
 
+    What changes in the optimizer's step only (`steady`, addresses of storages) is copied by the thread too, and
+    `settle` must be called before the next step.
+
     `stalls` has the seconds that training stood still for each save so far.
     """
 
@@ -49,14 +52,17 @@ class CheckpointWriter:
         self._memo: dict[Any, Any] = {}
         self._pool = files.CopyPool()
         self._thread: threading.Thread | None = None
+        self._copied = threading.Event()
+        self._copied.set()
         self._error: BaseException | None = None
 
     @contextlib.contextmanager
-    def collecting(self) -> Iterator[None]:
+    def collecting(self, steady: frozenset[int] = frozenset()) -> Iterator[None]:
         """Keeps the jobs of the block for `launch`; forgets them when it fails."""
         self._jobs = [] if self.asynchronous else None
         if not self.busy:
             self._pool.renew()
+        self._pool.steady = steady
         try:
             yield
         except BaseException:
@@ -84,9 +90,16 @@ class CheckpointWriter:
             finish(None)
             return
 
+        self._copied.clear()
+        pool = self._pool
+
         def work() -> None:
             error: BaseException | None = None
             try:
+                try:
+                    pool.complete()
+                finally:
+                    self._copied.set()
                 for job in jobs:
                     job()
             except BaseException as caught:
@@ -111,6 +124,13 @@ class CheckpointWriter:
     def busy(self) -> bool:
         """Whether a checkpoint is being written in the background."""
         return self._thread is not None and self._thread.is_alive()
+
+    def settle(self) -> None:
+        """Waits until the copies of the checkpoint being written are complete. Call it before weights change."""
+        if not self._copied.is_set():
+            started = time.perf_counter()
+            self._copied.wait()
+            self.stalls[-1] += time.perf_counter() - started
 
     @property
     def held_bytes(self) -> int:

@@ -102,6 +102,7 @@ def _update(run: TrainingRun, hooks: LoopHooks, events: Events) -> None:
     skipped = run.meter.window_is_bad(run.grad_norm)
     if not skipped:
         run.before_update()
+        run.before_step()
         run.optimizer.step()
         run.after_update()
     events.fire("on_optimizer_step")

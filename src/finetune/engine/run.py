@@ -37,6 +37,7 @@ class TrainingRun:
         skip_batches: `(loader, n) -> loader` that starts behind n batches.
         restore_rng: loads the checkpoint's random state; called once, after the first window was fetched, because
             creating the loader's iterator draws from the global generator; before that where a new epoch starts.
+        before_step: called before every optimizer step; a checkpoint may still be copying the weights.
         token_counter: `(inputs) -> tokens`, None when tokens are not tracked.
         epoch, batches_done: position, in epochs and in micro-batches of this epoch.
         epoch_is_over: whether the next batch belongs to the next epoch.
@@ -58,6 +59,7 @@ class TrainingRun:
     meter: LossMeter
     skip_batches: Callable[[Any, int], Iterable[Any]]
     restore_rng: Callable[[], None] | None = None
+    before_step: Callable[[], None] = lambda: None
     token_counter: Callable[[dict[str, Any]], Tensor | int | None] | None = None
     trial: Any = None
     ignore_keys_for_eval: list[str] | None = None

@@ -52,6 +52,7 @@ class SavingMethods(TrainerBase):
             optimizer=self.optimizer,
             writer=self._writer,
             stateful=self._stateful(),
+            steady=checkpoints.changes_in_step(self),
         )
         if self.args.push_to_hub:
             self._writer.wait()
@@ -111,6 +112,7 @@ class SavingMethods(TrainerBase):
 
     def _load_best_model(self) -> None:
         """Loads the best checkpoint's weights. Called at the end of `train` with `load_best_model_at_end`."""
+        self._writer.settle()
         checkpoints.load_best_model(
             self.state, accelerator=self.accelerator, model=self.model, model_wrapped=self.model_wrapped
         )

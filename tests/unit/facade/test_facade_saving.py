@@ -1,16 +1,20 @@
 """When checkpoints are written in the background, and what happens to training when one cannot be written."""
 
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
+import torch
 import transformers
 from datasets import Dataset
+from torch.optim import AdamW
 
 import finetune
-from finetune.checkpoint import manager
+from finetune.checkpoint import files, manager
 from finetune.checkpoint.store import CheckpointStore
 from finetune.errors import ArgumentError, CheckpointError
 
@@ -111,3 +115,87 @@ def test_a_folder_that_cannot_be_written_is_said_before_the_first_step(tiny_bert
     with pytest.raises(ArgumentError, match="`output_dir`"):
         make(tiny_bert, tmp_path / "file" / "run", callbacks=[Steps()]).train()
     assert steps == []
+
+
+class Late(finetune.TrainerCallback):
+    """A callback of the user's: it could change weights between a save and the next step."""
+
+
+class Touches(finetune.Trainer):
+    """A trainer of the user's."""
+
+
+def test_only_what_waits_for_the_step_is_copied_later(tiny_bert: Any, tmp_path: Path) -> None:
+    def steady(**options: Any) -> int:
+        trainer = make(tiny_bert, tmp_path, max_steps=1, save_strategy="no", **options)
+        trainer.train()
+        return len(manager.changes_in_step(trainer))
+
+    trained = sum(p.requires_grad for p in tiny_bert().parameters())
+    assert steady() == 3 * trained, "weights and two moments"
+    assert steady(callbacks=[Late()]) == steady(cls=Touches) == steady(optim="adafactor") == 0
+
+
+def test_copying_waits_for_nobody_and_the_step_waits_for_it(
+    tiny_bert: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slow copy gives the weights of the moment of the save, as a save without background does."""
+    complete, order = files.CopyPool.complete, []
+
+    def slowly(pool: Any) -> None:
+        time.sleep(0.3)
+        complete(pool)
+        order.append("copied")
+
+    class Order(AdamW):
+        def step(self, *args: Any, **kwargs: Any) -> Any:
+            order.append("step")
+            return super().step(*args, **kwargs)
+
+    Order.__module__ = AdamW.__module__
+    monkeypatch.setattr(files.CopyPool, "complete", slowly)
+    options: dict[str, Any] = {"max_steps": 3, "save_steps": 1, "learning_rate": 0.1}
+    for name, background in (("now", False), ("later", True)):
+        trainer = make(tiny_bert, tmp_path / name, async_save=background, **options)
+        trainer.optimizer = Order(trainer.model.parameters(), lr=0.1)
+        order.clear()
+        trainer.train()
+    assert order == ["step", "copied"] * 3
+    for step in (1, 2, 3):
+        now, later = (tmp_path / name / f"checkpoint-{step}" for name in ("now", "later"))
+        for file in ("model.safetensors", "optimizer.pt"):
+            assert (now / file).read_bytes() == (later / file).read_bytes(), (step, file)
+
+
+def test_weights_that_change_meanwhile_are_an_error(tiny_bert: Any, tmp_path: Path) -> None:
+    class Changes(finetune.Trainer):
+        def training_step(self, *args: Any, **kwargs: Any) -> Any:
+            with torch.no_grad():
+                next(self.model.parameters()).add_(1.0)
+            return super().training_step(*args, **kwargs)
+
+    trainer = make(tiny_bert, tmp_path / "own", cls=Changes)
+    trainer.train()
+    Changes.__module__ = "finetune.trainer"  # as if it were ours, so that nobody expects it
+    with pytest.raises(CheckpointError, match="changed outside the optimizer's step"):
+        pool_that_waits(make(tiny_bert, tmp_path / "hidden", cls=Changes)).train()
+
+
+def pool_that_waits(trainer: Any) -> Any:
+    """Returns the trainer, whose background copies are made after the next training step began."""
+    started = threading.Event()
+    step, launch = trainer.training_step, trainer._writer.launch
+
+    def signals(*args: Any, **kwargs: Any) -> Any:
+        loss = step(*args, **kwargs)
+        started.set()
+        return loss
+
+    def waits(finish: Any) -> None:
+        pool, complete = trainer._writer._pool, trainer._writer._pool.complete
+        started.clear()
+        pool.complete = lambda: (started.wait(10), complete())
+        launch(finish)
+
+    trainer.training_step, trainer._writer.launch = signals, waits
+    return trainer
