@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from finetune.kernels.unpadded import use_unpadded_trunk, why_not_unpadded
@@ -103,6 +104,71 @@ def test_padding_free_equals_padded(name: str, lengths: tuple[int, ...]) -> None
     assert farthest(found, padded) < limit(model)
     after = results(model, inputs)
     assert all(torch.equal(after[name], padded[name]) for name in padded)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_gradient_checkpointing_and_adapters(name: str) -> None:
+    model = make(name)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    adapted = get_peft_model(
+        model, LoraConfig(task_type="SEQ_CLS", target_modules="all-linear", init_lora_weights=False)
+    )
+    adapted.double().train()
+    for module in adapted.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    inputs = batch(model)
+    padded = results(adapted, inputs)
+    with use_unpadded_trunk(adapted):
+        found = results(adapted, inputs)
+    assert farthest(found, padded) < 1e-12
+    assert any("lora_A" in weight for weight in found)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_the_layers_see_real_tokens_only(name: str) -> None:
+    model, seen = make(name), []
+    inputs = batch(model)
+    for layer in find_layers(model):
+        layer.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape[:2])))
+    with use_unpadded_trunk(model):
+        model(**inputs)
+        model(input_ids=inputs["input_ids"])  # no mask: nothing says what is padding
+    assert seen == [(1, sum(LENGTHS))] * 2 + [(len(LENGTHS), max(LENGTHS))] * 2
+
+
+def find_layers(model: Any) -> Any:
+    return model.base_model.layers if hasattr(model.base_model, "layers") else model.base_model.encoder.layer
+
+
+# ---- The probe ----
+
+
+def test_a_trunk_that_mixes_tokens_stays_padded() -> None:
+    """Each token is moved by the one before it, which in a gathered row may be another row's."""
+    model = make("bert").float()
+    layer = find_layers(model)[0]
+    layer.register_forward_hook(lambda _, __, output: output + 1e-2 * output.roll(1, dims=1))
+    assert "hidden states without padding are" in (why_not_unpadded(model) or "")
+
+
+def test_a_model_that_ignores_its_tokens_proves_nothing() -> None:
+    model = make("bert").float()
+    model.bert.embeddings.register_forward_hook(lambda _, __, output: torch.ones_like(output))
+    assert "nothing can be proven" in (why_not_unpadded(model) or "")
+
+
+def test_the_probe_leaves_modes_and_random_numbers_alone() -> None:
+    model = make("bert").float().train()
+    model.classifier.eval()
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    assert why_not_unpadded(model) is None
+    assert torch.equal(torch.rand(1), expected)
+    assert model.training
+    assert not model.classifier.training
+    assert model.bert.training
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -108,7 +108,6 @@ class SequenceClassificationTrainer(RawRowMethods, Trainer):
         _settle_padding(processing_class, model, args.pad_token, train_dataset)
         if peft_config is not None:
             model = _with_adapters(model, peft_config, bool(args.gradient_checkpointing))
-        self._padding_free = settle_padding_free(args, model, processing_class)
         super().__init__(
             model=model,
             args=args,
@@ -126,6 +125,7 @@ class SequenceClassificationTrainer(RawRowMethods, Trainer):
         # `compute_loss` divides by the count itself, whatever the model's `forward` takes.
         self.model_accepts_loss_kwargs = True
         self._takes_use_cache = takes_argument(self.model, "use_cache")
+        self._padding_free = settle_padding_free(args, self.model, processing_class)
         say_on_main_process(f"train: text in {', '.join(self._columns.texts) or 'input_ids'}; {self.task.describe()}")
 
     # ---- Data ----
