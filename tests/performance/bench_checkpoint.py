@@ -2,10 +2,11 @@
 
     python tests/performance/bench_checkpoint.py --fast --out results/checkpoint.json
 
-The stall is the time that training stands still because of a save. transformers writes before it goes on: from the end
-of a step to the event `on_save`. finetune copies and writes in the background (`async_save`): the time until it goes on,
-and the time that the next optimizer step waits for the copy, both as its summary reports them; with `async_save=False`
-it writes as transformers does. A step has 256 tokens. All write to the same disk; files are removed after each save.
+The stall is the time that training stands still because of a save. transformers writes before it goes on: from the
+end of a step to the event `on_save`. finetune copies and writes in the background (`async_save`): the time until it
+goes on, and the time that the next optimizer step waits for the copy, both as its summary reports them; with
+`async_save=False` it writes as transformers does. A step has 256 tokens. All write to the same disk; files are removed
+after each save.
 """
 
 import shutil
