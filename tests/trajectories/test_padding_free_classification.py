@@ -12,12 +12,18 @@ import finetune
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 HEADS = {"bert": "classifier.weight", "llama": "score.weight"}
-STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+STILL: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
 def make_model(name: str, pad: int) -> Any:
     torch.manual_seed(0)
-    common = {"vocab_size": 512, "num_labels": 3, "max_position_embeddings": 64, "pad_token_id": pad, **SIZES}
+    common: dict[str, Any] = {
+        "vocab_size": 512,
+        "num_labels": 3,
+        "max_position_embeddings": 64,
+        "pad_token_id": pad,
+        **SIZES,
+    }
     if name == "bert":
         return BertForSequenceClassification(BertConfig(**common, **STILL))
     return LlamaForSequenceClassification(LlamaConfig(**common, num_key_value_heads=2))

@@ -53,8 +53,14 @@ def fail(*_: Any) -> None:
 
 def make_model(**settings: Any) -> Any:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = BertConfig(vocab_size=512, num_labels=2, max_position_embeddings=64, **{**sizes, **settings})
+    sizes: dict[str, Any] = {
+        "num_labels": 2,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    config = BertConfig(vocab_size=512, max_position_embeddings=64, **{**sizes, **settings})
     return BertForSequenceClassification(config)
 
 
