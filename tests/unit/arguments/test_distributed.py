@@ -73,6 +73,7 @@ def test_a_parallelism_configuration_is_built_from_a_dict():
 
 
 def test_deepspeed_is_registered_and_the_configuration_left_alone():
+    pytest.importorskip("deepspeed")
     given = {
         "zero_optimization": {"stage": 2},
         "train_batch_size": "auto",

@@ -132,7 +132,7 @@ def mixture(tmp_path: Path, *fractions: float | None, **options: Any) -> Any:
 
 @pytest.mark.parametrize("fractions", [(None, None), (0.5, 0.5), (1, 3), (0.2, 0.0), (3, 1)])
 def test_a_mixture_has_the_rows_of_trls(tmp_path: Path, fractions: tuple[float | None, ...]) -> None:
-    import trl
+    trl = pytest.importorskip("trl")
     from trl.scripts.utils import DatasetConfig, get_dataset
 
     from finetune import get_dataset as ours

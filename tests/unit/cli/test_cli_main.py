@@ -35,7 +35,7 @@ def test_env_names_the_versions(capsys: pytest.CaptureFixture[str]) -> None:
 
     assert main(["env"]) == 0
     shown = capsys.readouterr().out
-    assert torch.__version__ in shown and "cores" in shown
+    assert torch.__version__.split("+")[0] in shown and "cores" in shown
 
 
 def test_doctor_is_content_here_and_reports_a_missing_package(

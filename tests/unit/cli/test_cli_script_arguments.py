@@ -31,6 +31,7 @@ def test_fields_and_defaults_are_those_of_trl(cls: type, names: list[str]) -> No
 
 
 def test_one_data_set_of_a_mixture_has_trls_fields() -> None:
+    pytest.importorskip("trl")
     from trl.scripts.utils import DatasetConfig as Theirs
 
     theirs = {field.name: field.default for field in dataclasses.fields(Theirs)}

@@ -40,7 +40,7 @@ def arguments(tmp_path, **kwargs) -> TrainingArguments:
     [
         {},
         {"bf16": True, "data_seed": 3, "ddp_bucket_cap_mb": 7, "ddp_broadcast_buffers": False},
-        {"activation_checkpointing": True, "gradient_accumulation_steps": 4},
+        {"gradient_checkpointing": True, "gradient_accumulation_steps": 4},
         {"ddp_find_unused_parameters": False, "torch_compile": True, "torch_compile_backend": "eager"},
         {"accelerator_config": {"split_batches": True, "dispatch_batches": False, "use_seedable_sampler": False,
                                 "gradient_accumulation_kwargs": {"sync_each_batch": True}}},

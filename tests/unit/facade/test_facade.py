@@ -29,7 +29,7 @@ def rows(count: int = 8) -> Dataset:
 
 
 def test_arguments_of_transformers_and_trl_are_accepted(tiny_bert: Any, tmp_path: Path) -> None:
-    import trl
+    trl = pytest.importorskip("trl")
 
     for theirs in (
         transformers.TrainingArguments(str(tmp_path), learning_rate=0.25, max_steps=1, **COMMON),
