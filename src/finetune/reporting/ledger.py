@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from finetune.features.compiled import repeated_blocks
 from finetune.reporting.memory import format_bytes
 from finetune.reporting.memory_trace import GROUPS, MemoryTrace
 
@@ -46,12 +47,7 @@ class ModelSizes:
     @classmethod
     def of(cls, model: nn.Module) -> "ModelSizes":
         """Returns the sizes of `model`. Blocks are the members of its outermost module lists (decoder layers)."""
-        lists: list[str] = []
-        blocks: list[nn.Module] = []
-        for name, module in model.named_modules():
-            if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in lists):
-                lists.append(name)
-                blocks += list(module)
+        blocks = repeated_blocks(model)
         every = sum(p.numel() for p in model.parameters())
         sizes = [sum(p.numel() for p in block.parameters()) for block in blocks]
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
