@@ -1,11 +1,12 @@
 """The programs of `trainers/`: where they are, how they run, and what they check before anything is loaded."""
 
-import contextlib
+import errno
 import importlib.util
 import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -130,31 +131,30 @@ def check_output_dir(args: Any) -> None:
 
 def finished_run(folder: Path) -> list[str]:
     """Returns up to three names in `folder` that a new run would write over: checkpoints and weights."""
-    if not folder.is_dir():
+    try:
+        names = sorted(os.listdir(folder))
+    except (FileNotFoundError, NotADirectoryError):
         return []
-    found = [path.name for path in sorted(folder.glob("checkpoint-*")) if path.is_dir()]
-    found += [path.name for pattern in _WEIGHTS for path in sorted(folder.glob(pattern))]
+    found = [name for name in names if name.startswith("checkpoint-") and (folder / name).is_dir()]
+    found += [name for pattern in _WEIGHTS for name in names if fnmatch(name, pattern)]
     return found if len(found) <= 3 else [*found[:2], f"and {len(found) - 2} more"]
 
 
 def write_problem(folder: Path) -> str:
-    """Returns why no file can be made in `folder`, or "". Leaves nothing behind, not even the folder."""
-    made: list[Path] = []
+    """Returns why no file can be made in `folder`, or "". Leaves nothing behind, and does not make the folder.
+
+    Tried in the nearest folder that exists: processes that start together must not make and remove one another's.
+    """
+    there = folder.absolute()
     try:
-        for path in [*reversed(folder.parents), folder]:
-            if not path.exists():
-                path.mkdir()
-                made.append(path)
-        with tempfile.NamedTemporaryFile(dir=folder):
+        while not there.exists():
+            there = there.parent
+        if not there.is_dir():
+            return f"{os.strerror(errno.ENOTDIR)} ({there})"
+        with tempfile.TemporaryDirectory(prefix=".write-test-", dir=there):
             return ""
-    except FileExistsError:
-        return ""  # another process of this run was faster
     except OSError as error:
-        return f"{error.strerror or error} ({error.filename or folder})"
-    finally:
-        with contextlib.suppress(OSError):  # another process of this run writes there already
-            for path in reversed(made):
-                path.rmdir()
+        return f"{error.strerror or error} ({there})"
 
 
 def choose(name: str, allowed: Sequence[str], what: str) -> str:
