@@ -1,7 +1,9 @@
 """The programs of `trainers/`: where they are, how they run, and what they check before anything is loaded."""
 
+import atexit
 import errno
 import importlib.util
+import logging
 import os
 import sys
 import tempfile
@@ -52,6 +54,8 @@ def run_program(main: Program, argv: Sequence[str] | None = None) -> int:
     """
     try:
         main(argv)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            _leave()
     except FinetuneError as error:
         rank = os.environ.get("RANK", "0")
         who = "error" if rank == "0" else f"error in process {rank}"
@@ -63,6 +67,15 @@ def run_program(main: Program, argv: Sequence[str] | None = None) -> int:
     except SystemExit as end:  # argparse, after `--help` or an unknown argument
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     return 0
+
+
+def _leave() -> None:
+    """Ends one of several processes whose work is done: gloo's threads now and then abort the interpreter's end."""
+    atexit._run_exitfuncs()
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def finish_program(trainer: Any, result: Any, card: dict[str, Any], evaluate: bool = False) -> None:
