@@ -1,7 +1,6 @@
 """The states of all random generators, as tensors and plain numbers, in transformers' `rng_state*.pth`."""
 
 import logging
-import random
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import numpy as np
 import torch
 
 from finetune.checkpoint import files, layout
+from finetune.data import randomness
 from finetune.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -22,13 +22,7 @@ def capture_rng(distributed: bool = False) -> dict[str, Any]:
     Keys and structure are those of transformers: accelerators give one tensor, or with `distributed` a list with one
     per device of this machine. Taking the states draws nothing.
     """
-    version, internal, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()
-    states: dict[str, Any] = {
-        "python": (version, tuple(internal), gauss),
-        "numpy": (str(name), [int(key) for key in keys], int(position), int(has_gauss), float(cached)),
-        "cpu": torch.random.get_rng_state(),
-    }
+    states = randomness.plain(randomness.capture())
     for device, module in _available():
         every = getattr(module, "get_rng_state_all", None)
         states[device] = every() if distributed and every is not None else module.get_rng_state()
@@ -42,10 +36,7 @@ def restore_rng(states: dict[str, Any]) -> None:
         CheckpointError: a state is missing or malformed. Accelerators that are not here are left out with a warning.
     """
     try:
-        version, internal, gauss = states["python"]
-        random.setstate((version, tuple(internal), gauss))
-        np.random.set_state(tuple(states["numpy"]))
-        torch.random.set_rng_state(states["cpu"])
+        randomness.restore(states)
         here = dict(_available())
         for device, module in here.items():
             if device in states:

@@ -26,6 +26,7 @@ from .position import (
     loader_state,
     rows_per_batch,
     skip_batches,
+    watch_fetches,
 )
 from .rebalance import BatchRebalanceSampler
 from .samplers import LengthGroupedSampler, SeededRandomSampler, SequentialSampler, row_lengths
@@ -135,7 +136,10 @@ def build_dataloader(
         # Workers are forked: the tokenizers library would warn in each, and stop using threads there anyway.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if is_stream(dataset):
-        return _stream_loader(dataset, args, accelerator, batch_size, params)
+        stream = _stream_loader(dataset, args, accelerator, batch_size, params)
+        if is_training:
+            watch_fetches(stream, args.gradient_accumulation_steps + 2)
+        return stream
     if is_training:
         params["worker_init_fn"] = partial(
             seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index
@@ -145,6 +149,8 @@ def build_dataloader(
     else:
         params |= {"batch_size": batch_size, "sampler": sampler, "drop_last": args.dataloader_drop_last}
     loader = accelerator.prepare(DataLoader(dataset, **params))
+    if is_training:
+        watch_fetches(loader, args.gradient_accumulation_steps + 2)
     if isinstance(sampler, BatchRebalanceSampler) and loader.batch_sampler is not sampler:
         # The sampler knows its rank already; accelerate's wrapper must not take every W-th batch of it once more.
         loader.batch_sampler.num_processes, loader.batch_sampler.process_index = 1, 0

@@ -6,9 +6,7 @@ on the number of processes, as long as the rows per optimizer step stay the same
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -18,7 +16,9 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from finetune.errors import CheckpointError
 
+from . import randomness
 from .digest import digest
+from .randomness import FetchRandomness
 from .rebalance import BatchRebalanceSampler
 from .samplers import OrderedSampler, permutation, rank_batches
 from .streaming import StreamLoader
@@ -82,7 +82,17 @@ class SkippedBatches(BatchSampler):
         if order is None or type(batches) is not BatchSampler:
             return islice(iter(self.inner), self.num_batches, None)
         sharding = {} if shard is None else {key: getattr(shard, key) for key in _SHARDING}
-        return rank_batches(order, batches.batch_size, drop_last=batches.drop_last, start=self.num_batches, **sharding)
+        rest = rank_batches(order, batches.batch_size, drop_last=batches.drop_last, start=self.num_batches, **sharding)
+        fetches = getattr(sampler, "fetches", None)
+        return rest if fetches is None else _announced(rest, fetches, self.num_batches)
+
+
+def _announced(batches: Iterator[list[int]], fetches: FetchRandomness, number: int) -> Iterator[list[int]]:
+    """Yields `batches`, of which the first has the given number, after telling `fetches` of each."""
+    fetches.start_epoch()
+    for place, batch in enumerate(batches, number):
+        fetches.before_fetch(place)
+        yield batch
 
 
 _SHARDING = ("num_processes", "process_index", "split_batches", "even_batches")
@@ -199,24 +209,36 @@ def batch_digest(loader: Any, num_batches: int, epoch: int, num_rows: int = 32) 
     else:
         start = num_batches * (rows_per_batch(loader) or 1)
     indices = np.concatenate([order[start:], following])[:num_rows].tolist()
-    with _own_random_state():
+    # Rows with random augmentation come out the same each time, and training does not notice the draws.
+    with randomness.fixed():
         rows = [loader.dataset[i] for i in indices]
     return digest({"indices": indices, "rows": rows})
 
 
-@contextmanager
-def _own_random_state() -> Iterator[None]:
-    """Rows with random augmentation come out the same each time, and training does not notice the draws."""
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    random.seed(0)
-    np.random.seed(0)
-    torch.default_generator.manual_seed(0)
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(cpu)
+def watch_fetches(loader: Any, num_kept: int) -> None:
+    """Makes a loader without workers remember the random states from before its last `num_kept` fetches.
+
+    Nothing happens where this process does not fetch (workers draw from generators of their own) or where a sampler
+    not known here gives the order: random draws of collators are not repeated there by a resumed run.
+    """
+    if getattr(loader, "num_workers", 0):
+        return
+    if isinstance(loader, StreamLoader):
+        loader.watch_fetches(FetchRandomness(num_kept))
+        return
+    _, batches, sampler = _layers(getattr(loader, "batch_sampler", None))
+    if isinstance(batches, BatchRebalanceSampler):
+        batches.fetches = FetchRandomness(num_kept)
+    elif isinstance(sampler, OrderedSampler) and (rows := rows_per_batch(loader)) is not None:
+        sampler.fetches, sampler.rows_per_fetch = FetchRandomness(num_kept), rows
+
+
+def fetches_of(loader: Any) -> FetchRandomness | None:
+    """Returns what `watch_fetches` made for `loader`, or None."""
+    if isinstance(loader, StreamLoader):
+        return loader.fetches
+    _, batches, sampler = _layers(getattr(loader, "batch_sampler", None))
+    return getattr(batches if isinstance(batches, BatchRebalanceSampler) else sampler, "fetches", None)
 
 
 def loader_state(loader: Any) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from torch.utils.data import Sampler
 
 from finetune.errors import ArgumentError
 
+from .randomness import FetchRandomness
 from .samplers import permutation
 
 Cost = Callable[[int, float], float]
@@ -50,6 +51,7 @@ class BatchRebalanceSampler(Sampler[list[int]]):
         self.dp_size, self.grad_accum, self.rank = dp_size, grad_accum, rank
         self.shuffle, self.seed, self.drop_last = shuffle, seed, drop_last
         self.epoch, self.start = 0, 0
+        self.fetches: FetchRandomness | None = None  # told before each fetch when it is there
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the epoch whose order the next iteration follows; called by the loader."""
@@ -78,12 +80,16 @@ class BatchRebalanceSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         order = self.order()
         first_step, first_slot = divmod(self.start, self.grad_accum)
+        if self.fetches is not None:
+            self.fetches.start_epoch()
         for step in range(first_step, self.num_steps):
             rows = order[step * self.effective_batch_size : (step + 1) * self.effective_batch_size]
             if len(rows) < self.num_groups:
                 rows = np.concatenate([rows, np.resize(order, self.num_groups - len(rows))])
             groups = self._groups(rows)
             for slot in range(first_slot, self.grad_accum):
+                if self.fetches is not None:
+                    self.fetches.before_fetch(step * self.grad_accum + slot)
                 yield groups[slot * self.dp_size + self.rank].tolist()
             first_slot = 0
 

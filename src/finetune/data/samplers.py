@@ -19,6 +19,7 @@ from torch.utils.data import SequentialSampler as TorchSequentialSampler
 from finetune.errors import DataFormatError
 
 from .packing import list_lengths
+from .randomness import FetchRandomness
 
 OrderedT = TypeVar("OrderedT", bound="OrderedSampler")
 _CHUNK_ROWS = 4096  # rows turned into Python integers at a time
@@ -37,6 +38,9 @@ class OrderedSampler(Sampler[int]):
     seed: int
     epoch: int
     start: int
+    # Told before each fetch, which `rows_per_fetch` rows belong to (those of all processes), when it is there.
+    fetches: FetchRandomness | None = None
+    rows_per_fetch: int = 1
 
     def __init__(self, seed: int) -> None:
         self.seed, self.epoch, self.start = seed, 0, 0
@@ -62,8 +66,14 @@ class OrderedSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         order = self.order()
-        for first in range(self.start, len(order), _CHUNK_ROWS):
-            yield from order[first : first + _CHUNK_ROWS].tolist()
+        if self.fetches is None:
+            for first in range(self.start, len(order), _CHUNK_ROWS):
+                yield from order[first : first + _CHUNK_ROWS].tolist()
+            return
+        self.fetches.start_epoch()
+        for first in range(self.start, len(order), self.rows_per_fetch):
+            self.fetches.before_fetch(first // self.rows_per_fetch)
+            yield from order[first : first + self.rows_per_fetch].tolist()
 
     def __len__(self) -> int:
         return self.num_rows - self.start

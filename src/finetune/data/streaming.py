@@ -10,6 +10,7 @@ handed out.
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -21,6 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from finetune.errors import CheckpointError
 
 from .digest import digest
+from .randomness import FetchRandomness
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +63,8 @@ class _Batches(IterableDataset):
         self.batch_size, self.rank, self.world_size, self.drop_last = batch_size, rank, world_size, drop_last
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # seen by workers that are already running
         self.start: list[dict[str, Any]] | None = None
+        self.fetches: FetchRandomness | None = None
+        self.first_number = 0
         self.num_skipped_workers = 0  # workers below this number had their turn in the interrupted round
 
     def __iter__(self) -> Iterator[_Packet]:
@@ -81,9 +85,18 @@ class _Batches(IterableDataset):
             self.rows.load_state_dict(start["dataset"])
         elif start is not None:
             num_replayed = start["rows"]
-        rows = islice(iter(self.rows), num_replayed, None)
+        rows = iter(self.rows)
+        deque(islice(rows, num_replayed), maxlen=0)
         per_round = self.batch_size * self.world_size
-        while group := list(islice(rows, per_round)):
+        number, self.first_number = self.first_number, 0
+        if self.fetches is not None:
+            self.fetches.start_epoch()
+        while True:
+            if self.fetches is not None:
+                self.fetches.before_fetch(number)
+            if not (group := list(islice(rows, per_round))):
+                return
+            number += 1
             if len(group) == per_round or not self.drop_last:
                 yield self._packet(group, per_round)
 
@@ -140,6 +153,15 @@ class StreamLoader(DataLoader[Any]):
         self._expected: str | None = None
 
     @property
+    def fetches(self) -> FetchRandomness | None:
+        """What remembers the random states from before the last fetches; None with workers."""
+        return self._batches.fetches
+
+    def watch_fetches(self, fetches: FetchRandomness) -> None:
+        """Tells `fetches` of every fetch from now on. For a loader without workers."""
+        self._batches.fetches = fetches
+
+    @property
     def total_batch_size(self) -> int:
         """Rows that all processes take together."""
         return (self.batch_size or 1) * self.world_size
@@ -153,6 +175,7 @@ class StreamLoader(DataLoader[Any]):
         self.iteration = epoch
         if self._position["epoch"] != epoch:  # a loaded position counts in its own epoch only
             self._batches.start, self._batches.num_skipped_workers, self._expected = None, 0, None
+            self._batches.first_number = 0
             self._position = self._at_start()
         self._batches.epoch.fill_(epoch)
         self._batches._set_epoch(epoch)
@@ -261,6 +284,7 @@ class StreamLoader(DataLoader[Any]):
         self._position = {key: state[key] for key in ("epoch", "batches", "turn")} | {"workers": workers}
         self.set_epoch(state["epoch"])
         self._batches.start = [dict(worker) for worker in workers]
+        self._batches.first_number = state["batches"]
         self._batches.num_skipped_workers = state["turn"] % num_workers
         same_layout = list(state["layout"]) == [self.rank, self.batch_size, self.world_size]
         self._expected = state["next_digest"] if verify and same_layout else None

@@ -28,6 +28,7 @@ class DataPosition:
     def state_dict(self) -> dict[str, Any]:
         """Returns the position after the last finished update, and a hash of the rows that come next."""
         run = self.run
+        fetches = loaders.fetches_of(run.loader)
         return {
             "epoch": run.epoch + int(run.epoch_is_over),
             "batches_done": 0 if run.epoch_is_over else run.batches_done,
@@ -35,6 +36,7 @@ class DataPosition:
             "accumulation": run.plan.accumulation,
             "loader": loaders.loader_state(run.loader),
             "next_rows": loaders.batch_digest(run.loader, run.batches_done, run.epoch),
+            "next_fetch": None if run.epoch_is_over or fetches is None else fetches.of(run.batches_done),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -52,6 +54,10 @@ class DataPosition:
                 "data by `ignore_data_skip=True`."
             )
         run.resume = ResumePoint(epoch, batches // run.plan.accumulation, batches)
+        fetches = loaders.fetches_of(run.loader)
+        if fetches is not None and batches and batches == state_dict["batches_done"]:
+            # A loader fetches ahead: the next batch was drawn before the checkpoint's own random state was taken.
+            fetches.replay(batches, state_dict.get("next_fetch"), then=run.restore_rng_once)
 
     def load_state_dicts(self, states: list[dict[str, Any]]) -> None:
         """As `load_state_dict`, for another number of processes than before: the position is the same on all."""
@@ -61,7 +67,7 @@ class DataPosition:
                 f"The stream was split by `split_dataset_by_node` over {len(states)} processes, each at its own "
                 "position. Resume with as many, or start the stream anew with `ignore_data_skip=True`."
             )
-        self.load_state_dict(states[0])
+        self.load_state_dict({**states[0], "next_fetch": None})
 
     def _batches_here(self, saved: dict[str, Any]) -> int:
         """Returns the saved position in micro-batches of this run's size."""

@@ -16,6 +16,7 @@ from finetune.errors import CheckpointError
 
 ARGS = SimpleNamespace(
     dataloader_num_workers=0,
+    gradient_accumulation_steps=1,
     dataloader_pin_memory=False,
     dataloader_persistent_workers=False,
     dataloader_multiprocessing_context=None,
