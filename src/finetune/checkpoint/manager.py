@@ -7,14 +7,14 @@ staging folder, so that overrides in subclasses are what runs; commit with one r
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from finetune.checkpoint import files, layout, rng
+from finetune.checkpoint.background import bytes_needed, changes_in_step, saves_in_background
 from finetune.checkpoint.metrics import (
     MissingMetricError,
     current_metric,
@@ -39,7 +39,6 @@ from finetune.control.state import TrainerState
 from finetune.distributed import ranks
 from finetune.errors import CheckpointError
 from finetune.hooks import SaveHooks
-from finetune.models.adapters import is_peft_model
 
 __all__ = [
     "CheckpointStore",
@@ -48,6 +47,7 @@ __all__ = [
     "SaveReport",
     "Stateful",
     "agreeing",
+    "bytes_needed",
     "changes_in_step",
     "current_metric",
     "determine_best_metric",
@@ -149,48 +149,6 @@ def _save(
     return report
 
 
-def saves_in_background(trainer: Any) -> bool:
-    """Returns whether the next checkpoint is written while training goes on: `async_save`, or what is safe if unset.
-
-    Unset, it is when one process trains, the copy takes at most half of the free memory, and nothing reads the folder
-    as soon as `_save_checkpoint` returns: no push to the Hub, no callback with an `on_save`, no override.
-    """
-    args = trainer.args
-    if args.async_save is not None:
-        return args.async_save
-    if args.world_size > 1 or args.push_to_hub or not _is_own(type(trainer)._save_checkpoint):
-        return False
-    if not all(_is_own(type(callback).on_save) for callback in trainer.callback_handler.callbacks):
-        return False
-    import psutil
-
-    needed = bytes_needed(trainer.model, trainer.optimizer, weights_only=args.save_only_model)
-    return needed <= (psutil.virtual_memory().available + trainer._writer.held_bytes) // 2
-
-
-def changes_in_step(trainer: Any) -> frozenset[int]:
-    """Returns the storages (their addresses) that nothing but the optimizer's step will change.
-
-    Those of the trained weights and of the optimizer's state, if the optimizer is one of torch's and no code of the
-    user runs between a save and the next step: no callback, no trainer class, no loss function. Else nothing.
-    """
-    from finetune.optim.fused_backward import unwrap
-
-    optimizer: Any = unwrap(trainer.optimizer)
-    own = [type(trainer), *(type(callback) for callback in trainer.callback_handler.callbacks)]
-    foreign = trainer.compute_loss_func is not None or not all(kind.__module__.startswith("finetune.") for kind in own)
-    if foreign or trainer.args.world_size > 1 or not type(optimizer).__module__.startswith("torch.optim."):
-        return frozenset()
-    tensors = [p for group in optimizer.param_groups for p in group["params"]]
-    tensors += [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
-    return frozenset(tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.dim() > 0)
-
-
-def _is_own(method: Any) -> bool:
-    """Whether a method is this package's, or the one of transformers' base class that does nothing."""
-    return method.__module__.startswith("finetune.") or method.__qualname__.startswith("TrainerCallback.")
-
-
 def _write_all(
     hooks: SaveHooks, staging: Path, run_dir: str, args: Any, events: Events, stateful: Mapping[str, Stateful]
 ) -> None:
@@ -263,26 +221,6 @@ def _note_best(state: TrainerState, run_dir: str) -> None:
             state.best_model_checkpoint = str(best)
 
 
-def bytes_needed(model: nn.Module, optimizer: Any, *, weights_only: bool) -> int:
-    """Returns about how many bytes the next checkpoint takes: weights to be saved plus optimizer state, plus 1 MiB.
-
-    Before the first step there is no optimizer state yet, and two values per trained parameter are assumed.
-    """
-    peft = is_peft_model(model)
-    parameters = [p for p in model.parameters() if p.requires_grad or not peft]
-    needed = _num_bytes(parameters) + (1 << 20)
-    if weights_only or optimizer is None:
-        return needed
-    state = getattr(optimizer, "state", {})
-    tensors = [t for entry in state.values() if isinstance(entry, dict) for t in entry.values()]
-    held = _num_bytes([t for t in tensors if isinstance(t, torch.Tensor)])
-    return needed + (held or 2 * _num_bytes([p for p in parameters if p.requires_grad]))
-
-
-def _num_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
 def retention(args: Any) -> Retention:
     """Returns which checkpoints `args` keeps."""
     return Retention(args.save_total_limit, getattr(args, "keep_last", None), getattr(args, "keep_best", None))
@@ -312,9 +250,12 @@ def report_last_on_error(run_dir: str, writer: CheckpointWriter | None = None) -
             if last is not None:
                 logger.error("Training stopped. Resume with `resume_from_checkpoint=%r`.", str(last))
         raise
-    if writer is not None:
-        writer.wait()
-        writer.release()
+    else:
+        if writer is not None:
+            writer.wait()
+    finally:
+        if writer is not None:
+            writer.release()
 
 
 def emergency_save(save: Any, error: BaseException, *, consistent: bool) -> None:
