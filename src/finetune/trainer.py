@@ -86,7 +86,12 @@ class Trainer(EvaluationMethods, OptimizerMethods, SavingMethods):
             if not self.place_model_on_device and (args.fp16_full_eval or args.bf16_full_eval):
                 self._move_model_to_device(self.model, args.device)
             self._feature_logs = features.enter(
-                stack, self.model, args, self.processing_class, self.neftune_noise_alpha
+                stack,
+                self.model,
+                args,
+                self.processing_class,
+                self.neftune_noise_alpha,
+                self._recomputes_activations(),
             )
             stack.enter_context(self._model_features())
             stack.enter_context(setup.underflow_debugger(self.model, args.debug))
@@ -355,6 +360,9 @@ class Trainer(EvaluationMethods, OptimizerMethods, SavingMethods):
     def _model_features(self) -> contextlib.AbstractContextManager[Any]:
         """Returns what a subclass changes on the model while it trains; entered before the model is wrapped."""
         return contextlib.nullcontext()
+
+    def _recomputes_activations(self) -> bool:
+        return bool(self.args.activation_checkpointing)
 
     @property
     def _passes_num_items(self) -> bool:

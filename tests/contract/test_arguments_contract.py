@@ -35,12 +35,14 @@ OURS = {
 # Declared defaults that differ from TRL's SFTConfig.
 SFT_DEFAULTS = {
     "padding_free": "None: on wherever packing is proved not to leak; False, TRL's default, means never",
+    "gradient_checkpointing": "None: activations are recomputed where they need much memory; True means always",
 }
 
 # Values after construction that differ from TRL's on a CPU.
 SFT_RESOLVED = {
     "bf16": "chosen from the device; TRL says True, which slows most CPUs down",
-    "padding_free": SFT_DEFAULTS["padding_free"],
+    **SFT_DEFAULTS,
+    "activation_checkpointing": SFT_DEFAULTS["gradient_checkpointing"],
 }
 
 # Values after construction, in `to_dict()`, that differ from transformers'.

@@ -106,7 +106,7 @@ def plan_text(options: PlanArguments, args: Any, model_args: Any) -> str:
         f"{args.per_device_train_batch_size} rows x {args.max_length:,} tokens per device, all of them trained on; "
         f"optim={getattr(args.optim, 'value', args.optim)}"
         + (f" ({args.optim_args})" if args.optim_args else "")
-        + f"; {'' if args.gradient_checkpointing else 'no '}activation checkpointing; {step.head}",
+        + f"; {'' if step.recomputes else 'no '}activation checkpointing; {step.head}",
         *([step.described] if step.described else []),
         "",
         ledger_table(rows),

@@ -7,6 +7,8 @@ nothing is divided twice) and gradient clipping policy.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -60,6 +62,21 @@ def accelerator_kwargs(args: Any, model: nn.Module | None = None) -> dict[str, A
     if parallelism is not None:
         kwargs["parallelism_config"] = parallelism
     return kwargs
+
+
+@contextmanager
+def processes_in_step(accelerator: Any) -> Iterator[None]:
+    """Within, loaders are prepared so that every process gets as many batches as the others, and as large ones.
+
+    `even_batches=False` would end a short round of batches with processes that wait for the others for ever. What it
+    is for, that no row counts twice, holds anyway: the rows that fill up a round are neither trained on nor scored.
+    """
+    before = accelerator.even_batches
+    accelerator.even_batches = True
+    try:
+        yield
+    finally:
+        accelerator.even_batches = before
 
 
 def zero_stage(accelerator: Any) -> int | None:
@@ -160,7 +177,7 @@ def _check_sharding(accelerator: Any, args: Any) -> None:
     stage, version = zero_stage(accelerator), fsdp_version(accelerator)
     if version is not None:
         plugin = accelerator.state.fsdp_plugin
-        if plugin.activation_checkpointing and _checkpoints_activations(args):
+        if plugin.activation_checkpointing and args.activation_checkpointing:
             raise ArgumentError(
                 "activations would be checkpointed twice: by `fsdp_config['activation_checkpointing']` and by "
                 "`activation_checkpointing` (`gradient_checkpointing`). Under FSDP keep the one in `fsdp_config`."
@@ -241,7 +258,7 @@ def _parallelism_config(args: Any, model: nn.Module | None) -> Any:
 
 
 def _checkpoints_activations(args: Any) -> bool:
-    return bool(getattr(args, "activation_checkpointing", None) or getattr(args, "gradient_checkpointing", False))
+    return args.activation_checkpointing is not False  # unset means yes where several processes train
 
 
 def _environment_flag(name: str) -> bool:

@@ -27,8 +27,11 @@ def enter(
     args: "TrainingArguments",
     processing_class: Any,
     neftune_noise_alpha: float | None,
+    recomputes: bool,
 ) -> Callable[[], dict[str, float]]:
     """Enters on `stack` what `args` ask for: Liger kernels before anything wraps the model, then the hooks.
+
+    `recomputes`: whether activations are computed again in the backward pass.
 
     Returns a function that gives what the features add to each log.
     """
@@ -42,10 +45,10 @@ def enter(
         stack.enter_context(liger_parity(model, handle, mixed=bool(args.bf16 or args.fp16)))
     stack.enter_context(use_cache(model, bool(args.use_cache)))
     kwargs = _as_dict(args.activation_checkpointing_kwargs)
-    if args.activation_checkpointing:
+    if recomputes:
         stage = getattr(args.deepspeed_plugin, "zero_stage", 0) or 0
         kwargs = reentrant_checkpointing_kwargs(model, kwargs, stage)
-    stack.enter_context(activation_checkpointing(model, bool(args.activation_checkpointing), kwargs))
+    stack.enter_context(activation_checkpointing(model, recomputes, kwargs))
     if processing_class is not None:
         align_special_tokens(model, processing_class)
     if neftune_noise_alpha is not None:

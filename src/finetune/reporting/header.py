@@ -27,8 +27,10 @@ def start_lines(
     world_size: int | None = None,
     ledger: RunLedger | None = None,
     loss: str = "",
+    activations: str = "",
 ) -> list[str]:
-    """Returns the header of a run, one `name  value` per line. `loss` says how it is computed.
+    """Returns the header of a run, one `name  value` per line. `loss` says how it is computed,
+    `activations` whether they are kept.
 
     `plan` is a `StepPlan` (`max_steps`, `num_train_epochs`, `num_examples`, `total_batch_size`, `accumulation`).
     """
@@ -43,6 +45,7 @@ def start_lines(
         ("optimizer", _optimizer_text(model, optimizer, args)),
         *([("", described)] if (described := describe_optimizer(optimizer)) else []),
         *([("loss", loss)] if loss else []),
+        *([("activations", activations)] if activations else []),
         *([("memory", ledger.start_text())] if ledger is not None else []),
         ("output", str(args.output_dir)),
     ]
@@ -105,6 +108,7 @@ def log_start(trainer: Any, run: Any) -> None:
         lines = start_lines(
             model=trainer.model, args=trainer.args, optimizer=run.optimizer, plan=run.plan, state=trainer.state,
             ledger=run.ledger, loss=getattr(trainer, "describe_loss", str)(),
+            activations=getattr(trainer, "describe_activations", str)(),
         )  # fmt: skip
         _write("Training", lines)
 

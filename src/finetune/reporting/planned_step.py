@@ -60,6 +60,11 @@ class PlannedStep:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
+    @property
+    def recomputes(self) -> bool:
+        """Whether activations are recomputed. Unset they are: where memory is short enough to plan, a run does so."""
+        return self.args.gradient_checkpointing is not False
+
     def make_model(self) -> Any:
         """Returns the model as `SFTTrainer` trains it: adapters, checkpointing and the fused head are on."""
         from transformers import AutoModelForCausalLM
@@ -70,13 +75,10 @@ class PlannedStep:
             model.tie_weights()
             self.model_class = type(model).__name__
             if self.peft_config is not None:
-                checkpointing = bool(args.gradient_checkpointing)
-                model = add_adapters(model, self.peft_config, activation_checkpointing=checkpointing)
+                model = add_adapters(model, self.peft_config, activation_checkpointing=self.recomputes)
         _move_from_meta(model)
         model.train()
-        self._stack.enter_context(
-            activation_checkpointing(model, bool(args.gradient_checkpointing), args.gradient_checkpointing_kwargs)
-        )
+        self._stack.enter_context(activation_checkpointing(model, self.recomputes, args.gradient_checkpointing_kwargs))
         reason = unsupported_reason(model)
         self.head = "fused loss" if reason is None else f"full logits ({reason})"
         if reason is None:

@@ -67,7 +67,7 @@ def load_model_for_sft(
     added = fit_vocabulary(model, tokenizer.processing_class, tokenizer.added) if tokenizer.is_cloned else []
     if peft_config is None:
         return model
-    checkpointing = bool(args.gradient_checkpointing)
+    checkpointing = args.gradient_checkpointing is not False  # unset is decided when training starts
     model = prepare_quantized(model, activation_checkpointing=checkpointing)
     return add_adapters(
         model,

@@ -96,7 +96,10 @@ class SFTConfig(SFTArguments, TrainingArguments):
     """Arguments of `SFTTrainer`: fields and defaults of TRL 1.16.
 
     Five defaults differ from `TrainingArguments`: `learning_rate` 2e-5, `logging_steps` 10, `gradient_checkpointing`
-    True, `bf16` unset, `padding_free` unset.
+    unset, `bf16` unset, `padding_free` unset.
+
+    Recomputation. `gradient_checkpointing=None` stays None here; `SFTTrainer` keeps the activations where one process
+    trains and they take at most a quarter of the free memory, and recomputes them otherwise. (TRL says True: always.)
 
     Precision. `bf16=None` is resolved when the object is made, and reads as a bool afterwards:
 
@@ -112,8 +115,11 @@ class SFTConfig(SFTArguments, TrainingArguments):
 
     learning_rate: float = arg(2e-5, "Peak learning rate.")
     logging_steps: float = arg(10, "Steps between logs; below 1 a share of all steps.")
-    gradient_checkpointing: bool = arg(  # pyright: ignore[reportIncompatibleVariableOverride]
-        True, "Recompute activations in the backward pass instead of keeping them."
+    gradient_checkpointing: bool | None = arg(
+        None,
+        "Recompute activations in the backward pass instead of keeping them; unset: where they need much memory.",
+        nargs="?",
+        const=True,
     )
     bf16: bool | None = arg(  # pyright: ignore[reportIncompatibleVariableOverride]
         None, "Mixed precision with bfloat16; unset lets the device decide.", nargs="?", const=True
@@ -136,6 +142,12 @@ class SFTConfig(SFTArguments, TrainingArguments):
             require(unset or word.isdigit(), f"`pad_to_multiple_of={word!r}` must be a number, 'auto' or None.")
             self.pad_to_multiple_of = None if unset else int(word)
         super().__post_init__()
+
+    def _resolve_checkpointing(self) -> None:
+        unset = self.gradient_checkpointing is None and self.activation_checkpointing is None
+        super()._resolve_checkpointing()
+        if unset:
+            self.gradient_checkpointing = self.activation_checkpointing = None
 
     def _resolve_precision(self) -> None:
         if self.bf16 is not None:

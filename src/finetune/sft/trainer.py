@@ -19,10 +19,10 @@ from finetune.features.compiled import length_bucket
 from finetune.features.offload import offload_activations
 from finetune.hub.card import create_sft_model_card
 from finetune.kernels.attention import use_packed_attention
-from finetune.kernels.fused_head import FusedHead, fuse_head, unsupported_reason
+from finetune.kernels.fused_head import LIGER_OWNS_HEAD, FusedHead, fuse_head, unsupported_reason
 from finetune.kernels.isolation import require_isolation
 from finetune.models.tokens import choose_pad_token
-from finetune.sft import inspection
+from finetune.sft import inspection, recompute
 from finetune.sft.build import (
     brings_packed_attention,
     can_be_padding_free,
@@ -33,7 +33,7 @@ from finetune.sft.build import (
 )
 from finetune.sft.config import SFTConfig
 from finetune.sft.experts import auxiliary_loss, own_weight_is_zero, router_coefficient, without_router_outputs
-from finetune.sft.losses import token_sums
+from finetune.sft.losses import output_sums, token_sums
 from finetune.sft.plan import DataPlan
 from finetune.sft.preparation import SFTRowMethods
 from finetune.trainer import Trainer
@@ -167,7 +167,23 @@ class SFTTrainer(SFTRowMethods, Trainer):
         if self._head is not None:
             return "fused with the head, without logits"
         reason = self._why_not_fused() or ""
-        return "Liger's fused head" if reason.startswith("Liger") else f"from all logits: {reason}"
+        return "Liger's fused head" if reason == LIGER_OWNS_HEAD else f"from all logits: {reason}"
+
+    def describe_activations(self) -> str:
+        """Returns on one line whether this run keeps its activations, and why; empty before training starts."""
+        return str(self._recomputation or "")
+
+    def _recomputes_activations(self) -> bool:
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        self._recomputation = recompute.decide(
+            self.model,
+            self.args,
+            num_rows=self._train_batch_size,
+            longest_row=recompute.longest_row(self.train_dataset, self.args.max_length),
+            autocast=self.compute_loss_context_manager(),
+            fsdp_recomputes=bool(getattr(plugin, "activation_checkpointing", False)),
+        )
+        return self._recomputation.recomputes
 
     @contextmanager
     def _model_features(self) -> Iterator[None]:
@@ -195,6 +211,7 @@ class SFTTrainer(SFTRowMethods, Trainer):
                 stack.callback(setattr, self, "_head", None)
             yield
 
+    _recomputation: recompute.Recomputation | None = None
     _features_are_on = False
     _isolation_is_proven = False
     _loss_only = False
@@ -223,13 +240,14 @@ class SFTTrainer(SFTRowMethods, Trainer):
         with self._head.suspended() if self._head is not None and wants_logits else nullcontext():
             if self._head is None or wants_logits:
                 loss, outputs = self._loss_from_logits(model, inputs, num_items_in_batch)
-                sums = token_sums(outputs["logits"].detach(), inputs["labels"]) if "labels" in inputs else None
+                sums = output_sums(outputs, inputs["labels"]) if "labels" in inputs else None
             else:
                 loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
                 sums = self._head.last
         if sums is not None:
             self._metrics[mode].add("mean_token_accuracy", sums.correct, sums.count)
-            self._metrics[mode].add("entropy", sums.entropy, sums.count)
+            if sums.entropy is not None:
+                self._metrics[mode].add("entropy", sums.entropy, sums.count)
         if self._router_coefficient and self._features_are_on and self.compute_loss_func is None:
             loss = loss + self._weighted_auxiliary(outputs, mode, num_items_in_batch)
         if self._router_coefficient is not None:
@@ -257,6 +275,8 @@ class SFTTrainer(SFTRowMethods, Trainer):
                 "computes the loss without them. Drop `compute_loss_func`, or take the weights out of the rows."
             )
         if (weights is None and not dft) or self.compute_loss_func is not None or "labels" not in inputs:
+            if self.args.use_liger_kernel and self._why_not_fused() == LIGER_OWNS_HEAD:
+                inputs = {**inputs, "return_token_accuracy": True}
             return super().compute_loss(model, inputs, True, num_items_in_batch)
         outputs = model(**{name: value for name, value in inputs.items() if name not in ("labels", WEIGHTS)})
         smoothing = self.args.label_smoothing_factor

@@ -50,8 +50,9 @@ def test_on_this_cpu_the_run_is_in_float32():
 
 def test_changed_defaults():
     args = SFTConfig("out")
-    assert (args.learning_rate, args.logging_steps, args.gradient_checkpointing) == (2e-5, 10, True)
-    assert args.activation_checkpointing is True
+    assert (args.learning_rate, args.logging_steps, args.gradient_checkpointing) == (2e-5, 10, None)
+    assert args.activation_checkpointing is None, "decided when training starts"
+    assert SFTConfig("out", gradient_checkpointing=True).activation_checkpointing is True
     assert SFTConfig("out", activation_checkpointing=False).gradient_checkpointing is False
     assert SFTConfig("out", gradient_checkpointing=False).activation_checkpointing is False
 

@@ -31,7 +31,7 @@ def entered(monkeypatch: pytest.MonkeyPatch, stage: int, **kwargs: Any) -> dict[
 
     monkeypatch.setattr(features, "activation_checkpointing", spy)
     with ExitStack() as stack:
-        features.enter(stack, model, args, None, None)
+        features.enter(stack, model, args, None, None, recomputes=True)
     return seen[0]
 
 

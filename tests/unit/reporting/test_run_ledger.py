@@ -140,9 +140,9 @@ def test_the_header_says_who_computes_the_loss(tmp_path, capsys, monkeypatch):
     from finetune.sft import trainer as sft
 
     for reason, text in (
-        (None, "loss        fused with the head, without logits"),
-        ("Liger's `fused_linear_cross_entropy` owns its head already", "loss        Liger's fused head"),
-        ("its head is odd", "loss        from all logits: its head is odd"),
+        (None, "loss         fused with the head, without logits"),
+        ("Liger's `fused_linear_cross_entropy` owns its head already", "loss         Liger's fused head"),
+        ("its head is odd", "loss         from all logits: its head is odd"),
     ):
         if reason is not None:
             monkeypatch.setattr(sft, "unsupported_reason", lambda model, reason=reason: reason)
