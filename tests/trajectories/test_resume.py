@@ -67,7 +67,10 @@ def everything(trainer: finetune.Trainer) -> dict[str, Any]:
 
 def assert_equal(left: Any, right: Any, where: str = "") -> None:
     assert type(left) is type(right), where
-    if isinstance(left, torch.Tensor):
+    if hasattr(left, "__tensor_flatten__"):  # quantised: compared by what it holds
+        for name in left.__tensor_flatten__()[0]:
+            assert_equal(getattr(left, name), getattr(right, name), f"{where}.{name}")
+    elif isinstance(left, torch.Tensor):
         assert torch.equal(left, right), where
     elif isinstance(left, np.ndarray):
         assert np.array_equal(left, right), where

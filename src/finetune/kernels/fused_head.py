@@ -27,6 +27,9 @@ from finetune.errors import ArgumentError
 from finetune.kernels.linear_cross_entropy import IGNORE_INDEX, HeadLoss, linear_cross_entropy
 from finetune.kernels.logit_transform import REMEDY, DisguisedLoss, LogitTransform, Recorder, logit_transform
 
+LIGER_OWNS_HEAD = "Liger's `fused_linear_cross_entropy` owns its head already"
+LIGER_OWNS_LOSS = "Liger's `cross_entropy` computes its loss"
+
 
 def unsupported_reason(model: nn.Module) -> str | None:
     """Returns why the head of `model` cannot be fused, as the end of a sentence, or None if it can be.
@@ -53,7 +56,9 @@ def unsupported_reason(model: nn.Module) -> str | None:
     if LOSS_MAPPING.get(getattr(base, "loss_type", None) or "ForCausalLM") is not ForCausalLMLoss:
         return f"its loss is {base.loss_type!r}, not the causal one"
     if getattr(base.forward, "__module__", "").startswith("liger_kernel"):
-        return "Liger's `fused_linear_cross_entropy` owns its head already"
+        return LIGER_OWNS_HEAD
+    if getattr(nn.functional.cross_entropy, "__module__", "").startswith("liger_kernel"):
+        return LIGER_OWNS_LOSS
     if "_loss_function" in base.__dict__:
         return "its loss function was replaced by the user"
     try:

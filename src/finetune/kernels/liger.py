@@ -69,7 +69,11 @@ class LigerHandle:
 
                 @functools.wraps(getattr(new, "__func__", new))
                 def forward(_: Any, *args: Any, _new: Any = new, _plain: Any = plain, **kwargs: Any) -> Any:
-                    return (_new if self.active else _plain)(*args, **kwargs)
+                    if not self.active:
+                        return _plain(*args, **kwargs)
+                    if self.owns_head:
+                        _gather_head(base)
+                    return _new(*args, **kwargs)
 
                 switch = types.MethodType(forward, base)
                 base.__dict__["forward"] = switch
@@ -80,6 +84,16 @@ class LigerHandle:
 
     def __exit__(self, *_: object) -> None:
         self.remove()
+
+
+def _gather_head(base: Any) -> None:
+    """Makes the weights of the output layer whole: Liger reads them without calling the layer, which FSDP2 waits for.
+
+    FSDP2 divides them again after the backward pass.
+    """
+    head: Any = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    if hasattr(head, "unshard") and any(_is_sharded(p) for p in head.parameters()):
+        head.unshard()
 
 
 def _put(owner: Any, name: str, value: Any) -> None:

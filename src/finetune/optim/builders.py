@@ -4,7 +4,9 @@ Keyword arguments agree with `transformers.Trainer.get_optimizer_cls_and_kwargs`
 same steps. Whatever else the class accepts by name can be given in `optim_args`.
 """
 
+import functools
 import importlib
+import logging
 from typing import Any
 
 import torch
@@ -223,12 +225,44 @@ def lomo(request: OptimizerRequest) -> ClassAndArguments:
 
 @register_optimizer("grokadamw")
 def grokadamw(request: OptimizerRequest) -> ClassAndArguments:
-    """Returns GrokAdamW."""
+    """Returns GrokAdamW, with its state where torch's optimizers have it."""
+    root = logging.getLogger()
+    level, handlers = root.level, root.handlers[:]
     cls = import_or_explain("grokadamw", "pip install 'finetune[optimizers]'", request).GrokAdamW
+    # Importing the package reconfigures the logging of the whole program.
+    root.setLevel(level)
+    root.handlers[:] = handlers
     defaults = {"alpha_init": 0.98, "lamb": 2.0, "gamma": 0.1}
     defaults |= {"grokking_signal_decay_rate": 0.1, "gradient_clipping": 1.0}
     kwargs = {key: request.options.take(key, float, value) for key, value in defaults.items()}
-    return _with_options(cls, {"lr": request.args.learning_rate, **kwargs}, request)
+    return _with_state_in_its_place(cls), {"lr": request.args.learning_rate, **kwargs}
+
+
+@functools.cache
+def _with_state_in_its_place(cls: Any) -> Any:
+    """Returns GrokAdamW with one state for all groups: torch's.
+
+    The package keeps moments in `param_groups`, by parameter, so a loaded checkpoint has those of parameters that are
+    gone and training starts from zero moments. What a step computes stays the package's.
+    """
+
+    class GrokAdamW(cls):
+        def add_param_group(self, param_group: dict[str, Any]) -> None:
+            super().add_param_group(param_group)
+            self.param_groups[-1]["state"] = self.state
+
+        def state_dict(self) -> dict[str, Any]:
+            saved = super().state_dict()
+            for group in saved["param_groups"]:
+                group.pop("state", None)
+            return saved
+
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            super().load_state_dict(state_dict)
+            for group in self.param_groups:
+                group["state"] = self.state
+
+    return GrokAdamW
 
 
 @register_optimizer("stable_adamw")

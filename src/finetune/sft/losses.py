@@ -4,6 +4,7 @@
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,12 +15,12 @@ from finetune.data.rows import IGNORE_INDEX
 @dataclass(frozen=True)
 class TokenSums:
     """Sums over the supervised tokens of one batch, on the device: `loss` (with gradient), `count`, `correct`,
-    `entropy` (nats)."""
+    `entropy` (nats; None where nobody computed it)."""
 
     loss: Tensor
     count: Tensor
     correct: Tensor
-    entropy: Tensor
+    entropy: Tensor | None
 
 
 def token_sums(
@@ -56,3 +57,19 @@ def token_sums(
         correct = scores.argmax(dim=-1).eq(targets).sum()
         entropy = -(log_probs.exp() * log_probs).sum()
     return TokenSums(losses.sum(), kept.sum(), correct, entropy)
+
+
+def output_sums(outputs: Any, labels: Tensor) -> TokenSums | None:
+    """Returns the sums of a model's outputs without gradient: from its logits, else from what Liger's head counted.
+
+    Liger gives the share of right tokens and no entropy; of outputs with neither, nothing is known.
+    """
+    logits, accuracy = outputs.get("logits"), outputs.get("token_accuracy")
+    if logits is not None:
+        return token_sums(logits.detach(), labels)
+    if accuracy is None:
+        return None
+    count = labels[:, 1:].ne(IGNORE_INDEX).sum()
+    # The share of no tokens at all is no number.
+    correct = torch.where(count > 0, accuracy.detach() * count, 0.0)
+    return TokenSums(outputs["loss"].detach(), count, correct, None)

@@ -7,6 +7,7 @@ import sys
 import textwrap
 import types
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -146,7 +147,7 @@ def test_the_comparison_disturbs_no_random_state(model, interpreted, monkeypatch
 PARITY = textwrap.dedent(
     """
     import runpy, sys
-    runpy.run_path(sys.argv[1])
+    runpy.run_path(sys.argv[1])["install"]()
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
     from finetune.kernels.liger import apply_liger
@@ -174,34 +175,9 @@ PARITY = textwrap.dedent(
     """
 )
 
-INTERPRETER = textwrap.dedent(
-    '''
-    """Triton's interpreter leaves float arguments as Python floats and its libdevice functions return None."""
-    import numpy as np
-    import triton.language as tl
-    import triton.runtime.interpreter as interpreter
-    from importlib import import_module
-
-    convert = interpreter._implicit_cvt
-
-    def convert_floats(arg):
-        if isinstance(arg, float):
-            return tl.tensor(interpreter.TensorHandle(np.array([arg], dtype=np.float32), tl.float32), tl.float32)
-        return convert(arg)
-
-    interpreter._implicit_cvt = convert_floats
-    for name in ("rms_norm", "cross_entropy"):
-        module = import_module("liger_kernel.ops." + name)
-        if hasattr(module, "rsqrt"):
-            module.rsqrt = lambda x: tl.rsqrt(x)
-        if hasattr(module, "tanh"):
-            module.tanh = lambda x: 2 * tl.sigmoid(2 * x) - 1
-    '''
-)
+SHIM = Path(__file__).parents[2] / "distributed" / "triton_shim.py"
 
 
-def test_same_loss_and_gradients_under_the_interpreter(tmp_path) -> None:
-    shim = tmp_path / "interpreter.py"
-    shim.write_text(INTERPRETER)
+def test_same_loss_and_gradients_under_the_interpreter() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-c", PARITY, str(shim)], check=True, env=environment, timeout=300)
+    subprocess.run([sys.executable, "-c", PARITY, str(SHIM)], check=True, env=environment, timeout=300)
