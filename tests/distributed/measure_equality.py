@@ -6,19 +6,25 @@ One process accumulates twice as many micro-batches as each of two. The tests us
 """
 
 import json
-import os
 import re
-import socket
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from launching import run
+
 HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
-CONFIGS = {"ddp": "cpu", "fsdp2": "fsdp2", "zero1": "zero1", "zero2": "zero2", "zero3": "zero3"}
-KINDS = {"one": "NO", "ddp": "MULTI_CPU", "fsdp2": "FSDP"}
+SHIM = {"fsdp_cpu_ram_efficient_loading": "false", "fsdp_sync_module_states": "false"}
+# Every file of `accelerate_configs/` for several processes, and the kind of run that it must become.
+BACKENDS: dict[str, str] = {
+    "ddp": "MULTI_CPU",
+    "cpu": "MULTI_CPU",
+    "ddp_multi_node": "MULTI_CPU",
+    "fsdp1": "FSDP",
+    "fsdp2": "FSDP",
+    "fsdp2_offload": "FSDP",
+    **dict.fromkeys(("zero1", "zero2", "zero3", "zero3_offload"), "DEEPSPEED"),
+}
 ACCUMULATION = 2
 CASES = [
     *("padded", "padding_free", "packed", "tied", "classification", "lora", "lora_classification"),
@@ -26,27 +32,24 @@ CASES = [
 ]
 
 
-def launch(backend: str, cases: list[str], out: Path) -> None:
-    """Runs the cases on one process (`one`) or on two as `backend` says. Raises with the end of its output."""
-    payload = {"cases": cases, "backend": backend, "accumulation": ACCUMULATION * (2 if backend == "one" else 1)}
-    program = [str(HERE / "run_equality.py"), str(out), json.dumps(payload)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    if backend == "one":
-        command = [sys.executable, *program]
-    else:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        config = ROOT / "accelerate_configs" / f"{CONFIGS[backend]}.yaml"
-        flags = {"config_file": config, "num_processes": 2, "main_process_port": port, "mixed_precision": "no"}
-        words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-        command = [sys.executable, "-m", "accelerate.commands.launch", *words, *program]
-        if backend.startswith("zero"):
-            environment["DS_ACCELERATOR"] = "cpu"
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if not re.match(r"\[rank1\]|.*it/s\]", line)]
-        raise RuntimeError(f"{backend}: exit code {done.returncode}\n" + "\n".join(lines)[-6000:])
+def launch(backend: str, cases: list[str], out: Path, precision: str = "no") -> None:
+    """Runs the cases on two processes as the configuration `backend` says. Raises with the end of its output.
+
+    `one` is a single process without a launcher, `single_gpu` one with it; both accumulate twice as much.
+    """
+    alone = backend in ("one", "single_gpu")
+    payload = {"cases": cases, "backend": backend, "accumulation": ACCUMULATION * (2 if alone else 1)}
+    payload["precision"] = precision
+    options: dict[str, Any] = {}
+    if backend != "one":
+        # FSDP1 would send the weights from the first process to the others through a device that is not there.
+        flags = {"mixed_precision": precision, **(SHIM if backend == "fsdp1" else {})}
+        options = {"config": backend, "flags": flags, "processes": 1 if alone else 2}
+    if backend == "ddp_multi_node":
+        options["machines"] = 2
+    if backend.startswith("zero"):
+        options["environment"] = {"DS_ACCELERATOR": "cpu"}
+    run(HERE / "run_equality.py", out, json.dumps(payload), timeout=500, **options)
 
 
 def compare(one: Path, other: Path, backend: str) -> dict[str, float]:
@@ -62,9 +65,10 @@ def compare(one: Path, other: Path, backend: str) -> dict[str, float]:
     for part in ("train", "resume"):
         run = report[part]
         pair = (run, expected)
-        assert run["processes"] == (1 if backend == "one" else 2)
-        assert run["kind"] == KINDS.get(backend, "DEEPSPEED")
-        assert run["zero_stage"] == (int(backend[4:]) if backend.startswith("zero") else None)
+        stage = re.match(r"zero(\d)", backend)
+        assert run["processes"] == (2 if backend in BACKENDS else 1)
+        assert run["kind"] == BACKENDS.get(backend, "NO")
+        assert run["zero_stage"] == (int(stage[1]) if stage else None)
         assert run["predicted_rows"] == expected["predicted_rows"]
         assert run["eval"].keys() == expected["eval"].keys()
         assert run["eval"].get("eval_num_tokens", 1) >= expected["eval"].get("eval_num_tokens", 1)
@@ -113,7 +117,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         one = Path(folder) / "one"
         launch("one", CASES, one)
-        for backend in CONFIGS:
+        for backend in BACKENDS:
             out = Path(folder) / backend
             launch(backend, CASES, out)
             result[backend] = {case: compare(one / case, out / case, backend) for case in CASES}

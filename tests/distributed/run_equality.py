@@ -46,7 +46,6 @@ COMMON: dict[str, Any] = {
     "disable_tqdm": True,
     "log_level": "error",
     "seed": 5,
-    "bf16": False,
 }
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "lora_dropout": 0.0}
 CASES: dict[str, dict[str, Any]] = {
@@ -102,6 +101,7 @@ def make_trainer(case: dict[str, Any], out: Path, options: dict[str, Any]) -> An
     import finetune
 
     arguments = {**COMMON, "gradient_accumulation_steps": options["accumulation"], **case["arguments"]}
+    arguments["bf16"] = options.get("precision") == "bf16"
     if options["backend"].startswith("zero"):
         arguments["ddp_backend"] = "gloo"
     else:

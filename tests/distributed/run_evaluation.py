@@ -63,6 +63,9 @@ def evaluations(out: Path) -> dict[str, Any]:
     found["kept"] = trainer_for(out, look, include_for_metrics=["inputs", "loss"]).evaluate(data)
     found["sums"] = trainer_for(out, TokenMetrics()).evaluate(data)
     found["few rows"] = trainer_for(out, TokenMetrics()).evaluate(data.select(range(2)))
+    uneven = {"accelerator_config": {"even_batches": False}, "include_for_metrics": ["inputs", "loss"]}
+    found["uneven"] = trainer_for(out, look, **uneven).evaluate(data)
+    found["uneven, few rows"] = trainer_for(out, look, **uneven).evaluate(data.select(range(2)))
     flat = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
     found["padding-free"] = trainer_for(out, collator=flat).evaluate(data)
     found["padding-free stream"] = trainer_for(out, collator=flat).evaluate(data.to_iterable_dataset())

@@ -18,7 +18,11 @@ DDP_BACKENDS = ["nccl", "gloo", "mpi", "xccl", "hccl", "cncl", "mccl"]
 
 @dataclass
 class AcceleratorConfig:
-    """Settings handed to accelerate's `Accelerator`; same fields and defaults as transformers' class of this name."""
+    """Settings handed to accelerate's `Accelerator`; same fields and defaults as transformers' class of this name.
+
+    `even_batches=False` asks that no row be repeated to fill up a last round of batches. The loaders of this package
+    fill it up all the same, so that no process waits for ever, and neither train on nor score the repeated rows.
+    """
 
     split_batches: bool = False
     dispatch_batches: bool | None = None

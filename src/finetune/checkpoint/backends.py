@@ -5,6 +5,7 @@ their files legitimately name.
 """
 
 import contextlib
+import functools
 import inspect
 import io
 import logging
@@ -48,7 +49,7 @@ def save_sharded(
         from accelerate.utils import save_fsdp_model, save_fsdp_optimizer
 
         plugin = accelerator.state.fsdp_plugin
-        save_fsdp_model(plugin, accelerator, model, str(folder), **_adapter_only(save_fsdp_model))
+        save_fsdp_model(plugin, accelerator, model, str(folder), **_adapter_only(save_fsdp_model, plugin))
         save_fsdp_optimizer(plugin, accelerator, optimizer, model, str(folder))
     else:
         return False
@@ -65,10 +66,10 @@ def load_sharded_optimizer(folder: Path, *, accelerator: Any, model: nn.Module, 
                 f"`{folder}` was not written by FSDP: no `pytorch_model_fsdp*` in it. Resume with the same distributed "
                 "setup, or pass another `resume_from_checkpoint`."
             )
+        plugin = accelerator.state.fsdp_plugin
         with safe_loading(folder), restoring(folder):
             load_fsdp_optimizer(
-                accelerator.state.fsdp_plugin, accelerator, optimizer, model, str(folder),
-                **_adapter_only(load_fsdp_optimizer),
+                plugin, accelerator, optimizer, model, str(folder), **_adapter_only(load_fsdp_optimizer, plugin)
             )  # fmt: skip
         return True
     return uses_deepspeed(accelerator)
@@ -147,7 +148,53 @@ def load_sharded_weights(
             from accelerate.utils import load_fsdp_model
 
             plugin = accelerator.state.fsdp_plugin
-            load_fsdp_model(plugin, accelerator, model_wrapped, str(folder), **_adapter_only(load_fsdp_model))
+            load_fsdp_model(plugin, accelerator, model_wrapped, str(folder), **_adapter_only(load_fsdp_model, plugin))
+
+
+@contextlib.contextmanager
+def naming_as_unsharded(model: Any) -> Iterator[None]:
+    """Within, PEFT finds the names of an adapter's tensors in a model that FSDP1 wraps; other models stay as they are.
+
+    PEFT looks for them under the names of the modules, which FSDP1 wraps one by one, and would save not a single one.
+    For `modules_to_save` it asks each module for its `state_dict`, and needs only the names; under FSDP1 that gathers,
+    and the one process that writes would wait for the others for ever.
+    """
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None or not any(isinstance(module, fsdp.FullyShardedDataParallel) for module in model.modules()):
+        yield
+        return
+    original = model.named_modules
+
+    def named_modules(*args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        for name, module in original(*args, **kwargs):
+            yield _without_wrapper(name), module
+
+    holders = [getattr(module, "modules_to_save", None) for module in model.modules()]
+    saved: list[Any] = [part for kept in holders if isinstance(kept, nn.ModuleDict) for part in kept.values()]
+    model.named_modules = named_modules
+    for part in saved:
+        part.state_dict = functools.partial(_names_of_tensors, part)
+    try:
+        yield
+    finally:
+        del model.named_modules
+        for part in saved:
+            del part.state_dict
+
+
+def _names_of_tensors(module: nn.Module) -> dict[str, None]:
+    """Returns the names in the `state_dict` of a module that FSDP1 has wrapped, without gathering."""
+    volatile = {
+        _without_wrapper(f"{name}.{buffer}" if name else buffer)
+        for name, part in module.named_modules()
+        for buffer in part._non_persistent_buffers_set
+    }
+    names = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
+    return dict.fromkeys(name for name in map(_without_wrapper, names) if name not in volatile)
+
+
+def _without_wrapper(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part != "_fsdp_wrapped_module")
 
 
 @contextlib.contextmanager
@@ -238,8 +285,10 @@ def _accepts_exclusion(engine: Any) -> bool:
     return "exclude_frozen_parameters" in inspect.signature(engine.save_checkpoint).parameters
 
 
-def _adapter_only(function: Any) -> dict[str, bool]:
-    return {"adapter_only": True} if "adapter_only" in inspect.signature(function).parameters else {}
+def _adapter_only(function: Any, plugin: Any) -> dict[str, bool]:
+    # Under FSDP1 PEFT finds none of the adapter's tensors (see `naming_as_unsharded`), and nobody would notice.
+    wanted = int(getattr(plugin, "fsdp_version", 1)) != 1
+    return {"adapter_only": wanted} if "adapter_only" in inspect.signature(function).parameters else {}
 
 
 def _deepspeed_globals() -> list[Any]:

@@ -97,7 +97,7 @@ def write_model(
 def _write_weights(target: Any, folder: Path, state_dict: dict[str, Tensor] | None, is_writer: bool) -> None:
     with files.writing(folder):
         if hasattr(target, "save_pretrained"):
-            with _without_progress_bar():
+            with _without_progress_bar(), backends.naming_as_unsharded(target):
                 target.save_pretrained(str(folder), state_dict=state_dict, is_main_process=is_writer)
         elif is_writer:
             from safetensors.torch import save_file

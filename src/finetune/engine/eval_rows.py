@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from finetune.data.position import batch_rows, is_stream, rows_per_batch
+from finetune.data.position import batch_rows, has_length, is_stream, rows_per_batch
 from finetune.data.rows import IGNORE_INDEX
 from finetune.engine.gather import find_batch_size
 from finetune.errors import ArgumentError
@@ -29,6 +29,23 @@ class CountedBatch(NamedTuple):
     inputs: Any
     valid: int
     rows: int
+
+
+def require_rounds(dataloader: Any, accelerator: "Accelerator") -> None:
+    """Raises `ArgumentError` when the processes would get different numbers of batches, or batches of different sizes.
+
+    So does a loader of the user's own that was prepared with `even_batches=False`.
+    """
+    sampler = getattr(dataloader, "batch_sampler", None)
+    if accelerator.num_processes == 1 or getattr(sampler, "even_batches", True) or getattr(sampler, "drop_last", False):
+        return
+    everywhere, dataset = rows_per_batch(dataloader), getattr(dataloader, "dataset", None)
+    if not everywhere or not has_length(dataset) or len(dataset) % everywhere:  # pyright: ignore[reportArgumentType]
+        raise ArgumentError(
+            "the evaluation loader was prepared with `even_batches=False`, and its rows do not fill the last round of "
+            f"batches of {accelerator.num_processes} processes: some of them would wait for ever. Set "
+            "`accelerator_config={'even_batches': True}`; no repeated row is scored."
+        )
 
 
 def count_rows(inputs: Any, number: int, accelerator: "Accelerator", dataloader: Any) -> CountedBatch:

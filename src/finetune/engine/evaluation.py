@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from finetune.compat import EvalLoopOutput, EvalPrediction
 from finetune.control.callbacks import Events
-from finetune.engine.eval_rows import CountedBatch, count_rows
+from finetune.engine.eval_rows import CountedBatch, count_rows, require_rounds
 from finetune.engine.gather import PADDING, Collected, find_batch_size, pad_rows
 from finetune.engine.step import count_items
 from finetune.engine.streaming import RunningSums, SumMetrics
@@ -83,6 +83,7 @@ def evaluation_loop(
 ) -> EvalLoopOutput:
     """Returns predictions, labels, prefixed metrics and the exact number of rows of one pass over `dataloader`."""
     args, accelerator, compute_metrics = settings.args, settings.accelerator, settings.compute_metrics
+    require_rounds(dataloader, accelerator)
     model.eval()
     kept, loss_sum = _Kept(settings), _LossSum(args.device)
     sums = RunningSums(compute_metrics) if isinstance(compute_metrics, SumMetrics) else None

@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader
 from finetune.arguments import TrainingArguments
 from finetune.data import columns
 from finetune.data import loader as loaders
+from finetune.distributed.accelerator import processes_in_step
 from finetune.engine.plan import StepPlan
 from finetune.errors import ArgumentError
 from finetune.facade.base import TrainerBase
@@ -72,15 +73,16 @@ class DataMethods(TrainerBase):
         if getattr(dataset, "column_names", None) is None:
             collate = self._get_collator_with_removed_columns(collate, description=description)
         sampler = sampler_fn(with_lengths) if sampler_fn is not None and not loaders.is_stream(dataset) else None
-        loader = loaders.build_dataloader(
-            dataset,
-            args=self.args,
-            accelerator=self.accelerator,
-            collate_fn=collate,
-            batch_size=batch_size,
-            sampler=sampler,
-            is_training=is_training,
-        )
+        with processes_in_step(self.accelerator):
+            loader = loaders.build_dataloader(
+                dataset,
+                args=self.args,
+                accelerator=self.accelerator,
+                collate_fn=collate,
+                batch_size=batch_size,
+                sampler=sampler,
+                is_training=is_training,
+            )
         if dataloader_key is not None and self.args.dataloader_persistent_workers:
             self._eval_loaders[dataloader_key] = loader
         return loader

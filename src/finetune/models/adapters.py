@@ -54,10 +54,10 @@ def _inner_module(model: nn.Module) -> nn.Module | None:
     compiled = model._modules.get("_orig_mod")
     if compiled is not None:
         return compiled
-    parallel: tuple[type, ...] = (nn.parallel.DistributedDataParallel, nn.DataParallel)
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is not None:
-        parallel += (fsdp.FullyShardedDataParallel,)
+    if fsdp is not None and isinstance(model, fsdp.FullyShardedDataParallel):
+        return model._modules["_fsdp_wrapped_module"]
+    parallel: tuple[type, ...] = (nn.parallel.DistributedDataParallel, nn.DataParallel)
     deepspeed: Any = sys.modules.get("deepspeed")
     if deepspeed is not None and hasattr(deepspeed, "DeepSpeedEngine"):
         parallel += (deepspeed.DeepSpeedEngine,)

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader, SequentialSampler
 
 from finetune.data.collate import DataCollatorForLanguageModeling
-from finetune.engine.eval_rows import count_rows
+from finetune.engine.eval_rows import count_rows, require_rounds
 from finetune.errors import ArgumentError
 
 ROWS = [{"input_ids": [i, i + 1, i + 2]} for i in range(1, 6)]
@@ -77,3 +77,18 @@ def test_packed_rows_in_an_unknown_order_are_refused() -> None:
     batch = {**list(loader)[1], "cu_seq_lens_q": torch.tensor([0, 1, 3, 6])}
     with pytest.raises(ArgumentError, match="`eval_packing=False`"):
         count_rows(batch, 1, rank(0, remainder=1), loader)
+
+
+@pytest.mark.parametrize(("rows", "drop_last", "fits"), [(5, False, False), (8, False, True), (5, True, True)])
+def test_a_loader_that_leaves_processes_without_a_batch(rows: int, drop_last: bool, fits: bool) -> None:
+    from accelerate.data_loader import BatchSamplerShard
+
+    data: Any = list(range(rows))
+    batches = torch.utils.data.BatchSampler(SequentialSampler(data), 2, drop_last=drop_last)
+    loader = DataLoader(data, batch_sampler=BatchSamplerShard(batches, 2, 0, even_batches=False))  # pyright: ignore
+    if fits:
+        require_rounds(loader, rank(0))
+        return
+    require_rounds(loader, SimpleNamespace(num_processes=1))
+    with pytest.raises(ArgumentError, match=r"`even_batches=False`.*'even_batches': True"):
+        require_rounds(loader, rank(0))

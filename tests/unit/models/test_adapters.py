@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from finetune.errors import ArgumentError
@@ -102,6 +103,10 @@ def test_unwrap_sees_through_every_wrapper(model) -> None:
     assert unwrap(nn.DataParallel(torch.compile(peft_model, backend="eager"))) is model
     assert unwrap(nn.DataParallel(peft_model), keep_adapters=True) is peft_model
     assert unwrap(torch.compile(model, backend="eager"), keep_adapters=True) is model
+    sharded = FullyShardedDataParallel.__new__(FullyShardedDataParallel)  # without a process group
+    nn.Module.__init__(sharded)
+    sharded._modules["_fsdp_wrapped_module"] = peft_model
+    assert unwrap(sharded) is model and unwrap(sharded, keep_adapters=True) is peft_model
     users = HasModule(model)
     assert unwrap(users) is users
     assert unwrap_adapters(model) is model and unwrap_adapters(peft_model) is model
