@@ -1,12 +1,14 @@
 """How far two processes are from one: runs `run_equality.py` under `accelerate launch` and compares what it left.
 
-python tests/distributed/measure_equality.py      # every backend and case: writes equality.json, prints the table
+python tests/distributed/measure_equality.py          # every backend: writes equality.json, prints the table
+python tests/distributed/measure_equality.py fsdp1    # one anew, the others as they are in equality.json
 
 One process accumulates twice as many micro-batches as each of two. The tests use `launch` and `compare`.
 """
 
 import json
 import re
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -110,23 +112,25 @@ def table(result: dict[str, dict[str, dict[str, float]]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(backends: list[str]) -> None:
     import importlib.metadata
 
-    result: dict[str, Any] = {}
+    file = HERE / "equality.json"
+    known = json.loads(file.read_text())["two processes"] if backends else {}
     with tempfile.TemporaryDirectory() as folder:
         one = Path(folder) / "one"
         launch("one", CASES, one)
-        for backend in BACKENDS:
+        for backend in backends or BACKENDS:
             out = Path(folder) / backend
             launch(backend, CASES, out)
-            result[backend] = {case: compare(one / case, out / case, backend) for case in CASES}
+            known[backend] = {case: compare(one / case, out / case, backend) for case in CASES}
             print(backend, "done", flush=True)
+    result = {backend: known[backend] for backend in BACKENDS if backend in known}
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "accelerate", "deepspeed")}
     content = {"versions": versions, "reference": "one process, accumulation 4", "two processes": result}
-    (HERE / "equality.json").write_text(json.dumps(content, indent=1) + "\n")
+    file.write_text(json.dumps(content, indent=1) + "\n")
     print(table(result))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
