@@ -357,10 +357,6 @@ class Trainer(EvaluationMethods, OptimizerMethods, SavingMethods):
             return loss
         return step.undo_process_average(loss, self.accelerator.num_processes // self.get_tp_size())
 
-    def _model_features(self) -> contextlib.AbstractContextManager[Any]:
-        """Returns what a subclass changes on the model while it trains; entered before the model is wrapped."""
-        return contextlib.nullcontext()
-
     def _recomputes_activations(self) -> bool:
         return bool(self.args.activation_checkpointing)
 

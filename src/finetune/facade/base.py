@@ -1,7 +1,8 @@
 """`TrainerBase`: the constructor, the attributes, callbacks, and the small questions about processes."""
 
+import contextlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +68,25 @@ class TrainerBase:
 
         @property
         def _passes_num_items(self) -> bool: ...
+
+    # ---- Changes to the model ----
+
+    _features_are_on = False
+
+    @contextlib.contextmanager
+    def _model_features(self) -> Iterator[None]:
+        """Within, the model is changed as `_change_model` says; a use inside another changes nothing more."""
+        if self._features_are_on:
+            yield
+            return
+        self._features_are_on = True
+        with contextlib.ExitStack() as stack:
+            stack.callback(setattr, self, "_features_are_on", False)
+            self._change_model(stack)
+            yield
+
+    def _change_model(self, stack: contextlib.ExitStack) -> None:
+        """Enters on `stack` what a subclass changes on the model to train or evaluate it, before it is wrapped."""
 
     # ---- Construction ----
 

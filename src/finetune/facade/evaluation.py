@@ -79,29 +79,30 @@ class EvaluationMethods(DataMethods):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Returns predictions, labels, metrics and the number of rows of one pass. Called by `evaluate`, `predict`."""
-        model = self._prepare_for_evaluation()
-        self.callback_handler.eval_dataloader = dataloader
-        if prediction_loss_only is None:
-            prediction_loss_only = self.args.prediction_loss_only
-        settings = evaluation.EvalSettings(
-            args=self.args,
-            accelerator=self.accelerator,
-            compute_metrics=self.compute_metrics,
-            preprocess_logits=self.preprocess_logits_for_metrics,
-            gather_function=self.gather_function,
-            prediction_loss_only=prediction_loss_only,
-            ignore_keys=ignore_keys,
-            metric_key_prefix=metric_key_prefix,
-            shifts_labels=self._traits.shifts_labels,
-            main_input_name=self._traits.main_input_name,
-            keep_all=description == "Prediction",
-        )
-        step.enter_eval_mode(self.optimizer)
-        with use_cache(self.model, bool(self.args.use_cache)):
-            output = evaluation.evaluation_loop(self, model, dataloader, settings, self._events)
-        if self.model_preparation_time is not None:
-            output.metrics[f"{metric_key_prefix}_model_preparation_time"] = self.model_preparation_time
-        return output
+        with self._model_features():
+            model = self._prepare_for_evaluation()
+            self.callback_handler.eval_dataloader = dataloader
+            if prediction_loss_only is None:
+                prediction_loss_only = self.args.prediction_loss_only
+            settings = evaluation.EvalSettings(
+                args=self.args,
+                accelerator=self.accelerator,
+                compute_metrics=self.compute_metrics,
+                preprocess_logits=self.preprocess_logits_for_metrics,
+                gather_function=self.gather_function,
+                prediction_loss_only=prediction_loss_only,
+                ignore_keys=ignore_keys,
+                metric_key_prefix=metric_key_prefix,
+                shifts_labels=self._traits.shifts_labels,
+                main_input_name=self._traits.main_input_name,
+                keep_all=description == "Prediction",
+            )
+            step.enter_eval_mode(self.optimizer)
+            with use_cache(self.model, bool(self.args.use_cache)):
+                output = evaluation.evaluation_loop(self, model, dataloader, settings, self._events)
+            if self.model_preparation_time is not None:
+                output.metrics[f"{metric_key_prefix}_model_preparation_time"] = self.model_preparation_time
+            return output
 
     def _prepare_for_evaluation(self) -> nn.Module:
         """Returns the model to evaluate: the one in training, or one prepared now, timed."""

@@ -1,8 +1,8 @@
 """`SequenceClassificationTrainer`: classes, several classes per row, or numbers from text, on the common trainer."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -152,26 +152,11 @@ class SequenceClassificationTrainer(RawRowMethods, Trainer):
 
     # ---- Padding ----
 
-    @contextmanager
-    def _model_features(self) -> Iterator[None]:
-        """Within, the layers of the model leave padding out, where that was settled; then it is what it was."""
-        if self._features_are_on:
-            yield
-            return
-        self._features_are_on = True
-        side = getattr(self.processing_class, "padding_side", "right")
-        try:
-            with use_unpadded_trunk(self.model, side) if self._padding_free else nullcontext():
-                yield
-        finally:
-            self._features_are_on = False
-
-    _features_are_on = False
-
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer.evaluation_loop`, without padding in the layers. Called by `evaluate` and `predict`."""
-        with self._model_features():
-            return super().evaluation_loop(*args, **kwargs)
+    def _change_model(self, stack: ExitStack) -> None:
+        """Lets the layers of the model leave padding out, where that was settled."""
+        if self._padding_free:
+            side = getattr(self.processing_class, "padding_side", "right")
+            stack.enter_context(use_unpadded_trunk(self.model, side))
 
     # ---- Loss ----
 

@@ -1,8 +1,8 @@
 """`SFTTrainer`: supervised fine-tuning of causal language models, with TRL's constructor and behaviour."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
@@ -185,42 +185,28 @@ class SFTTrainer(SFTRowMethods, Trainer):
         )
         return self._recomputation.recomputes
 
-    @contextmanager
-    def _model_features(self) -> Iterator[None]:
-        """Within, the model computes its loss without logits and attends within samples; then it is what it was."""
-        if self._features_are_on:
-            yield
-            return
-        smoother, self._features_are_on = self.label_smoother, True
-        with ExitStack() as stack:
-            stack.callback(setattr, self, "_features_are_on", False)
-            if self._plan.padding_free and not brings_packed_attention(self.model):
-                stack.enter_context(use_packed_attention(self.model))
-                if not self._isolation_is_proven:
-                    require_isolation(self.model)
-                    self._isolation_is_proven = True
-            if self._router_coefficient is not None:
-                stack.enter_context(own_weight_is_zero(self.model))
-            if self.args.activation_offloading:
-                stack.enter_context(offload_activations(self.model))
-            if self._why_not_fused() is None:
-                options = {"label_smoothing": self.args.label_smoothing_factor, "dft": self.args.loss_type == "dft"}
-                self._head = stack.enter_context(fuse_head(self.model, entropy=True, **options))
-                self.label_smoother = None
-                stack.callback(setattr, self, "label_smoother", smoother)
-                stack.callback(setattr, self, "_head", None)
-            yield
+    def _change_model(self, stack: ExitStack) -> None:
+        """Lets the model attend within samples and compute its loss without logits."""
+        if self._plan.padding_free and not brings_packed_attention(self.model):
+            stack.enter_context(use_packed_attention(self.model))
+            if not self._isolation_is_proven:
+                require_isolation(self.model)
+                self._isolation_is_proven = True
+        if self._router_coefficient is not None:
+            stack.enter_context(own_weight_is_zero(self.model))
+        if self.args.activation_offloading:
+            stack.enter_context(offload_activations(self.model))
+        if self._why_not_fused() is None:
+            options = {"label_smoothing": self.args.label_smoothing_factor, "dft": self.args.loss_type == "dft"}
+            self._head = stack.enter_context(fuse_head(self.model, entropy=True, **options))
+            stack.callback(setattr, self, "_head", None)
+            stack.callback(setattr, self, "label_smoother", self.label_smoother)
+            self.label_smoother = None
 
     _recomputation: recompute.Recomputation | None = None
-    _features_are_on = False
     _isolation_is_proven = False
     _loss_only = False
     _head: FusedHead | None = None
-
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer.evaluation_loop`, through the fused head. Called by `evaluate` and `predict`."""
-        with self._model_features():
-            return super().evaluation_loop(*args, **kwargs)
 
     def compute_loss(
         self,
