@@ -2,6 +2,7 @@
 #   make demo       fine-tune the embedded model and show what changed   make check      style, types, layers
 #   make test       the tests                                            make test-slow  the slow tests too
 #   make test-floor the tests with the oldest supported versions         make bench      the benchmarks
+#   make bench-growth  how the cost grows (4 minutes); bench-galore: GaLore's largest matrix (2); bench-full: all, at length
 #   make clean      remove what was made here
 # PYTHON=... chooses the interpreter, WORKERS=... the number of parallel test processes (2).
 
@@ -14,10 +15,10 @@ INPUTS := pyproject.toml constraints.txt
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_ENDPOINT=http://127.0.0.1:9 HF_HUB_DISABLE_TELEMETRY=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-floor check bench clean
+.PHONY: help demo test test-slow test-floor check bench bench-growth bench-galore bench-full clean
 
 help:
-	@sed -n '2,6p' Makefile
+	@sed -n '2,7p' Makefile
 
 $(BIN)/python:
 	@for python in "$(PYTHON)" python3 python3.13 python3.12 python3.11 python3.10; do \
@@ -61,8 +62,19 @@ check: $(VENV)/.installed-all
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/python -m pytest -q tests/unit/test_layout.py
 
+BENCH := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 $(BIN)/python tests/performance/run_all.py
+
 bench: $(VENV)/.installed-all
-	HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 $(BIN)/python tests/performance/run_all.py $(BENCH_ARGS)
+	$(BENCH) $(BENCH_ARGS)
+
+bench-growth: $(VENV)/.installed-all
+	$(BENCH) --only growth
+
+bench-galore: $(VENV)/.installed-all
+	$(BENCH) --only galore_refresh_large
+
+bench-full: $(VENV)/.installed-all
+	$(BENCH) --full
 
 clean:
 	rm -rf $(VENV) $(VENV)-floor build dist runs/demo .pytest_cache .ruff_cache .hypothesis .import_linter_cache

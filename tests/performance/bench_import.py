@@ -33,13 +33,11 @@ def main() -> None:
     bench = Bench("import", "Import time", work, __doc__)
     names = [name for name in STATEMENTS if not bench.fast or name in ("trl", "finetune", "import finetune")]
     case = bench.case("import", {name: {} for name in names}, pairs=5 if bench.fast else 11)
-    share = 1 / case.ratio("seconds", "trl")
     case.ratio("cpu_seconds", "trl")
     if not bench.fast:
         case.ratio("seconds", "transformers")
-    case.bar("SFTTrainer and SFTConfig, as a share of TRL's", share, at_most=0.4)
-    alone = case.result["sides"]["import finetune"]["seconds"]["median"]
-    case.bar("import finetune, seconds", alone, at_most=0.3)
+    case.bar("SFTTrainer and SFTConfig, as a share of TRL's", case.shares("seconds", "trl"), at_most=0.4)
+    case.bar("import finetune, seconds", case.values("import finetune", "seconds"), at_most=0.3)
     bench.finish()
 
 

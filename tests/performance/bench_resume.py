@@ -68,9 +68,9 @@ def work(side: str, settings: dict[str, Any], pause: Pause) -> None:
 def main() -> None:
     bench = Bench("resume", "Resuming a run over 1M rows at 90 %", work, __doc__)
     sides: dict[str, dict[str, Any]] = {"transformers": {}, "finetune": {}}
-    case = bench.case("resume", sides, pairs=3 if bench.fast else 7)
+    case = bench.case("resume", sides, pairs=5 if bench.fast else 7)
     case.ratio("seconds", "transformers")
-    seconds = case.result["sides"]["finetune"]["seconds"]["median"]
+    seconds = case.values("finetune", "seconds")
     case.bar("seconds to the first step after the model is loaded", seconds, at_most=2.0)
     bench.finish()
 

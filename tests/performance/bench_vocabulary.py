@@ -3,13 +3,14 @@
     python tests/performance/bench_vocabulary.py --fast --out results/vocabulary.json
 
 Two layers of width 256 and a tied head, 4 rows of 256 tokens. Peak memory is this process's highest resident memory
-above where it stood before the first step, and, in a run of its own, the highest level of torch's allocator.
+above where it stood before the first step, and the highest level of torch's allocator, which its profiler records.
+That recording costs a step of seconds less than a hundredth (measured with and without), on all sides alike.
 """
 
 from typing import Any
 
 from harness import Bench
-from training import train
+from training import train, training_floor
 
 SHARED = {"shape": "wide_head", "vocab_size": 200_000, "rows": 400, "length": 256}
 ARGS = {"per_device_train_batch_size": 4, "gradient_checkpointing": False, "logging_steps": 1}
@@ -17,7 +18,7 @@ SFT = {"completion_only_loss": True}
 
 
 def sides(bf16: bool, **extra: Any) -> dict[str, dict[str, Any]]:
-    shared = {**SHARED, **extra}
+    shared = {**SHARED, "ledger": True, **extra}
     args = {**ARGS, "bf16": bf16}
     return {
         "trl": {**shared, "args": {**args, **SFT}},
@@ -33,23 +34,24 @@ def main() -> None:
             continue
         bf16 = precision == "bf16"
         chosen = sides(bf16, steps=1 if bench.fast else 2)
-        if bench.fast:
-            chosen.pop("trl")  # the slower of the two here, by far
+        if bench.fast and bf16:
+            chosen.pop("trl")  # the slower of the two, by far
         case = bench.case(precision, chosen, settings=SHARED)
         others = [each for each in chosen if each != "finetune"]
         for other in others:
-            case.ratio("seconds", other)
-            case.ratio("cpu_seconds", other)
-            case.ratio("peak_mib", other)
+            for metric in ("seconds", "cpu_seconds", "peak_mib", "ledger_mib"):
+                case.ratio(metric, other)
             case.losses_agree(2e-2 if bf16 else 5e-4, other)
-        best = case.best("seconds", others)
-        case.bar(f"tokens/s against {best}, {precision}", case.ratio("seconds", best), at_least=bar)
-        if bench.fast and bf16:
-            continue
-        ledger = bench.case(f"{precision}, tensor ledger", sides(bf16, ledger=True, steps=1), pairs=1)
-        smallest = ledger.best("ledger_mib", ["trl", "transformers"])
-        share = 1 / ledger.ratio("ledger_mib", smallest)
-        ledger.bar(f"peak tensor memory of a step as a share of {smallest}'s, {precision}", share, at_most=0.5)
+        best, smallest = (case.best(metric, others) for metric in ("seconds", "ledger_mib"))
+        speed = case.ratios("seconds", best)
+        case.bar(f"tokens/s against {best}, {precision}", speed, at_least=bar, floor=training_floor(case, best))
+        share = case.shares("ledger_mib", smallest)
+        text = f"peak tensor memory of a step as a share of {smallest}'s, {precision}"
+        # Without TRL, which needs the least memory of the incumbents, the goal is not theirs at their best.
+        case.bar(text, share, at_most=0.5 if "trl" in chosen else None)
+        for other in others:
+            if other != best:
+                case.bar(f"tokens/s against {other}, {precision}", case.ratios("seconds", other))
     bench.finish()
 
 

@@ -18,7 +18,7 @@ README = HERE.parent.parent / "README.md"
 BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
 ORDER = [
     "short_chats", "packed", "vocabulary", "loop_overhead", "import", "first_step", "prepare_rows", "evaluation",
-    "galore_refresh", "checkpoint", "resume",
+    "galore_refresh", "galore_refresh_large", "checkpoint", "resume", "growth",
 ]  # fmt: skip
 
 
@@ -40,8 +40,11 @@ def number(value: float) -> str:
     return f"{value:.3g}"
 
 
-def spread(case: dict[str, Any], value: float) -> str:
-    """Returns smallest to largest of the ratio whose median `value` (or its inverse) is; empty for other figures."""
+def spread(case: dict[str, Any], bar: dict[str, Any]) -> str:
+    """Returns smallest to largest of the figure over all pairs; empty for a figure that has one value."""
+    if "spread" in bar:
+        return f" ({number(bar['spread']['min'])} to {number(bar['spread']['max'])})"
+    value = bar["value"]
     for ratio in case["ratios"].values():
         if value and abs(ratio["median"] / value - 1) < 1e-4:
             return f" ({number(ratio['min'])} to {number(ratio['max'])})"
@@ -50,20 +53,72 @@ def spread(case: dict[str, Any], value: float) -> str:
     return ""
 
 
-def table(results: list[dict[str, Any]]) -> list[str]:
-    """Returns the lines between the markers."""
-    if not results:
-        return ["No results yet: run `make bench`."]
-    lines = ["| what | case | measured (smallest to largest) | goal | met |", "|---|---|---|---|---|"]
+def goal(bar: dict[str, Any]) -> tuple[str, str]:
+    """Returns a bar's goal and whether it is met, as the table says it: ("≥ 3", "met"), or two dashes without goal."""
+    if bar["met"] is None:
+        return "-", "-"
+    said = f"≥ {bar['at_least']:g}" if bar["at_least"] is not None else f"≤ {bar['at_most']:g}"
+    return said, "met" if bar["met"] else "**missed**"
+
+
+def floors(results: list[dict[str, Any]]) -> list[str]:
+    """Returns a line for every missed goal: how far the machine itself would let anybody get."""
+    lines: list[str] = []
     for result in results:
-        for case in result["cases"]:
-            for bar in case["bars"]:
-                goal = f"≥ {bar['at_least']:g}" if bar["at_least"] is not None else f"≤ {bar['at_most']:g}"
-                measured = number(bar["value"]) + spread(case, bar["value"])
-                met = "yes" if bar["met"] else "**no**"
-                lines.append(f"| {result['title']} | {bar['text']} | {measured} | {goal} | {met} |")
+        for bar in (bar for case in result["cases"] for bar in case["bars"] if bar["met"] is False):
+            said = bar.get("floor")
+            if said is None:
+                lines.append(f"- {result['title']}, {bar['text']}: no floor was computed.")
+                continue
+            wanted = bar["at_least"] if bar["at_least"] is not None else bar["at_most"]
+            beyond = said["best_possible"] < wanted if bar["at_least"] is not None else said["best_possible"] > wanted
+            verdict = "the goal is beyond this machine's floor" if beyond else "the floor would allow the goal"
+            best = number(said["best_possible"])
+            lines.append(f"- {result['title']}, {bar['text']}: {said['says']}. At the floor: {best}; {verdict}.")
+    return ["", "How far one could get where a goal is missed:", "", *lines] if lines else []
+
+
+def growth(results: list[dict[str, Any]]) -> list[str]:
+    """Returns the table of fitted exponents, if growth was measured."""
+    lines: list[str] = []
+    for axes in (result["growth"] for result in results if "growth" in result):
+        sides = list(dict.fromkeys(side for axis in axes.values() for side in axis["sides"]))
+        lines += [
+            "",
+            "How the cost grows: the exponent `e` of time per supervised token ~ x^e, and of peak tensor memory ~ x^e.",
+            "",
+            f"| x | from, to | {' | '.join(sides)} |",
+            "|---|---|" + "---|" * len(sides),
+        ]
+        for name, axis in axes.items():
+            cells: list[str] = []
+            for side in sides:
+                exponents = axis["sides"].get(side, {}).get("exponents", {})
+                cells.append(", ".join(f"{kind} {value:.2f}" for kind, value in exponents.items()) or "-")
+            lines.append(f"| {name} | {axis['x'][0]:,} to {axis['x'][-1]:,} | {' | '.join(cells)} |")
+    return lines
+
+
+def circumstances(results: list[dict[str, Any]]) -> list[str]:
+    """Returns the lines that say on what, with what and how undisturbed the figures were measured."""
     first = results[0]["environment"]
     versions = ", ".join(f"{name} {first['packages'][name]}" for name in ("torch", "transformers", "trl"))
+    dates = sorted(each["environment"]["date"] for each in results)
+    pairs = [case["pairs"] for result in results for case in result["cases"] if case["bars"]]
+    lines = [
+        "",
+        f"{first['processor']}, {first['memory_gib']} GiB, Python {first['python']}, {versions}, "
+        f"{dates[0]} to {dates[-1]}; {min(pairs, default=0)} to {max(pairs, default=0)} pairs each.",
+    ]
+    if "threads" in first:
+        lines.append("Threads: " + ", ".join(f"{name} {value}" for name, value in first["threads"].items()) + ".")
+    busy = [each["environment"].get("cores_busy_with_others") for each in results]
+    known = [each for each in busy if each is not None]
+    if known:
+        lines.append(
+            f"Other programs kept {number(min(known))} to {number(max(known))} cores busy meanwhile"
+            f"{'' if len(known) == len(busy) else ' (not known of all)'}."
+        )
     disagreeing = [
         f"{result['title']}, {case['case']}: {name}"
         for result in results
@@ -71,14 +126,24 @@ def table(results: list[dict[str, Any]]) -> list[str]:
         for name, check in case.get("checks", {}).items()
         if not check["agree"]
     ]
-    lines += [
-        "",
-        f"{first['processor']}, {first['memory_gib']} GiB, Python {first['python']}, {versions}, {first['date']}.",
-    ]
     lines.append(
         f"Checks that did not agree: {'; '.join(disagreeing)}." if disagreeing else "Losses and token counts agreed."
     )
     return lines
+
+
+def table(results: list[dict[str, Any]]) -> list[str]:
+    """Returns the lines between the markers."""
+    if not results:
+        return ["No results yet: run `make bench`."]
+    lines = ["| what | case | median of the pairs (smallest to largest) | goal | |", "|---|---|---|---|---|"]
+    for result in results:
+        for case in result["cases"]:
+            for bar in case["bars"]:
+                wanted, met = goal(bar)
+                measured = number(bar["value"]) + spread(case, bar)
+                lines.append(f"| {result['title']} | {bar['text']} | {measured} | {wanted} | {met} |")
+    return [*lines, *growth(results), *floors(results), *circumstances(results)]
 
 
 def block(text: str) -> list[str]:

@@ -1,73 +1,46 @@
 """One side of the comparisons of data preparation: from rows of chats to a first step or to packed rows."""
 
-import json
-import shutil
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-from harness import Pause, clocked
+from harness import Pause, clock, clocked, since
 from training import arguments, classes
 from workloads import chat_file, chats, make_llama, tokenizer
 
-ROOT = Path(tempfile.gettempdir())
-
 
 def first_step(side: str, settings: dict[str, Any], pause: Pause) -> None:
-    """Measures whole programs: a fresh process each, from its first line to the end of the first optimizer step."""
-    source = chat_file(settings["rows"])
-    tokenizer()  # made once, outside the clock
-    folder = Path(tempfile.mkdtemp(prefix="bench_first_step_", dir=ROOT))
-    try:
-        while True:
-            if not settings["warm"]:
-                shutil.rmtree(folder, ignore_errors=True)
-                folder.mkdir()
-            elif not (folder / "filled").exists():
-                _program(side, source, folder, settings)
-                (folder / "filled").touch()
-            pause(_program(side, source, folder, settings))
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    """Measures from a file of chats to the end of the first optimizer step, once: for a new process in every round.
 
-
-def _program(side: str, source: Path, folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    order = {"side": side, "source": str(source), "cache": str(folder), "args": settings.get("args", {})}
-    begin = time.perf_counter()
-    answer = subprocess.run(
-        [sys.executable, str(Path(__file__).resolve()), json.dumps(order)], capture_output=True, text=True, check=False
-    )
-    if answer.returncode:
-        raise RuntimeError(answer.stderr[-3000:])
-    # The libraries print their own dictionaries around it.
-    line = next(line for line in answer.stdout.splitlines() if line.startswith("RESULT "))
-    inside = json.loads(line.removeprefix("RESULT "))
-    return {"process_seconds": time.perf_counter() - begin, **inside}
-
-
-def _run_program(order: dict[str, Any]) -> None:
-    begin, cpu = time.perf_counter(), time.process_time()
-    trainer_class, _ = classes(order["side"])
+    Pauses first when the imports are done. The side "bare" is the floor: the tokenizer at work on all rows, a model,
+    and one step of a plain loop. A cold side gets an empty cache, a warm one the cache of the rounds before.
+    """
     from datasets import load_dataset
     from transformers import TrainerCallback
 
-    imported = time.perf_counter()
+    if side == "bare":
+        import torch
+        from transformers import LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: F401
+
+        torch.ones(1)
+    else:
+        classes(side)
+    source = chat_file(settings["rows"])
+    cache = settings.get("cache") or tempfile.mkdtemp(prefix="bench_first_step_")
+    tokenizer()  # made once, outside the clock
+    pause({"imported": True})
+    if side == "bare":
+        pause(clocked(lambda: bare_first_step(load_dataset, source, cache, settings["warm"])))
 
     class FirstStep(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            now = time.perf_counter()
-            # Without the imports, which have a benchmark of their own.
-            found = {"seconds": now - imported, "with_imports_seconds": now - begin}
-            sys.stdout.write("\nRESULT " + json.dumps({**found, "cpu_seconds": time.process_time() - cpu}) + "\n")
-            control.should_training_stop = True
+            pause(since(begin))
 
-    rows = load_dataset("json", data_files=order["source"], split="train", cache_dir=order["cache"])
-    trainer = trainer_class(
+    begin = clock()
+    rows = load_dataset("json", data_files=str(source), split="train", cache_dir=cache)
+    trainer = classes(side)[0](
         model=make_llama("tiny", 8192),
-        args=arguments(order["side"], {"max_steps": 1, "max_length": 512, "bf16": False, **order["args"]}),
+        args=arguments(side, {"max_steps": 1, "max_length": 512, "bf16": False, **settings["args"]}),
         train_dataset=rows,
         processing_class=tokenizer(),
         callbacks=[FirstStep()],
@@ -75,8 +48,40 @@ def _run_program(order: dict[str, Any]) -> None:
     trainer.train()
 
 
+def bare_first_step(load_dataset: Any, source: Path, cache: str, warm: bool) -> None:
+    """Does the least that leads to a first step: reads the file, tokenises (cold), makes the model, takes one step."""
+    import torch
+
+    rows = load_dataset("json", data_files=str(source), split="train", cache_dir=cache)
+    made = tokenizer()
+    chosen = rows if not warm else rows.select(range(8))
+    encoded = encode(made, chosen["messages"])
+    model = make_llama("tiny", 8192)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    ids = [torch.tensor(each.ids[:512]) for each in encoded[:8]]
+    batch = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
+    model(input_ids=batch, labels=batch).loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+
+
+def encode(made: Any, messages: Any) -> Any:
+    """Returns the encodings of chats: the template's text written by hand, the tokenizers library at its fastest."""
+    texts = [
+        "".join(f"<|im_start|>{each['role']}\n{each['content']}<|im_end|>\n" for each in chat) for chat in messages
+    ]
+    return made.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+
+
 def prepare_rows(side: str, settings: dict[str, Any], pause: Pause) -> None:
-    """Measures tokenising, masking and packing of chats that lie in memory: what the constructor does with rows."""
+    """Measures tokenising, masking and packing of chats that lie in memory: what the constructor does with rows.
+
+    The side "tokenizer alone" is the floor: the tokenizers library on all cores, no template, masks or packing.
+    """
+    if side == "tokenizer alone":
+        alone, messages = tokenizer(), chats(settings["rows"])
+        while True:
+            pause(clocked(lambda: {"encodings": len(encode(alone, messages))}))
     import datasets
 
     datasets.disable_progress_bars()
@@ -99,7 +104,3 @@ def prepare_rows(side: str, settings: dict[str, Any], pause: Pause) -> None:
         packed = trainer.train_dataset
         tokens = int(sum(len(each) for each in packed["input_ids"]))
         pause({**measured, "fixed_seconds": fixed, "packed_rows": len(packed), "tokens": tokens})
-
-
-if __name__ == "__main__":
-    _run_program(json.loads(sys.argv[1]))

@@ -4,8 +4,10 @@
     python tests/performance/gpu_suite.py --dry-run                         # a tiny model on the CPU, to check the code
 
 Every run is a process of its own: it says tokens/s, model FLOP utilisation, peak memory by torch's allocator, seconds
-to the first step and the loss. Runs go from the most to the least telling, and stop when the time is up; what was left
-out is named. MFU counts 6 operations per token and parameter (4 for LoRA, whose frozen weights get no gradient) plus
+to the first step and the loss; one more compares a refresh of GaLore's basis. Runs go from the most to the least
+telling, and stop when the time is up; what was left out is named. `bars` holds the goals; one that was not measured is
+null, and TRL's best is the fastest of its packed runs on the same model up to length 2048. MFU counts 6 operations per
+token and parameter (4 for LoRA, whose frozen weights get no gradient), the head only for the supervised 70 %, plus
 causal attention within the samples, over the peak given with `--peak-tflops`; recomputation is not counted.
 """
 
@@ -21,7 +23,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from harness import environment, rounded
+import bench_galore_refresh
+from harness import rounded
+from machine import environment
 from training import classes
 from workloads import token_rows, tokenizer
 
@@ -55,6 +59,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2,
     },
 }
+PROMPT_SHARE = 0.3
 GALORE = {"optim": "galore_adamw", "optim_target_modules": "all-linear", "optim_args": "rank=128,update_proj_gap=200"}
 # What is run, the most telling first: (name, model, sides, length, batch, arguments).
 RUNS: list[tuple[str, str, tuple[str, ...], int, int, dict[str, Any]]] = [
@@ -68,7 +73,10 @@ RUNS: list[tuple[str, str, tuple[str, ...], int, int, dict[str, Any]]] = [
     ("GaLore layerwise", "llama-1b", ("finetune",), 2048, 4, {"packing": True, **GALORE, "layerwise": True}),
     ("packed, Liger", "llama-1b", ("trl", "finetune"), 2048, 8, {"packing": True, "use_liger_kernel": True}),
     ("packed, compiled", "llama-1b", ("trl", "finetune"), 2048, 8, {"packing": True, "torch_compile": True}),
-    ("GaLore", "llama-1b", ("trl",), 2048, 4, {"packing": True, **GALORE}),
+    # Before TRL's GaLore, whose exact decompositions may use up the time that is left.
+    ("GaLore refresh", "gemma-2b", ("both",), 0, 0, {}),
+    ("packed, 4096", "llama-1b", ("trl", "finetune"), 4096, 4, {"packing": True}),
+    ("GaLore, TRL", "llama-1b", ("trl",), 2048, 4, {"packing": True, **GALORE}),
 ]
 
 
@@ -88,7 +96,9 @@ def make_model(shape: dict[str, Any], dtype: Any, device: str) -> Any:
 def flops_per_token(model: Any, length: int, trains_all: bool) -> float:
     """Returns the operations of one token, forward and backward, recomputation not counted."""
     config = model.config
-    parameters = sum(each.numel() for each in model.parameters())
+    # The tied head works for the supervised tokens only.
+    head = config.vocab_size * config.hidden_size
+    parameters = sum(each.numel() for each in model.parameters()) - PROMPT_SHARE * head
     attention = 12 * config.num_hidden_layers * config.num_attention_heads * length
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     # Causal attention computes half of the square.
@@ -106,9 +116,9 @@ def one_run(order: dict[str, Any]) -> dict[str, Any]:
                                       (("checkpointing", True), ("lora", False), ("layerwise", False)))  # fmt: skip
     device = "cpu" if dry else "cuda"
     shape = MODELS["tiny" if dry else order["model"]]
-    # Full fine-tuning keeps float32 master weights in AdamW through autocast; LoRA's frozen weights are bf16.
+    # Weights in bf16 on both sides: what a checkpoint in bf16 is when neither is asked for anything else.
     model = make_model(shape, torch.bfloat16, device)
-    rows = token_rows(order["rows"], vocab_size=shape["vocab_size"], prompt_share=0.3)
+    rows = token_rows(order["rows"], vocab_size=shape["vocab_size"], prompt_share=PROMPT_SHARE)
     if layerwise:
         options["optim"] = "galore_adamw_layerwise"
     trainer_class, config_class = classes(side)
@@ -170,6 +180,14 @@ def one_run(order: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def refresh(order: dict[str, Any]) -> dict[str, Any]:
+    """Returns seconds of one basis refresh, ours and galore_torch's, for the largest matrix of a Gemma-2B."""
+    rows, columns, rank = (32, 64, 4) if order["dry"] else (2048, 16_384, 128)
+    device = "cpu" if order["dry"] else "cuda"
+    first, fresh = (bench_galore_refresh.synthetic(rows, columns, 0.75, seed).to(device) for seed in (0, 1))
+    return bench_galore_refresh.compare(first, 0.8 * first + 0.2 * fresh, rank, 3, True)
+
+
 def run_all(options: argparse.Namespace) -> dict[str, Any]:
     """Runs everything that fits in the time; returns what the JSON holds."""
     started = time.perf_counter()
@@ -178,26 +196,72 @@ def run_all(options: argparse.Namespace) -> dict[str, Any]:
     for name, model, sides, length, batch, args in RUNS:
         case: dict[str, Any] = {"case": f"{model}, {name}", "length": length, "batch": batch, "sides": {}}
         for side in sides:
-            if time.perf_counter() - started > options.minutes * 60:
+            left = options.minutes * 60 - (time.perf_counter() - started)
+            if left < 0:
                 left_out.append(f"{case['case']}: {side}")
                 continue
             order = {
                 "side": side,
                 "model": model,
                 "length": min(length, 128) if options.dry_run else length,
-                "batch": batch,
-                "options": {key: value for key, value in args.items() if not (options.dry_run and "compile" in key)},
-                "rows": 200 if options.dry_run else 4000,
+                "batch": min(batch, 2) if options.dry_run else batch,
+                "options": args,
+                "rows": 60 if options.dry_run else 4000,
                 "steps": 3 if options.dry_run else 12,
                 "dry": options.dry_run,
                 "peak_tflops": options.peak_tflops,
             }
-            case["sides"][side] = _in_process(order)
+            # Whatever begins in time ends within the ten minutes of one call.
+            case["sides"][side] = _in_process(order, min(180.0, left + 45))
             print(case["case"], side, json.dumps(rounded(case["sides"][side])), flush=True)
         _compare(case)
         cases.append(case)
     gpu = "none" if options.dry_run else _gpu_name()
-    return {"gpu": gpu, "environment": environment(), "cases": cases, "left_out": left_out}
+    return {"gpu": gpu, "environment": environment(), "bars": bars(cases), "cases": cases, "left_out": left_out}
+
+
+def bars(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the goals, each with its figure and whether it is met; both None where it was not measured."""
+    by_name = {case["case"]: case for case in cases}
+
+    def best(model: str, side: str, metric: str) -> float | None:
+        packed = (
+            each["sides"].get(side, {}).get(metric)
+            for name, each in by_name.items()
+            if name.startswith(f"{model}, packed") and each["length"] <= 2048
+        )
+        return max((each for each in packed if each), default=None)
+
+    def side(name: str, which: str) -> dict[str, Any]:
+        return by_name.get(name, {}).get("sides", {}).get(which, {})
+
+    found: list[dict[str, Any]] = []
+
+    def bar(text: str, value: float | None, *, at_least: float | None = None, at_most: float | None = None) -> None:
+        met = None
+        if value is not None and (at_least is not None or at_most is not None):
+            met = (at_least is None or value >= at_least) and (at_most is None or value <= at_most)
+        found.append({"text": text, "value": value, "at_least": at_least, "at_most": at_most, "met": met})
+
+    for model in ("llama-1b", "gemma-2b"):
+        theirs, ours = (best(model, each, "tokens_per_second") for each in ("trl", "finetune"))
+        bar(f"{model}: tokens/s against TRL's best", ours / theirs if ours and theirs else None, at_least=1.5)
+        bar(f"{model}: MFU of the packed full fine-tune", best(model, "finetune", "mfu"), at_least=0.5)
+    for name, case in by_name.items():
+        if "trl" in case["sides"]:
+            bar(f"{name}: peak memory as a share of TRL's", case.get("peak_share"), at_most=0.6)
+    started = side("llama-1b, GaLore", "finetune").get("first_step_seconds")
+    bar("llama-1b, GaLore: seconds to the first step", started, at_most=10.0)
+    whole, layered = (
+        side(name, "finetune").get("peak_mib") for name in ("llama-1b, GaLore", "llama-1b, GaLore layerwise")
+    )
+    bar(
+        "llama-1b, GaLore: layerwise peak as a share of the ordinary one",
+        layered / whole if layered and whole else None,
+    )
+    speedup = side("gemma-2b, GaLore refresh", "both").get("warm_speedup")
+    bar("GaLore refresh, 2048 x 16384, rank 128, against galore-torch", speedup, at_least=50.0)
+    return found
 
 
 def _compare(case: dict[str, Any]) -> None:
@@ -210,7 +274,7 @@ def _compare(case: dict[str, Any]) -> None:
             case["peak_share"] = ours["peak_mib"] / theirs["peak_mib"]
 
 
-def _in_process(order: dict[str, Any]) -> dict[str, Any]:
+def _in_process(order: dict[str, Any], limit: float) -> dict[str, Any]:
     command = [sys.executable, str(Path(__file__).resolve()), "--one", json.dumps(order)]
     environment_ = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     try:
@@ -219,12 +283,12 @@ def _in_process(order: dict[str, Any]) -> dict[str, Any]:
             capture_output=True,
             text=True,
             check=False,
-            timeout=180,
+            timeout=limit,
             env=environment_,
             cwd=Path(__file__).parent,
         )
     except subprocess.TimeoutExpired:
-        return {"error": "more than 180 s"}
+        return {"error": f"more than {limit:.0f} s"}
     lines = [line for line in answer.stdout.splitlines() if line.startswith("RESULT ")]
     if answer.returncode or not lines:
         return {"error": answer.stderr.strip()[-600:]}
@@ -247,7 +311,8 @@ def main() -> int:
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        print("RESULT " + json.dumps(one_run(json.loads(options.one))))
+        order = json.loads(options.one)
+        print("RESULT " + json.dumps((refresh if order["side"] == "both" else one_run)(order)))
         return 0
     if options.only:
         RUNS[:] = [each for each in RUNS if any(part in f"{each[1]}, {each[0]}" for part in options.only)]

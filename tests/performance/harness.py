@@ -18,15 +18,17 @@ and patches of one library do not reach the other. The first round warms up and 
 measurements of one round, so a slow minute of the machine hits both; reported are the median of these ratios, their
 smallest, largest and quartiles. Ratios are always incumbent / finetune: 3.0 means that finetune takes a third.
 
-The result of a script is one JSON file: versions, hardware, settings, every single measurement, and the bars.
+The sides start and warm up side by side, which costs half the time; from then on only one works at a time.
+
+The result of a script is one JSON file: versions, hardware, threads, how busy the machine was, settings, every single
+measurement, the bars, and for a bar that was missed the floor that the machine's measured peaks set.
 """
 
 import argparse
-import importlib.metadata
+import contextlib
 import json
 import math
 import os
-import platform
 import resource
 import shutil
 import statistics
@@ -38,12 +40,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import machine
+
 Measure = dict[str, Any]
 Pause = Callable[[Measure], None]
 Work = Callable[[str, dict[str, Any], Pause], None]
 
 HERE = Path(__file__).resolve().parent
-PACKAGES = ["finetune", "torch", "transformers", "trl", "accelerate", "datasets", "tokenizers", "peft", "galore-torch"]
 OURS = "finetune"
 
 
@@ -116,6 +119,15 @@ def resident_mib(field: str = "VmRSS") -> float:
             if line.startswith(field + ":"):
                 return int(line.split()[1]) / 1024
     return float("nan")
+
+
+def reset_peak() -> None:
+    """Sets `VmHWM` back to the present resident memory, so that the next measurement has a peak of its own.
+
+    Where the kernel does not allow it the peak stays that of the whole process.
+    """
+    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
 
 
 class _Done(Exception):
@@ -213,20 +225,60 @@ def alternate(
     """
     workers: list[Worker] = []
     try:
-        for name, settings in sides.items():
-            workers.append(Worker(script, name, settings, logs / f"{_slug(name)}.log"))
-        for worker in workers:
-            worker.read()
+        workers = _started(script, sides, logs)
         rounds: list[dict[str, Measure]] = []
         for number in range(warmup + pairs):
             order = workers if number % 2 == 0 else workers[::-1]
-            measured = {worker.side: worker.ask() for worker in order}
+            # Imports, models and first steps are thrown away: nothing is lost if they run side by side.
+            together = number == 0 and warmup > 0
+            measured = _together(workers) if together else {worker.side: worker.ask() for worker in order}
             rounds.append({name: measured[name] for name in sides})
-            print("  round", number, {k: _short(v) for k, v in rounds[-1].items()}, file=sys.stderr, flush=True)
+            _say(number, rounds[-1])
         return rounds[warmup:]
     finally:
         for worker in workers:
             worker.close()
+
+
+def alternate_fresh(
+    script: Path, sides: dict[str, dict[str, Any]], pairs: int, logs: Path, warmup: int = 0
+) -> list[dict[str, Measure]]:
+    """Like `alternate` with new processes in every round, for work that is only slow the first time.
+
+    A process pauses once when it has imported what it needs; all of a round do that side by side, then one works at a
+    time.
+    """
+    rounds: list[dict[str, Measure]] = []
+    for number in range(warmup + pairs):
+        workers: list[Worker] = []
+        try:
+            workers = _started(script, sides, logs)
+            _together(workers)
+            order = workers if number % 2 == 0 else workers[::-1]
+            measured = {worker.side: worker.ask() for worker in order}
+        finally:
+            for worker in workers:
+                worker.close()
+        rounds.append({name: measured[name] for name in sides})
+        _say(number, rounds[-1])
+    return rounds[warmup:]
+
+
+def _started(script: Path, sides: dict[str, dict[str, Any]], logs: Path) -> list[Worker]:
+    workers = [Worker(script, name, settings, logs / f"{_slug(name)}.log") for name, settings in sides.items()]
+    for worker in workers:
+        worker.read()
+    return workers
+
+
+def _together(workers: list[Worker]) -> dict[str, Measure]:
+    for worker in workers:
+        worker.go()
+    return {worker.side: worker.read() for worker in workers}
+
+
+def _say(number: int, measured: dict[str, Measure]) -> None:
+    print("  round", number, {side: _short(each) for side, each in measured.items()}, file=sys.stderr, flush=True)
 
 
 def _short(measure: Measure) -> str:
@@ -242,36 +294,6 @@ def _slug(name: str) -> str:
 
 
 # ---- A script's cases and its result ----
-
-
-def environment() -> dict[str, Any]:
-    """Returns versions, hardware and how busy the machine was."""
-    return {
-        "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "system": f"{platform.system()} {platform.release()}",
-        "load": [round(each, 2) for each in os.getloadavg()],
-        "date": time.strftime("%Y-%m-%d %H:%M"),
-    }
-
-
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
-        return f"{names[0]} x {len(names)}" if names else platform.processor()
-    except OSError:
-        return platform.processor()
 
 
 class Case:
@@ -299,25 +321,51 @@ class Case:
 
     def ratio(self, metric: str, against: str, ours: str = OURS) -> float:
         """Returns the median ratio `against / ours` of a metric, and keeps it with its spread."""
+        return summary(self.ratios(metric, against, ours))["median"]
+
+    def ratios(self, metric: str, against: str, ours: str = OURS) -> list[float]:
+        """Returns the ratio `against / ours` of a metric in each round, and keeps them with their spread."""
         values = ratios(self.rounds, metric, against, ours)
-        key = f"{metric}: {against} / {ours}"
-        self.result["ratios"][key] = {**summary(values), "values": values}
-        return self.result["ratios"][key]["median"]
+        self.result["ratios"][f"{metric}: {against} / {ours}"] = {**summary(values), "values": values}
+        return values
+
+    def shares(self, metric: str, against: str, ours: str = OURS) -> list[float]:
+        """Returns `ours / against` of each round, for bars that ask for a share; keeps the ratios."""
+        return [1 / each for each in self.ratios(metric, against, ours)]
+
+    def values(self, side: str, metric: str) -> list[float]:
+        """Returns a side's measurements of a metric, one a round."""
+        return [each[side][metric] for each in self.rounds]
 
     def bar(
         self,
         text: str,
-        value: float,
+        value: float | list[float],
         *,
         at_least: float | None = None,
         at_most: float | None = None,
-    ) -> bool:
-        """Notes whether `value` meets the bar; returns it."""
-        met = (at_least is None or value >= at_least) and (at_most is None or value <= at_most)
-        entry = {"text": text, "value": value, "at_least": at_least, "at_most": at_most, "met": met}
+        floor: dict[str, Any] | None = None,
+    ) -> bool | None:
+        """Notes whether `value`, or the median of the values of all rounds, meets the bar; returns it.
+
+        Without `at_least` and `at_most` it is a figure to be told, with no goal: None.
+        `floor` says how far one could get: `says`, a sentence, and `best_possible`, the figure at the floor.
+        """
+        spread = None
+        if isinstance(value, list):
+            spread, value = summary(value), summary(value)["median"]
+        met = None
+        if at_least is not None or at_most is not None:
+            met = (at_least is None or value >= at_least) and (at_most is None or value <= at_most)
+        entry: dict[str, Any] = {"text": text, "value": value, "at_least": at_least, "at_most": at_most, "met": met}
+        if spread is not None:
+            entry["spread"] = {key: spread[key] for key in ("min", "max", "q1", "q3")}
+        if floor is not None:
+            entry["floor"] = floor
         self.result["bars"].append(entry)
         bound = f">= {at_least}" if at_least is not None else f"<= {at_most}"
-        print(f"  {text}: {value:.3g} (bar {bound}: {'met' if met else 'MISSED'})", file=sys.stderr, flush=True)
+        said = "no goal" if met is None else f"bar {bound}: {'met' if met else 'MISSED'}"
+        print(f"  {text}: {value:.3g} ({said})", file=sys.stderr, flush=True)
         return met
 
     def best(self, metric: str, sides: list[str]) -> str:
@@ -357,7 +405,8 @@ class Bench:
         self.script = Path(sys.argv[0]).resolve()
         self.fast: bool = self.options.fast
         self.cases: list[Case] = []
-        self.environment = environment()
+        self.environment = machine.environment()
+        self.others = machine.Others()
         self.started = time.perf_counter()
 
     def wanted(self, name: str) -> bool:
@@ -372,23 +421,28 @@ class Bench:
         pairs: int = 5,
         warmup: int = 1,
         settings: dict[str, Any] | None = None,
+        fresh: bool = False,
     ) -> Case:
-        """Runs one comparison."""
+        """Runs one comparison; `fresh` with new processes in every round."""
         print(f"{self.name}: {name}", file=sys.stderr, flush=True)
         logs = HERE / "results" / "logs" / self.name / _slug(name)
-        rounds = alternate(self.script, sides, self.options.pairs or pairs, logs, warmup)
+        rounds = (alternate_fresh if fresh else alternate)(
+            self.script, sides, self.options.pairs or pairs, logs, warmup
+        )
         self.cases.append(Case(name, {"shared": settings or {}, "sides": sides}, rounds))
         return self.cases[-1]
 
-    def finish(self) -> None:
-        """Writes the result."""
+    def finish(self, **extra: Any) -> None:
+        """Writes the result; `extra` are further entries of the JSON."""
+        busy = {"load_at_end": machine.load(), "cores_busy_with_others": self.others.busy_cores()}
         result = {
             "benchmark": self.name,
             "title": self.title,
             "fast": self.fast,
-            "environment": self.environment,
+            "environment": {**self.environment, **busy},
             "seconds_taken": round(time.perf_counter() - self.started, 1),
             "cases": [case.result for case in self.cases],
+            **extra,
         }
         target = self.options.out or HERE / "results" / f"{self.name}.json"
         target = Path(target)

@@ -51,6 +51,44 @@ def draw(result: dict[str, Any], target: Path) -> None:
     plt.close(figure)
 
 
+def draw_growth(result: dict[str, Any], target: Path) -> None:
+    """Draws the growth curves: a panel per axis with time per supervised token, and below it the peak tensor memory."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    axes = result["growth"]
+    figure, panels = plt.subplots(2, len(axes), figsize=(3.6 * len(axes), 6.4), squeeze=False)
+    for column, (name, axis) in enumerate(axes.items()):
+        for row, (metric, label, scale) in enumerate(
+            (("seconds_per_token", "µs per supervised token", 1e6), ("ledger_mib", "MiB of tensors at the peak", 1))
+        ):
+            panel = panels[row][column]
+            for side, found in axis["sides"].items():
+                points = [(x, each) for x, each in zip(axis["x"], found[metric], strict=True) if each]
+                if not points:
+                    continue
+                medians = [each["median"] * scale for _, each in points]
+                low = [(each["median"] - each["min"]) * scale for _, each in points]
+                high = [(each["max"] - each["median"]) * scale for _, each in points]
+                kind = "time" if row == 0 else "memory"
+                exponent = found["exponents"].get(kind)
+                legend = side if exponent is None else f"{side}, x^{exponent:.2f}"
+                xs = [x for x, _ in points]
+                panel.errorbar(xs, medians, yerr=[low, high], color=colour(side), marker="o", capsize=3, label=legend)
+            panel.set_xscale("log", base=2)
+            panel.set_yscale("log")
+            panel.set_xlabel(name, fontsize=8)
+            panel.set_ylabel(label, fontsize=8)
+            if panel.get_legend_handles_labels()[0]:
+                panel.legend(fontsize=7)
+    figure.suptitle(result["title"], fontsize=10)
+    figure.tight_layout()
+    figure.savefig(target, dpi=110)
+    plt.close(figure)
+
+
 def draw_all(results: list[dict[str, Any]], target: Path) -> None:
     """Draws how far each figure is from its goal: right of the line, the goal is met."""
     import matplotlib
@@ -61,7 +99,7 @@ def draw_all(results: list[dict[str, Any]], target: Path) -> None:
     names, values = [], []
     for result in results:
         for case in result["cases"]:
-            for bar in case["bars"]:
+            for bar in (each for each in case["bars"] if each["met"] is not None):
                 value = max(bar["value"], 1e-9)
                 factor = value / bar["at_least"] if bar["at_least"] is not None else bar["at_most"] / value
                 names.append(f"{bar['text']}  ({bar['value']:.3g})")
@@ -86,7 +124,7 @@ def main() -> int:
     options = parser.parse_args()
     results = load(options.results)
     for result in results:
-        draw(result, options.results / f"{result['benchmark']}.png")
+        (draw_growth if "growth" in result else draw)(result, options.results / f"{result['benchmark']}.png")
     draw_all(results, options.results / "goals.png")
     return 0
 

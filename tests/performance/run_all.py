@@ -1,6 +1,10 @@
 """Runs every benchmark, draws the results and writes the README's table: what `make bench` does.
 
     python tests/performance/run_all.py [--full] [--only short_chats packed]
+    python tests/performance/run_all.py --only growth galore_refresh_large
+
+The fast set takes under ten minutes on two idle cores. Not in it, and run by `--full` or when they are named: the
+growth curves (four minutes) and GaLore's refresh of its largest matrix (two minutes).
 
 Unattended and without a network. A benchmark that fails or takes too long is named at the end (exit status 1); the
 others still run.
@@ -16,6 +20,22 @@ HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 # Seconds a fast benchmark may take before it is given up; many times what it takes on two idle cores.
 LIMIT_FAST, LIMIT_FULL = 240, 3600
+# Measured only when asked for: script and what it is given.
+EXTRA = {"growth": ("bench_growth.py", []), "galore_refresh_large": ("bench_galore_refresh.py", ["--large"])}
+
+
+def commands(full: bool, only: list[str]) -> dict[str, list[str]]:
+    """Returns the command of every benchmark to run, by the name of its result."""
+    names = {script.stem.removeprefix("bench_"): script for script in sorted(HERE.glob("bench_*.py"))}
+    mode = [] if full else ["--fast"]
+    chosen = {name: [sys.executable, str(script), *mode] for name, script in names.items() if name not in EXTRA}
+    if full:
+        # Its full set is the large matrix, which has a result of its own.
+        chosen["galore_refresh"] = [sys.executable, str(HERE / "bench_galore_refresh.py"), "--fast"]
+    for name, (script, given) in EXTRA.items():
+        if full or name in only:
+            chosen[name] = [sys.executable, str(HERE / script), *given]
+    return {name: each for name, each in chosen.items() if not only or any(part in name for part in only)}
 
 
 def main() -> int:
@@ -26,15 +46,13 @@ def main() -> int:
     RESULTS.mkdir(exist_ok=True)
     failed: list[str] = []
     started = time.perf_counter()
-    for script in sorted(HERE.glob("bench_*.py")):
-        name = script.stem.removeprefix("bench_")
-        if options.only and not any(part in name for part in options.only):
-            continue
+    # The floors need the machine's peaks: anew in each run, because a machine may change.
+    subprocess.run([sys.executable, str(HERE / "machine.py"), "--out", str(RESULTS / "peaks.json")], check=True)
+    limit = LIMIT_FULL if options.full or options.only else LIMIT_FAST
+    for name, command in commands(options.full, options.only).items():
         print(f"==> {name} ({time.perf_counter() - started:.0f} s so far)", flush=True)
-        command = [sys.executable, str(script), "--out", str(RESULTS / f"{name}.json")]
         try:
-            limit = LIMIT_FULL if options.full else LIMIT_FAST
-            subprocess.run(command + ([] if options.full else ["--fast"]), check=True, timeout=limit)
+            subprocess.run([*command, "--out", str(RESULTS / f"{name}.json")], check=True, timeout=limit)
         except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
             failed.append(f"{name}: {error}"[:200])
     for script in ("plot.py", "check_readme.py"):

@@ -1,6 +1,7 @@
 """The arithmetic of the benchmarks, the alternation, and the check of the README. Nothing here looks at a clock."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -9,8 +10,12 @@ import pytest
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
+import bench_growth  # noqa: E402
 import check_readme  # noqa: E402
+import gpu_suite  # noqa: E402
 import harness  # noqa: E402
+import machine  # noqa: E402
+import run_all  # noqa: E402
 
 ROUNDS = [
     {"trl": {"seconds": 6.0, "losses": [1.0]}, "finetune": {"seconds": 2.0, "losses": [1.0]}},
@@ -41,6 +46,16 @@ def test_bars() -> None:
     assert case.bar("memory", 0.5, at_most=0.5) and not case.bar("memory", 0.51, at_most=0.5)
     assert [each["met"] for each in case.result["bars"]] == [True, False, True, False]
     assert not case.bar("nothing", float("nan"), at_least=1.0)
+
+
+def test_a_bar_of_pairs_has_a_spread_and_one_without_goal_is_neither_met_nor_missed() -> None:
+    case = harness.Case("made up", {}, ROUNDS)
+    assert not case.bar("share", case.shares("seconds", "trl"), at_most=0.3)
+    assert case.bar("told", case.ratios("seconds", "trl")) is None
+    share, told = case.result["bars"]
+    assert share["value"] == pytest.approx(1 / 3)
+    assert (share["spread"]["min"], share["spread"]["max"]) == (0.2, 0.5)
+    assert (told["value"], told["met"]) == (3.0, None)
 
 
 def test_losses_must_agree() -> None:
@@ -80,10 +95,20 @@ def test_sides_alternate_and_the_first_round_is_dropped(tmp_path: Path) -> None:
     script.write_text(WORKER.format(here=str(HERE)))
     sides = {name: {"trace": str(trace)} for name in ("A", "B")}
     rounds = harness.alternate(script, sides, pairs=3, logs=tmp_path / "logs")
-    # There and back: whoever came second comes first in the next round.
-    assert trace.read_text()[:8] == "ABBAABBA"
+    # They warm up together; then there and back: whoever came second comes first in the next round.
+    assert sorted(trace.read_text()[:2]) == ["A", "B"]
+    assert trace.read_text()[2:8] == "BAABBA"
     assert [each["A"]["seconds"] for each in rounds] == [2.0, 3.0, 4.0]
     assert "noise of a library" in (tmp_path / "logs" / "a.log").read_text()
+
+
+def test_fresh_sides_start_anew_in_every_round(tmp_path: Path) -> None:
+    script, trace = tmp_path / "script.py", tmp_path / "trace"
+    script.write_text(WORKER.format(here=str(HERE)))
+    sides = {name: {"trace": str(trace)} for name in ("A", "B")}
+    rounds = harness.alternate_fresh(script, sides, pairs=2, logs=tmp_path / "logs")
+    # The first pause of a process only says that it is ready; the second is the measurement.
+    assert [each[side]["seconds"] for each in rounds for side in sides] == [2.0] * 4
 
 
 def test_a_side_that_dies_is_an_error_with_its_last_words(tmp_path: Path) -> None:
@@ -100,7 +125,7 @@ def results(tmp_path: Path) -> list[dict]:
     result = {
         "benchmark": "short_chats",
         "title": "Short chats",
-        "environment": harness.environment(),
+        "environment": machine.environment(),
         "cases": [case.result],
     }
     (tmp_path / "short_chats.json").write_text(json.dumps(result))
@@ -110,7 +135,7 @@ def results(tmp_path: Path) -> list[dict]:
 def test_the_readme_is_written_and_found_right(results: list[dict]) -> None:
     text = f"# Title\n\n{check_readme.BEGIN}\nold\n{check_readme.END}\n\nrest\n"
     made = check_readme.written(text, results)
-    assert "| Short chats | tokens/s against TRL | 3 (2 to 5) | ≥ 2.5 | yes |" in made
+    assert "| Short chats | tokens/s against TRL | 3 (2 to 5) | ≥ 2.5 | met |" in made
     assert made.startswith("# Title\n") and made.endswith("\n\nrest\n")
     assert check_readme.differences(made, results) == []
     assert check_readme.written(made, results) == made
@@ -123,3 +148,131 @@ def test_a_wrong_figure_is_caught(results: list[dict]) -> None:
     assert any(line.startswith("+") and "3 (2 to 5)" in line for line in wrong)
     with pytest.raises(ValueError, match="no lines"):
         check_readme.differences("a README without markers", results)
+
+
+@pytest.fixture
+def missed(tmp_path: Path) -> list[dict]:
+    case = harness.Case("float32", {}, ROUNDS)
+    floor = {"says": "2 GFLOP take 2 s", "best_possible": 4.0}
+    case.bar("tokens/s", case.ratios("seconds", "trl"), at_least=10.0, floor=floor)
+    case.bar("share", case.shares("seconds", "trl"), at_most=0.3, floor={**floor, "best_possible": 0.1})
+    around = {**machine.environment(), "cores_busy_with_others": 0.25}
+    result = {"benchmark": "vocabulary", "title": "Vocabulary", "environment": around, "cases": [case.result]}
+    (tmp_path / "vocabulary.json").write_text(json.dumps(result))
+    return check_readme.load(tmp_path)
+
+
+def test_a_missed_goal_is_told_with_its_floor(missed: list[dict]) -> None:
+    lines = check_readme.table(missed)
+    assert "| Vocabulary | tokens/s | 3 (2 to 5) | ≥ 10 | **missed** |" in lines
+    assert any("At the floor: 4; the goal is beyond this machine's floor." in line for line in lines)
+    assert any("At the floor: 0.1; the floor would allow the goal." in line for line in lines)
+    assert any("0.25 to 0.25 cores busy" in line for line in lines)
+    text = "\n".join((check_readme.BEGIN, *lines, check_readme.END))
+    assert check_readme.differences(text, missed) == []
+    for wrong in (("**missed**", "met"), ("floor: 4;", "floor: 5;"), ("(2 to 5)", "(2 to 4)"), ("0.25 to", "0.1 to")):
+        assert wrong[0] in text
+        assert check_readme.differences(text.replace(*wrong), missed), wrong
+
+
+def test_a_wrong_figure_ends_the_script_with_status_1(results: list[dict], tmp_path: Path) -> None:
+    readme, script = tmp_path / "README.md", [sys.executable, str(HERE / "check_readme.py")]
+    readme.write_text(check_readme.written(f"{check_readme.BEGIN}\n{check_readme.END}\n", results))
+    order = [*script, "--results", str(tmp_path), "--readme", str(readme)]
+    assert subprocess.run(order, capture_output=True, check=False).returncode == 0
+    readme.write_text(readme.read_text().replace("3 (2 to 5)", "3.1 (2 to 5)"))
+    answer = subprocess.run(order, capture_output=True, text=True, check=False)
+    assert answer.returncode == 1
+    assert "3.1 (2 to 5)" in answer.stdout
+
+
+def test_the_readme_has_the_committed_figures() -> None:
+    assert check_readme.differences(check_readme.README.read_text(), check_readme.load(HERE / "results")) == []
+
+
+def test_floors() -> None:
+    measured = {"float32_gflops": 100.0, "bfloat16_gflops": 400.0, "gb_per_second": 50.0}
+    assert machine.floor_seconds(2e9, 1e9, "float32", measured) == pytest.approx(0.04)
+    assert machine.floor_seconds(2e9, 1e9, "bfloat16", measured) == pytest.approx(0.025)
+    plain = {"blocks": 100, "head": 100, "layers": 0, "width": 0, "tokens": 10, "context": 5}
+    assert machine.training_work(**plain, supervised=10, recomputed=False) == (12_000, 6_400)
+    assert machine.training_work(**plain, supervised=4, recomputed=True) == (8 * 10 * 100 + 6 * 4 * 100, 6_400)
+
+
+def test_peaks_are_measured() -> None:
+    found = machine.measure_peaks(size=64, copied_mib=1, repeats=1)
+    assert min(found[name] for name in ("float32_gflops", "bfloat16_gflops", "gb_per_second")) > 0
+
+
+def test_growth_is_fitted_over_the_timed_rounds_only() -> None:
+    chosen = [{"axis": "length", "x": x} for x in (100, 200, 400)]
+    rounds: list[dict] = []
+    for point in chosen:
+        slow, timed = {"seconds_per_token": 99.0}, {"seconds_per_token": point["x"] ** 0.5}
+        side = [slow, timed, timed, timed, {"seconds_per_token": 99.0, "ledger_mib": point["x"] / 10}]
+        none = {"seconds_per_token": float("nan")}
+        rounds += [{"finetune": each, "transformers": none} for each in side]
+    axes = bench_growth.collected(rounds, chosen, repeats=3)
+    assert axes["length"]["x"] == [100, 200, 400]
+    ours = axes["length"]["sides"]["finetune"]
+    assert ours["exponents"] == {"time": pytest.approx(0.5), "memory": pytest.approx(1.0)}
+    assert axes["length"]["sides"]["transformers"]["exponents"] == {}
+    lines = check_readme.growth([{"growth": axes}])
+    assert "| length | 100 to 400 | time 0.50, memory 1.00 | - |" in lines
+
+
+def test_growth_varies_one_axis_at_a_time() -> None:
+    found = bench_growth.points(bench_growth.AXES)
+    usual = bench_growth.USUAL
+    for point in found:
+        assert all(point[name] == usual[name] for name in usual if name != point["axis"])
+    assert {point["axis"] for point in found} == {"length", "vocabulary", "batch", "rows"}
+    long = {"axis": "length", "x": 100, "length": 100, "batch": 4, "steps": 2}
+    assert bench_growth.supervised(long) == 320
+
+
+def test_the_fast_set_leaves_out_what_has_to_be_named() -> None:
+    fast = run_all.commands(full=False, only=[])
+    assert not {"growth", "galore_refresh_large"} & set(fast)
+    assert all("--fast" in command for command in fast.values())
+    assert set(run_all.commands(full=False, only=["growth"])) == {"growth"}
+    assert {"growth", "galore_refresh", "galore_refresh_large"} <= set(run_all.commands(full=True, only=[]))
+
+
+def test_every_goal_of_the_gpu_is_computed() -> None:
+    def side(speed: float, peak: float, mfu: float = 0.0) -> dict[str, float]:
+        return {"tokens_per_second": speed, "peak_mib": peak, "mfu": mfu, "seconds": 1.0, "first_step_seconds": 3.0}
+
+    liger = side(24, 64, 0.6)
+    cases: list[dict] = [
+        {"case": "llama-1b, packed", "length": 2048, "sides": {"trl": side(10, 100), "finetune": side(20, 50, 0.4)}},
+        {
+            "case": "llama-1b, packed, Liger",
+            "length": 2048,
+            "sides": {"trl": side(16, 80), "finetune": side(24, 64, 0.6)},
+        },
+        {"case": "llama-1b, packed, 8192", "length": 8192, "sides": {"trl": side(99, 1), "finetune": {"error": "no"}}},
+        {"case": "llama-1b, GaLore", "length": 2048, "sides": {"finetune": side(1, 40)}},
+        {"case": "llama-1b, GaLore layerwise", "length": 2048, "sides": {"finetune": side(1, 30)}},
+    ]
+    for case in cases:
+        gpu_suite._compare(case)
+    found = {each["text"]: (each["value"], each["met"]) for each in gpu_suite.bars(cases)}
+    assert found["llama-1b: tokens/s against TRL's best"] == (1.5, True)
+    assert found["llama-1b: MFU of the packed full fine-tune"] == (0.6, True)
+    assert found["llama-1b, packed: peak memory as a share of TRL's"] == (0.5, True)
+    assert found["llama-1b, packed, Liger: peak memory as a share of TRL's"] == (0.8, False)
+    assert found["llama-1b, packed, 8192: peak memory as a share of TRL's"] == (None, None)
+    assert found["llama-1b, GaLore: seconds to the first step"] == (3.0, True)
+    assert found["llama-1b, GaLore: layerwise peak as a share of the ordinary one"] == (0.75, None)
+    assert found["gemma-2b: tokens/s against TRL's best"] == (None, None)
+
+
+@pytest.mark.slow
+def test_the_gpu_suite_runs_every_path_on_a_tiny_model(tmp_path: Path) -> None:
+    order = [sys.executable, str(HERE / "gpu_suite.py"), "--dry-run", "--out", str(tmp_path / "gpu.json")]
+    answer = subprocess.run(order, capture_output=True, text=True, check=False)
+    assert answer.returncode == 0, answer.stdout[-2000:]
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert found["left_out"] == []
+    assert len(found["cases"]) == len(gpu_suite.RUNS)

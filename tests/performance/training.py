@@ -3,8 +3,10 @@
 import tempfile
 from typing import Any
 
-from harness import Pause, clock, resident_mib, since
-from workloads import make_llama, token_rows, tokenizer
+import numpy as np
+from harness import OURS, Case, Pause, clock, reset_peak, resident_mib, since
+from machine import floor_seconds, peaks, training_work
+from workloads import SHAPES, lengths, make_llama, token_rows, tokenizer
 
 LIBRARIES = ("trl", "transformers", "finetune")
 
@@ -68,6 +70,10 @@ class _Windows:
             return
         measure = since(self.clock)
         losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+        tokens = [entry["num_tokens"] for entry in state.log_history if "num_tokens" in entry]
+        if tokens and state.global_step > self.steps:
+            # The log is one window behind: tokens of all steps but this window's.
+            measure["tokens_per_step"] = tokens[-1] / (state.global_step - self.steps)
         extra = {"losses": losses, "base_mib": self.base, "peak_rss_mib": resident_mib("VmHWM")}
         if self.profiler is not None:
             self.profiler.__exit__(None, None, None)
@@ -83,6 +89,7 @@ class _Windows:
             activities = [torch.profiler.ProfilerActivity.CPU]
             self.profiler = torch.profiler.profile(activities=activities, profile_memory=True)
             self.profiler.__enter__()
+        reset_peak()
         self.clock = clock()
 
 
@@ -108,13 +115,55 @@ def train(side: str, settings: dict[str, Any], pause: Pause) -> None:
     args = arguments(side, {"max_steps": 10_000, "num_train_epochs": 1, **settings["args"]})
     options: dict[str, Any] = {"processing_class": tokenizer(settings["vocab_size"])}
     if library_of(side) == "transformers":
-        rows, options = _for_transformers(rows), {"data_collator": padding_collator}
+        rows, options = for_transformers(rows), {"data_collator": padding_collator}
     callbacks = [Windows(settings["steps"], pause, settings.get("ledger", False))]
     trainer = trainer_class(model=model, args=args, train_dataset=rows, callbacks=callbacks, **options)
     trainer.train()
 
 
-def _for_transformers(rows: Any) -> Any:
+def training_floor(
+    case: Case, against: str, ours: str = OURS, measured: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Returns how fast the steps of `ours` could be on this machine, and the ratio to `against` at that floor.
+
+    Counted is what the side's settings ask for and nothing else (see `machine.training_work`): the products of the
+    tokens that are no padding, the head for the supervised ones, AdamW's bytes. `measured` are the machine's peaks.
+    """
+    measured = measured or peaks()
+    settings = case.result["settings"]["sides"][ours]
+    args, shape = settings["args"], SHAPES[settings["shape"]]
+    width, layers = shape["hidden_size"], shape["num_hidden_layers"]
+    heads = shape["num_attention_heads"]
+    keys = shape.get("num_key_value_heads", heads) * (width // heads)
+    counts = np.full(1, settings["length"]) if "length" in settings else lengths(settings["rows"])
+    drawn = case.rounds[-1][ours].get("tokens_per_step")
+    tokens = drawn or float(counts.mean()) * args["per_device_train_batch_size"]
+    operations, moved = training_work(
+        blocks=layers * (2 * width * width + 2 * width * keys + 3 * width * shape["intermediate_size"]),
+        head=settings["vocab_size"] * width,
+        layers=layers,
+        width=width,
+        tokens=tokens,
+        supervised=0.4 * tokens,
+        context=float((counts**2).sum() / counts.sum()),
+        recomputed=args.get("gradient_checkpointing", True),
+    )
+    dtype = "bfloat16" if args["bf16"] else "float32"
+    seconds = floor_seconds(operations, moved, dtype, measured)
+    theirs, mine = (float(np.mean(case.values(side, "seconds"))) / settings["steps"] for side in (against, ours))
+    peak, speed = measured[f"{dtype}_gflops"], measured["gb_per_second"]
+    return {
+        "operations": operations,
+        "bytes": moved,
+        "seconds": seconds,
+        "best_possible": theirs / seconds,
+        "ours_over_floor": mine / seconds,
+        "says": f"{operations / 1e9:.3g} GFLOP at the measured {peak:.0f} GFLOP/s ({dtype}) and {moved / 1e9:.2g} GB "
+        f"at {speed:.0f} GB/s take {seconds:.2g} s a step; ours takes {mine:.2g} s, {against} {theirs:.2g} s",
+    }
+
+
+def for_transformers(rows: Any) -> Any:
     """Returns rows with labels, which is what the plain Trainer wants."""
 
     def label(row: dict[str, Any]) -> dict[str, Any]:
