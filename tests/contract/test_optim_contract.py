@@ -147,7 +147,7 @@ def test_optimizers_of_other_packages_agree_and_learn(name, tmp_path):
     args = hf_args(tmp_path, optim=name, learning_rate=1e-2, weight_decay=0.1, adam_beta1=0.8)
     cls, kwargs = optimizer_cls_and_kwargs(args, model)
     their_cls, their_kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
-    assert cls is their_cls
+    assert cls is their_cls or (name == "grokadamw" and issubclass(cls, their_cls))
     # Triton is preferred by the package wherever it is installed, and fails where there is no GPU.
     assert {k: v for k, v in kwargs.items() if k != "triton"} == their_kwargs
     optimizer = build_optimizer(args, model)

@@ -1,4 +1,4 @@
-"""Exact resume: every schedule, every optimizer that keeps a state of its own, and interruptions at awkward places."""
+"""Exact resume: every schedule, and interruptions at awkward places."""
 
 import importlib.util
 from pathlib import Path
@@ -56,50 +56,6 @@ def test_schedules(name: str, tiny_llama: Any, padded_dataset: Any, tmp_path: Pa
     end = compare(tiny_llama, padded_dataset(18), tmp_path, 6, **options)
     rates = {entry["learning_rate"] for entry in end["history"] if "learning_rate" in entry}
     assert len(rates) > 1 or name in ("constant", "greedy"), "the schedule did something that could be forgotten"
-
-
-GALORE: dict[str, Any] = {
-    "optim_target_modules": [r".*attn.*", r".*mlp.*"],
-    "optim_args": "rank=4, update_proj_gap=3, scale=0.25",
-}
-# bitsandbytes quantises the state of tensors with at least 4096 values.
-OPTIMIZERS: dict[str, dict[str, Any]] = {
-    "adamw_bnb_8bit": {},
-    "lion_8bit": {},
-    "ademamix_8bit": {},
-    "galore_adamw_8bit": GALORE,
-    "galore_adamw_8bit_layerwise": GALORE,
-    "galore_adafactor_layerwise": GALORE,
-    "apollo_adamw": GALORE,
-    "muon": {},
-    "stable_adamw": {},
-    "schedule_free_adamw": {"lr_scheduler_type": "constant"},
-}
-
-
-def tensors(value: Any) -> list[torch.Tensor]:
-    """Returns all tensors of nested dicts: bitsandbytes wraps its state once more."""
-    if isinstance(value, dict):
-        return [tensor for item in value.values() for tensor in tensors(item)]
-    return [value] if isinstance(value, torch.Tensor) else []
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_optimizers(name: str, tiny_llama: Any, padded_dataset: Any, tmp_path: Path) -> None:
-    from finetune.errors import ArgumentError
-
-    wide = {"hidden_size": 64, "intermediate_size": 128}
-
-    def model() -> Any:
-        return tiny_llama(**wide)
-
-    try:
-        end = compare(model, padded_dataset(18), tmp_path, 5, optim=name, **OPTIMIZERS[name])
-    except ArgumentError as error:
-        assert "pip install" in str(error)
-        pytest.skip(str(error))
-    if name in ("adamw_bnb_8bit", "lion_8bit", "ademamix_8bit"):
-        assert torch.uint8 in {tensor.dtype for tensor in tensors(end["optimizer"])}, "some state is in 8 bits"
 
 
 class Stop(finetune.TrainerCallback):

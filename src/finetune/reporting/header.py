@@ -3,6 +3,7 @@
 import logging
 import sys
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -102,9 +103,12 @@ def log_start(trainer: Any, run: Any) -> None:
 
     Quiet inside a hyperparameter search.
     """
-    run.ledger, run.precision = RunLedger(trainer.model, run.optimizer, trainer.args), LivePrecision(trainer.args)
+    speaks = run.trial is None and _speaks(trainer.args, trainer.is_world_process_zero())
+    announce = partial(_write_row, "dtypes") if speaks else None
+    run.ledger = RunLedger(trainer.model, run.optimizer, trainer.args)
+    run.precision = LivePrecision(trainer.args, announce)
     run.observers = [run.precision, run.ledger]
-    if run.trial is None and _speaks(trainer.args, trainer.is_world_process_zero()):
+    if speaks:
         lines = start_lines(
             model=trainer.model, args=trainer.args, optimizer=run.optimizer, plan=run.plan, state=trainer.state,
             ledger=run.ledger, loss=getattr(trainer, "describe_loss", str)(),
@@ -132,6 +136,10 @@ def _speaks(args: Any, is_first: bool) -> bool:
 
 def _write(title: str, lines: Iterable[str]) -> None:
     print("\n".join([title, *lines]), file=sys.stderr, flush=True)
+
+
+def _write_row(name: str, text: str) -> None:
+    _write("After the first step", [f"  {name}  {text}"])
 
 
 def _model_name(model: Any) -> str:

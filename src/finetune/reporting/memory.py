@@ -174,7 +174,7 @@ def take_ledger(model: nn.Module, optimizer: Any = None) -> Ledger:
 def bytes_of(tensors: Iterable[Tensor], seen: set[int]) -> int:
     """Returns the memory of `tensors` on this process; memory that is in `seen` counts no more."""
     total = 0
-    for tensor in (part for each in tensors for part in _stored(each)):
+    for tensor in (part for each in tensors for part in stored(each)):
         if tensor.device.type == "meta":
             continue
         storage = tensor.untyped_storage()
@@ -185,7 +185,7 @@ def bytes_of(tensors: Iterable[Tensor], seen: set[int]) -> int:
     return total
 
 
-def _stored(tensor: Tensor) -> Iterator[Tensor]:
+def stored(tensor: Tensor) -> Iterator[Tensor]:
     """Yields the tensors in which `tensor` has its values on this process: its shard, or what a quantised one holds."""
     local: Any = getattr(tensor, "to_local", None)
     tensor = local() if local is not None else tensor
@@ -194,7 +194,7 @@ def _stored(tensor: Tensor) -> Iterator[Tensor]:
         yield tensor
         return
     for name in names()[0]:
-        yield from _stored(getattr(tensor, name))
+        yield from stored(getattr(tensor, name))
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

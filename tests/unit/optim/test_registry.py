@@ -106,24 +106,52 @@ def test_learning_rate_groups_follow_the_schedule(model):
 
 TORCH_ONLY = ["adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop", "asgd", "adadelta"]
 TORCH_ONLY += ["rprop", "adam", "nadam", "radam", "adamax", "muon"]
-EIGHT_BIT = ["adamw_8bit", "paged_adamw_8bit", "lion_8bit", "ademamix_8bit", "rmsprop_bnb_8bit", "paged_adamw_32bit"]
+BITSANDBYTES = [
+    *("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "ademamix", "ademamix_8bit"),
+    *("paged_ademamix_32bit", "paged_ademamix_8bit", "lion_8bit", "lion_32bit", "paged_lion_8bit", "paged_lion_32bit"),
+    *("rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit"),
+]
+OTHERS = ["schedule_free_adamw", "schedule_free_radam", "schedule_free_sgd", "stable_adamw", "grokadamw"]
+LOW_RANK = ["galore_adamw", "galore_adamw_8bit", "galore_adafactor", "apollo_adamw"]
+ELSEWHERE = {
+    # They update, or project, inside backward: tests/trajectories/test_resume_optimizers.py, tests/numerics.
+    *("lomo", "apollo_adamw_layerwise", "galore_adamw_layerwise", "galore_adamw_8bit_layerwise"),
+    "galore_adafactor_layerwise",
+    # They compile for half a minute: tests/trajectories/test_resume_optimizers.py.
+    *("adamw_torch_4bit", "adamw_torch_8bit"),
+    # They need another device or a package that nobody publishes.
+    *("adamw_torch_xla", "adamw_torch_npu_fused", "adamw_anyprecision", "adalomo"),
+}
 
 
-@pytest.mark.parametrize("optim", TORCH_ONLY + EIGHT_BIT)
+def test_every_optimizer_is_listed():
+    tested = {*TORCH_ONLY, *BITSANDBYTES, *OTHERS, *LOW_RANK}
+    assert tested | ELSEWHERE == set(registry.optimizer_names()) and not tested & ELSEWHERE
+
+
+@pytest.mark.parametrize("optim", TORCH_ONLY + BITSANDBYTES + OTHERS + LOW_RANK)
 def test_each_learns_and_resumes_bit_exactly_from_tensors_only(optim, tmp_path):
-    if optim in EIGHT_BIT:
+    changes = {"learning_rate": 1e-2, "seed": 0}
+    if optim in BITSANDBYTES or optim.endswith("8bit"):
         pytest.importorskip("bitsandbytes")
+    if optim in LOW_RANK:
+        changes |= {"optim_target_modules": ["^0$"], "optim_args": "rank=4, update_proj_gap=3, scale=1.0"}
 
     def fresh():
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 8))
-        return model, build_optimizer(arguments(optim, learning_rate=1e-2), model)
+        try:
+            return model, build_optimizer(arguments(optim, **changes), model)
+        except ArgumentError as error:
+            assert "pip install" in str(error)
+            pytest.skip(str(error))
 
     torch.manual_seed(1)
     inputs, wanted = torch.randn(32, 64), torch.randn(32, 8)
 
     def train(model, optimizer, steps):
         losses = []
+        getattr(optimizer, "train", bool)()
         for _ in range(steps):
             loss = (model(inputs) - wanted).square().mean()
             loss.backward()
@@ -134,10 +162,12 @@ def test_each_learns_and_resumes_bit_exactly_from_tensors_only(optim, tmp_path):
 
     model, optimizer = fresh()
     first = train(model, optimizer, 6)
+    getattr(optimizer, "eval", bool)()
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "x.pt")
     rest = train(model, optimizer, 4)
     saved = torch.load(tmp_path / "x.pt", weights_only=True)
     model, optimizer = fresh()
+    getattr(optimizer, "eval", bool)()
     model.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])
     assert train(model, optimizer, 4) == rest
@@ -167,3 +197,36 @@ def test_embeddings_keep_wide_states_under_8_bit_adam():
     optimizer.step()
     assert optimizer.state[model[0].weight]["state1"].dtype == torch.float32
     assert optimizer.state[model[1].weight]["state1"].dtype == torch.uint8
+
+
+def test_grokadamw_takes_the_steps_of_its_package():
+    package = pytest.importorskip("grokadamw")
+    weights = []
+    for build in ("ours", "theirs"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
+        optimizer = build_optimizer(arguments("grokadamw"), model)
+        if build == "theirs":
+            optimizer = package.GrokAdamW(
+                [{k: g[k] for k in ("params", "weight_decay")} for g in optimizer.param_groups], lr=1e-2
+            )
+        for _ in range(5):
+            (model(torch.ones(2, 8)) - 1).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        weights.append([p.detach().clone() for p in model.parameters()])
+    assert all(map(torch.equal, *weights))
+
+
+def test_grokadamw_does_not_configure_logging(model, monkeypatch):
+    pytest.importorskip("grokadamw")
+    import logging
+    import sys
+
+    root = logging.getLogger()
+    monkeypatch.setattr(root, "handlers", [])
+    monkeypatch.setattr(root, "level", logging.WARNING)
+    for name in [name for name in sys.modules if name.split(".")[0] == "grokadamw"]:
+        monkeypatch.delitem(sys.modules, name)
+    build_optimizer(arguments("grokadamw"), model)
+    assert root.handlers == [] and root.level == logging.WARNING

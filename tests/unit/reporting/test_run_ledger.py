@@ -1,6 +1,7 @@
 """Predicted and measured memory of real runs, and the number formats they were found to use."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from finetune import SFTConfig, SFTTrainer, Trainer, TrainingArguments
 from finetune.cli.demo import MODEL as DEMO
 from finetune.errors import ArgumentError
+from finetune.reporting.memory import bytes_of
 from finetune.reporting.precision import LivePrecision
 from finetune.reporting.report import report_from_run
 from finetune.reporting.run_ledger import FILE, RunLedger, ledger_rows
@@ -103,7 +105,68 @@ def test_bf16_that_is_not_live_is_an_error(tmp_path, capsys):
     capsys.readouterr()
     trained(tmp_path, bf16=True)
     live = "parameters float32; linear layers bfloat16; gradients float32; optimizer float32"
-    assert live in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"After the first step\n  dtypes  {live}\n" in said and said.index("After the first") < said.index("Trained")
+
+
+class Lowered(Trainer):
+    """Computes in 16 bits although nobody asked for it."""
+
+    def compute_loss(self, *args, **kwargs):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return super().compute_loss(*args, **kwargs)
+
+
+def test_autocast_that_nobody_asked_for_is_an_error(tmp_path):
+    with pytest.raises(ArgumentError, match=r"float32 and neither `bf16` nor `fp16`.*bfloat16"):
+        trained(tmp_path, Lowered)
+    trained(tmp_path, Lowered, bf16=True)
+
+
+@pytest.mark.parametrize("optim", ["adamw_bnb_8bit", "galore_adamw_8bit"])
+def test_an_8_bit_state_that_is_none_is_an_error(optim, tmp_path, capsys):
+    pytest.importorskip("bitsandbytes")
+    changes = {"optim": optim, **(GALORE if "galore" in optim else {})}
+    tiny = LlamaConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )  # fmt: skip
+    with pytest.raises(ArgumentError, match=rf"`optim={optim}`.*float32.*4,096 values"):
+        trained(tmp_path, model=LlamaForCausalLM(tiny), **changes)
+    if optim == "adamw_bnb_8bit":
+        capsys.readouterr()
+        trained(tmp_path, **changes)
+        assert "uint8" in capsys.readouterr().err
+
+
+def test_a_launcher_asks_for_precision_too():
+    model = nn.Sequential(nn.Linear(2, 2))
+    watch = LivePrecision(SimpleNamespace(bf16=False, fp16=False, mixed_precision="bf16"))
+    with pytest.raises(ArgumentError, match="asks for bfloat16"), watch.micro_batch(model):
+        model(torch.ones(1, 2))
+
+
+def test_quantised_states_count_with_what_they_hold():
+    class Packed(torch.Tensor):
+        """A float tensor on paper, bytes in memory; as torchao's states are."""
+
+        @staticmethod
+        def __new__(cls, codes):
+            return torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=torch.float32)
+
+        def __init__(self, codes):
+            self.codes, self.scale = codes, torch.ones(4)
+
+        def __tensor_flatten__(self):
+            return ["codes", "scale"], None
+
+        __torch_dispatch__ = None
+
+    packed = Packed(torch.zeros(100, dtype=torch.uint8))
+    assert bytes_of([packed], set()) == 100 + 16
+    optimizer = SimpleNamespace(state={0: {"exp_avg": packed}})
+    watch = LivePrecision(SimpleNamespace(bf16=False, fp16=False, optim="adamw_torch_8bit"))
+    watch.after_update(nn.Linear(1, 1), optimizer)
+    assert watch.text == "optimizer uint8, float32"
 
 
 def test_precision_leaves_no_hook():
@@ -140,9 +203,9 @@ def test_the_header_says_who_computes_the_loss(tmp_path, capsys, monkeypatch):
     from finetune.sft import trainer as sft
 
     for reason, text in (
-        (None, "loss         fused with the head, without logits"),
-        ("Liger's `fused_linear_cross_entropy` owns its head already", "loss         Liger's fused head"),
-        ("its head is odd", "loss         from all logits: its head is odd"),
+        (None, "loss fused with the head, without logits"),
+        ("Liger's `fused_linear_cross_entropy` owns its head already", "loss Liger's fused head"),
+        ("its head is odd", "loss from all logits: its head is odd"),
     ):
         if reason is not None:
             monkeypatch.setattr(sft, "unsupported_reason", lambda model, reason=reason: reason)
@@ -150,4 +213,4 @@ def test_the_header_says_who_computes_the_loss(tmp_path, capsys, monkeypatch):
         rows = Dataset.from_list([{"input_ids": list(range(5, 20))}])
         model = AutoModelForCausalLM.from_pretrained(DEMO, dtype="float32")
         SFTTrainer(model, args, train_dataset=rows, processing_class=AutoTokenizer.from_pretrained(DEMO)).train()
-        assert text in capsys.readouterr().err
+        assert text in re.sub(" +", " ", capsys.readouterr().err)
