@@ -246,11 +246,7 @@ def test_every_goal_of_the_gpu_is_computed() -> None:
     liger = side(24, 64, 0.6)
     cases: list[dict] = [
         {"case": "llama-1b, packed", "length": 2048, "sides": {"trl": side(10, 100), "finetune": side(20, 50, 0.4)}},
-        {
-            "case": "llama-1b, packed, Liger",
-            "length": 2048,
-            "sides": {"trl": side(16, 80), "finetune": side(24, 64, 0.6)},
-        },
+        {"case": "llama-1b, packed, Liger", "length": 2048, "sides": {"trl": side(16, 80), "finetune": liger}},
         {"case": "llama-1b, packed, 8192", "length": 8192, "sides": {"trl": side(99, 1), "finetune": {"error": "no"}}},
         {"case": "llama-1b, GaLore", "length": 2048, "sides": {"finetune": side(1, 40)}},
         {"case": "llama-1b, GaLore layerwise", "length": 2048, "sides": {"finetune": side(1, 30)}},
