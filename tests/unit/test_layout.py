@@ -25,7 +25,7 @@ ALLOWED = {
     "peft": ["models/adapters.py", "checkpoint/weights.py", "cli/script_arguments.py"],
     "liger_kernel": ["kernels/liger.py"],
     "bitsandbytes": ["optim/builders.py", "optim/galore_rules.py", "models/load.py"],
-    "deepspeed": ["distributed/", "checkpoint/backends.py", "arguments/distributed.py"],
+    "deepspeed": ["distributed/", "checkpoint/backends.py", "checkpoint/gathered.py", "arguments/distributed.py"],
 }
 # Too slow to import before they are used.
 LAZY = {

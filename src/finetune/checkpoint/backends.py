@@ -5,7 +5,6 @@ their files legitimately name.
 """
 
 import contextlib
-import functools
 import inspect
 import io
 import logging
@@ -13,12 +12,11 @@ import os
 import pickle
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from finetune.checkpoint import layout
 from finetune.checkpoint.rng import numpy_array_globals
@@ -84,42 +82,6 @@ def owns_schedule(accelerator: Any, lr_scheduler: Any) -> bool:
     return isinstance(lr_scheduler, DeepSpeedSchedulerWrapper)
 
 
-@dataclass(frozen=True)
-class Gathered:
-    """What `save_model` has to write. `state_dict` is None when the model can be asked itself. `skip`: the shards
-    are written with the optimizer, and there is nothing else to write. `engine_format`: DeepSpeed cannot gather
-    (`stage3_gather_16bit_weights_on_model_save` is off), so its own format has to do."""
-
-    state_dict: dict[str, Tensor] | None = None
-    skip: bool = False
-    engine_format: bool = False
-
-
-def gather_weights(accelerator: Any, model: nn.Module, model_wrapped: Any, *, for_checkpoint: bool) -> Gathered:
-    """Returns the whole weights of a sharded model. A collective: called on all processes.
-
-    With `for_checkpoint` a model of FSDP's `SHARDED_STATE_DICT` is not gathered: its shards are the checkpoint.
-    """
-    if uses_fsdp(accelerator):
-        kind = str(accelerator.state.fsdp_plugin.state_dict_type)
-        if for_checkpoint and "FULL_STATE_DICT" not in kind:
-            return Gathered(skip=True)
-        return Gathered(accelerator.get_state_dict(model))
-    if uses_deepspeed(accelerator):
-        zero3 = model_wrapped.config.get("zero_optimization", {}).get("stage") == 3
-        if zero3 and not model_wrapped.zero_gather_16bit_weights_on_model_save():
-            logger.warning(
-                "`stage3_gather_16bit_weights_on_model_save` is off: the weights are written in DeepSpeed's own "
-                "format; `zero_to_fp32.py` beside them makes a model of them."
-            )
-            return Gathered(engine_format=True)
-        if zero3 and _has_adapters(model) and _accepts_exclusion(model_wrapped):
-            gather = model_wrapped._zero3_consolidated_16bit_state_dict
-            return Gathered(gather(exclude_frozen_parameters=True))
-        return Gathered(accelerator.get_state_dict(model_wrapped))
-    return Gathered()
-
-
 def save_engine_weights(output_dir: str | os.PathLike[str], model: nn.Module, model_wrapped: Any) -> None:
     """Writes the weights in DeepSpeed's own format."""
     _save_deepspeed(Path(output_dir), model, model_wrapped)
@@ -141,7 +103,7 @@ def load_sharded_weights(
                     f"`{folder}` was not written by DeepSpeed: no `global_step*` folder. Resume with the same "
                     "distributed setup, or pass another `resume_from_checkpoint`."
                 )
-            loaded, _ = model_wrapped.load_checkpoint(str(folder), load_module_strict=not _has_adapters(model))
+            loaded, _ = model_wrapped.load_checkpoint(str(folder), load_module_strict=not has_adapters(model))
             if loaded is None:
                 raise CheckpointError(f"DeepSpeed found nothing to load in `{folder}`.")
         else:
@@ -149,52 +111,6 @@ def load_sharded_weights(
 
             plugin = accelerator.state.fsdp_plugin
             load_fsdp_model(plugin, accelerator, model_wrapped, str(folder), **_adapter_only(load_fsdp_model, plugin))
-
-
-@contextlib.contextmanager
-def naming_as_unsharded(model: Any) -> Iterator[None]:
-    """Within, PEFT finds the names of an adapter's tensors in a model that FSDP1 wraps; other models stay as they are.
-
-    PEFT looks for them under the names of the modules, which FSDP1 wraps one by one, and would save not a single one.
-    For `modules_to_save` it asks each module for its `state_dict`, and needs only the names; under FSDP1 that gathers,
-    and the one process that writes would wait for the others for ever.
-    """
-    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is None or not any(isinstance(module, fsdp.FullyShardedDataParallel) for module in model.modules()):
-        yield
-        return
-    original = model.named_modules
-
-    def named_modules(*args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
-        for name, module in original(*args, **kwargs):
-            yield _without_wrapper(name), module
-
-    holders = [getattr(module, "modules_to_save", None) for module in model.modules()]
-    saved: list[Any] = [part for kept in holders if isinstance(kept, nn.ModuleDict) for part in kept.values()]
-    model.named_modules = named_modules
-    for part in saved:
-        part.state_dict = functools.partial(_names_of_tensors, part)
-    try:
-        yield
-    finally:
-        del model.named_modules
-        for part in saved:
-            del part.state_dict
-
-
-def _names_of_tensors(module: nn.Module) -> dict[str, None]:
-    """Returns the names in the `state_dict` of a module that FSDP1 has wrapped, without gathering."""
-    volatile = {
-        _without_wrapper(f"{name}.{buffer}" if name else buffer)
-        for name, part in module.named_modules()
-        for buffer in part._non_persistent_buffers_set
-    }
-    names = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
-    return dict.fromkeys(name for name in map(_without_wrapper, names) if name not in volatile)
-
-
-def _without_wrapper(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part != "_fsdp_wrapped_module")
 
 
 @contextlib.contextmanager
@@ -272,21 +188,21 @@ def restoring(path: Path) -> Iterator[None]:
 
 
 def _save_deepspeed(folder: Path, model: nn.Module, engine: Any) -> None:
-    exclude = _accepts_exclusion(engine) and _has_adapters(model)
+    exclude = accepts_exclusion(engine) and has_adapters(model)
     engine.save_checkpoint(str(folder), **({"exclude_frozen_parameters": True} if exclude else {}))
 
 
-def _has_adapters(model: nn.Module) -> bool:
+def has_adapters(model: nn.Module) -> bool:
     # What is loaded into is the engine around the model, and the adapter's checkpoint lacks the frozen weights.
     return is_peft_model(unwrap(model, keep_adapters=True))
 
 
-def _accepts_exclusion(engine: Any) -> bool:
+def accepts_exclusion(engine: Any) -> bool:
     return "exclude_frozen_parameters" in inspect.signature(engine.save_checkpoint).parameters
 
 
 def _adapter_only(function: Any, plugin: Any) -> dict[str, bool]:
-    # Under FSDP1 PEFT finds none of the adapter's tensors (see `naming_as_unsharded`), and nobody would notice.
+    # Under FSDP1 PEFT finds none of the adapter's tensors (`gathered.naming_as_unsharded`); nobody would notice.
     wanted = int(getattr(plugin, "fsdp_version", 1)) != 1
     return {"adapter_only": wanted} if "adapter_only" in inspect.signature(function).parameters else {}
 

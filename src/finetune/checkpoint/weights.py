@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from finetune.checkpoint import backends, files, layout
+from finetune.checkpoint import backends, files, gathered, layout
 from finetune.checkpoint.writer import CheckpointWriter
 from finetune.errors import CheckpointError
 from finetune.models.adapters import is_peft_model, unwrap
@@ -35,17 +35,17 @@ def save_model(
     `for_checkpoint`: shards that the optimizer's files will hold are not gathered. A user who calls `save_model` gets
     whole weights also then.
     """
-    gathered = backends.gather_weights(accelerator, model, model_wrapped, for_checkpoint=for_checkpoint)
-    if gathered.skip:
+    found = gathered.gather_weights(accelerator, model, model_wrapped, for_checkpoint=for_checkpoint)
+    if found.skip:
         return
-    if gathered.engine_format:
+    if found.engine_format:
         save(str(output_dir), state_dict={})
         if accelerator.is_main_process:
             for name in (layout.WEIGHTS, layout.PICKLED_WEIGHTS):
                 (Path(output_dir) / name).unlink(missing_ok=True)
         backends.save_engine_weights(output_dir, model, model_wrapped)
-    elif gathered.state_dict is not None:
-        save(str(output_dir), state_dict=gathered.state_dict)
+    elif found.state_dict is not None:
+        save(str(output_dir), state_dict=found.state_dict)
     else:
         save(str(output_dir))
 
@@ -76,9 +76,9 @@ def write_model(
         target: Any = unwrap(model, keep_adapters=True)
         in_background = writer is not None and writer.collects and not (is_peft_model(target) or joins_gather)
         if state_dict is not None or in_background or not hasattr(target, "save_pretrained"):
-            gathered = state_dict is not None
+            was_gathered = state_dict is not None
             state_dict = without_wrapper_prefixes(target.state_dict() if state_dict is None else state_dict)
-            if gathered:
+            if was_gathered:
                 state_dict = without_tied_copies(state_dict, target)
         if in_background:
             assert writer is not None
@@ -97,14 +97,27 @@ def write_model(
 def _write_weights(target: Any, folder: Path, state_dict: dict[str, Tensor] | None, is_writer: bool) -> None:
     with files.writing(folder):
         if hasattr(target, "save_pretrained"):
-            with _without_progress_bar(), backends.naming_as_unsharded(target):
+            with _without_progress_bar(), gathered.naming_as_unsharded(target):
                 target.save_pretrained(str(folder), state_dict=state_dict, is_main_process=is_writer)
+            if is_writer and state_dict is not None:
+                _state_number_format(folder / "config.json", state_dict)
         elif is_writer:
             from safetensors.torch import save_file
 
             assert state_dict is not None
             tensors, aliases = without_aliases(state_dict)
             save_file(tensors, folder / layout.WEIGHTS, metadata={"format": "pt", **aliases})
+
+
+def _state_number_format(config: Path, state_dict: dict[str, Tensor]) -> None:
+    """Makes `config.json` name the format of the weights that were saved, not that of a model which was cast."""
+    kinds = {str(tensor.dtype).removeprefix("torch.") for tensor in state_dict.values() if tensor.is_floating_point()}
+    if len(kinds) != 1 or not config.is_file():
+        return
+    content = json.loads(config.read_text(encoding="utf-8"))
+    if "dtype" in content and content["dtype"] not in kinds:
+        content["dtype"] = kinds.pop()
+        config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager

@@ -36,6 +36,7 @@ def build_accelerator(args: Any, model: nn.Module | None = None) -> Accelerator:
     _check_arguments(args)
     accelerator = Accelerator(**accelerator_kwargs(args, model))
     _check_sharding(accelerator, args)
+    _sum_in_float32(accelerator)
     if zero_stage(accelerator) is not None and getattr(args, "hf_deepspeed_config", None) is None:
         fill_deepspeed_config(accelerator, args)
     verify_what_runs(accelerator, args)
@@ -199,6 +200,30 @@ def _check_sharding(accelerator: Any, args: Any) -> None:
             "`auto_find_batch_size=True` does not work with ZeRO-3. Use ZeRO-1 or 2, FSDP, or set "
             "`per_device_train_batch_size` yourself."
         )
+
+
+def _sum_in_float32(accelerator: Any) -> None:
+    """Replaces the precision that accelerate gives FSDP by one that computes in it and adds up in float32, as DDP does.
+
+    accelerate's would round the loss to 3 digits (FSDP2 casts what the model returns), add up gradients in bfloat16,
+    and round the angles of rotary embeddings (buffers, FSDP1). A policy of the user's own stays.
+    """
+    version = fsdp_version(accelerator)
+    if version is None:
+        return
+    import torch
+    from torch.distributed import fsdp
+
+    plugin = accelerator.state.fsdp_plugin
+    for low in (torch.bfloat16, torch.float16):
+        if version == 1:
+            given: Any = fsdp.MixedPrecision(param_dtype=low, reduce_dtype=low, buffer_dtype=low)
+            wanted: Any = fsdp.MixedPrecision(param_dtype=low, reduce_dtype=torch.float32, buffer_dtype=torch.float32)
+        else:
+            given = fsdp.MixedPrecisionPolicy(param_dtype=low, reduce_dtype=low, output_dtype=low)
+            wanted = fsdp.MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32)
+        if plugin.mixed_precision_policy == given:
+            plugin.mixed_precision_policy = wanted
 
 
 def _loader_configuration(args: Any) -> Any:

@@ -102,9 +102,23 @@ def _prepare_deepspeed(
             lr_scheduler_callable=lambda real: create_scheduler(num_training_steps=max_steps, optimizer=real),
         )
     objects = (model, optimizer) if scheduler is None else (model, optimizer, scheduler)
+    types = _weight_types(model)
     prepared = Prepared(*accelerator.prepare(*objects))
+    prepared.model.weight_types = types  # pyright: ignore[reportArgumentType,reportAttributeAccessIssue]
     verify_prepared(accelerator, prepared.model)
     return prepared
+
+
+def _weight_types(model: Any) -> dict[str, Any]:
+    """Returns the number format of each weight by name, as it was loaded: DeepSpeed casts the model to `bf16`."""
+    import torch
+
+    asked = getattr(getattr(model, "config", None), "dtype", None)
+    return {
+        # ZeRO-3 has cast what was loaded under `zero.Init`; the configuration says what it was.
+        name: asked if hasattr(parameter, "ds_id") and isinstance(asked, torch.dtype) else parameter.dtype
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
 
 
 def prepare_for_evaluation(accelerator: Any, model: nn.Module) -> nn.Module:

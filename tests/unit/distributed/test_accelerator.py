@@ -4,10 +4,12 @@ import copy
 from types import SimpleNamespace
 
 import pytest
+import torch
 from accelerate.utils import DistributedType
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from finetune.distributed.accelerator import (
+    _sum_in_float32,
     accelerator_kwargs,
     build_accelerator,
     fsdp_version,
@@ -135,3 +137,23 @@ def test_rules_of_sharded_runs(tmp_path) -> None:
         _check_sharding(accelerator, SimpleNamespace(**base))
         with pytest.raises(ArgumentError, match=match):
             _check_sharding(accelerator, SimpleNamespace(**{**base, **change}))
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_fsdp_computes_in_bf16_and_adds_up_in_float32(version: int) -> None:
+    from accelerate.utils import FullyShardedDataParallelPlugin
+
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=version)
+    plugin.set_mixed_precision("bf16")
+    accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin))
+    _sum_in_float32(accelerator)
+    policy = plugin.mixed_precision_policy
+    assert (policy.param_dtype, policy.reduce_dtype) == (torch.bfloat16, torch.float32)
+    if version == 1:
+        assert policy.buffer_dtype == torch.float32
+    else:
+        assert policy.output_dtype is None, "the loss would be rounded to 3 digits"
+    own = type(policy)(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16)
+    plugin.mixed_precision_policy = own
+    _sum_in_float32(accelerator)
+    assert plugin.mixed_precision_policy is own, "the user's own"
