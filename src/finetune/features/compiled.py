@@ -83,15 +83,20 @@ def _check_backend(backend: str) -> None:
         ) from error
 
 
-def length_bucket(max_length: int | None) -> int:
+def length_bucket(max_length: int | None, positions: int | None = None) -> int:
     """Returns the multiple that compiled batches are padded to: at most eight lengths up to `max_length`.
 
-    >>> length_bucket(4096), length_bucket(192), length_bucket(None)
-    (512, 64, 64)
+    Smaller where padding the longest row would need more than `positions`, the most that the model has.
+
+    >>> length_bucket(4096), length_bucket(192), length_bucket(None), length_bucket(100, 120)
+    (512, 64, 64, 16)
     """
     bucket = 64
     while max_length is not None and bucket * 8 < max_length:
         bucket *= 2
+    longest = max_length or positions or 0
+    while positions is not None and bucket > 1 and -(-longest // bucket) * bucket > max(positions, longest):
+        bucket //= 2
     return bucket
 
 

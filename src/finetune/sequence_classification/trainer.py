@@ -16,6 +16,7 @@ from finetune.data.rows import IGNORE_INDEX
 from finetune.engine import setup
 from finetune.errors import ArgumentError
 from finetune.facade.raw_rows import RawRowMethods, prepare_each
+from finetune.features.compiled import length_bucket
 from finetune.kernels.unpadded import use_unpadded_trunk
 from finetune.models.adapters import add_adapters, is_peft_model, prepare_quantized, unwrap
 from finetune.models.load import load_config, load_model, load_tokenizer
@@ -111,7 +112,7 @@ class SequenceClassificationTrainer(RawRowMethods, Trainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=data_collator or default_collator(processing_class, args.pad_to_multiple_of),
+            data_collator=data_collator or default_collator(processing_class, _multiple(args, self._max_length, model)),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -278,13 +279,28 @@ def _longest(max_length: int | None, tokenizer: Any, model: Any) -> int | None:
     A tokenizer that knows no limit says 1e30; then RoBERTa's positions count, which start behind the padding token.
     """
     limits = [max_length] if max_length is not None else []
-    config: Any = getattr(unwrap(model), "config", None)
     known = getattr(tokenizer, "model_max_length", None)
     if known is not None and known < 1e9:
         limits.append(int(known))
-    elif (positions := getattr(config, "max_position_embeddings", None)) and positions > 0:
-        limits.append(positions - (2 if "roberta" in str(getattr(config, "model_type", "")) else 0))
+    elif (positions := _positions(model)) is not None:
+        limits.append(positions)
     return min(limits) if limits else None
+
+
+def _positions(model: Any) -> int | None:
+    """Returns how many tokens `model` has positions for, None where it sets no limit."""
+    config: Any = getattr(unwrap(model), "config", None)
+    positions = getattr(config, "max_position_embeddings", None)
+    if not positions or positions < 0:
+        return None
+    return positions - (2 if "roberta" in str(getattr(config, "model_type", "")) else 0)
+
+
+def _multiple(args: SequenceClassificationConfig, max_length: int | None, model: Any) -> int | None:
+    """Returns what batches are padded to a multiple of: compiled layers want few different lengths."""
+    if args.pad_to_multiple_of is not None or args.torch_compile_backend is None:
+        return args.pad_to_multiple_of
+    return length_bucket(max_length, _positions(model))
 
 
 def _settle_padding(tokenizer: Any, model: Any, pad_token: str | None, dataset: Any) -> None:

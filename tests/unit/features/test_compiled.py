@@ -91,6 +91,14 @@ def test_outermost_lists_count():
 
 def test_buckets():
     assert [length_bucket(n) for n in (None, 64, 512, 513, 4096)] == [64, 64, 64, 128, 512]
+    # No row is padded beyond the positions that the model has.
+    assert [length_bucket(*pair) for pair in ((500, 512), (100, 120), (40, 40), (None, 40), (7, 7))] == [
+        64,
+        16,
+        8,
+        8,
+        1,
+    ]
 
 
 def test_sft_pads_to_few_lengths_and_saves_plain_names(tmp_path):

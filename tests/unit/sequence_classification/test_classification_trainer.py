@@ -319,3 +319,17 @@ def test_rows_that_only_keep_processes_in_step_count_nothing(kind: str) -> None:
     nothing = loss_sum(logits, torch.full_like(labels, -100), task, None, 0.0)
     nothing.backward()
     assert nothing.item() == 0 and logits.grad is not None and not logits.grad.any()
+
+
+def test_compiled_layers_see_few_lengths(bert: str, tmp_path: Path) -> None:
+    data = Dataset.from_dict({"text": ["the " * (1 + i % 40) for i in range(64)], "label": ["a", "b"] * 32})
+    found = {}
+    for name, options in {"compiled": {}, "asked": {"pad_to_multiple_of": 8}}.items():
+        args = config(tmp_path, torch_compile_backend="eager", max_length=50, **options)
+        trainer = finetune.SequenceClassificationTrainer(model=bert, args=args, train_dataset=data)
+        found[name] = {batch["input_ids"].shape[1] for batch in trainer.get_train_dataloader()}
+        if name == "compiled":
+            trainer.train()
+            assert trainer.state.log_history[-2]["compiled_graphs"] <= 2.0
+    # 64 is both the bucket and the most positions that this model has.
+    assert found["compiled"] == {64} and len(found["asked"]) > 2
