@@ -41,7 +41,7 @@ def save_model(
     if found.engine_format:
         save(str(output_dir), state_dict={})
         if accelerator.is_main_process:
-            for name in (layout.WEIGHTS, layout.PICKLED_WEIGHTS):
+            for name in (layout.WEIGHTS, layout.PICKLED_WEIGHTS, layout.ADAPTER_WEIGHTS):
                 (Path(output_dir) / name).unlink(missing_ok=True)
         backends.save_engine_weights(output_dir, model, model_wrapped)
     elif found.state_dict is not None:
@@ -97,10 +97,13 @@ def write_model(
 def _write_weights(target: Any, folder: Path, state_dict: dict[str, Tensor] | None, is_writer: bool) -> None:
     with files.writing(folder):
         if hasattr(target, "save_pretrained"):
+            # Before saving, which takes the tensors out of it.
+            formats = {tensor.dtype for tensor in (state_dict or {}).values() if tensor.is_floating_point()}
             with _without_progress_bar(), gathered.naming_as_unsharded(target):
                 target.save_pretrained(str(folder), state_dict=state_dict, is_main_process=is_writer)
-            if is_writer and state_dict is not None:
-                _state_number_format(folder / "config.json", state_dict)
+            if is_writer and formats:
+                _state_number_format(folder / "config.json", formats)
+                _require_tensors(layout.adapter_file(folder))
         elif is_writer:
             from safetensors.torch import save_file
 
@@ -109,15 +112,24 @@ def _write_weights(target: Any, folder: Path, state_dict: dict[str, Tensor] | No
             save_file(tensors, folder / layout.WEIGHTS, metadata={"format": "pt", **aliases})
 
 
-def _state_number_format(config: Path, state_dict: dict[str, Tensor]) -> None:
+def _state_number_format(config: Path, formats: set[Any]) -> None:
     """Makes `config.json` name the format of the weights that were saved, not that of a model which was cast."""
-    kinds = {str(tensor.dtype).removeprefix("torch.") for tensor in state_dict.values() if tensor.is_floating_point()}
-    if len(kinds) != 1 or not config.is_file():
+    if len(formats) != 1 or not config.is_file():
         return
+    name = str(formats.pop()).removeprefix("torch.")
     content = json.loads(config.read_text(encoding="utf-8"))
-    if "dtype" in content and content["dtype"] not in kinds:
-        content["dtype"] = kinds.pop()
+    if content.get("dtype", name) != name:
+        content["dtype"] = name
         config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _require_tensors(adapter: Path | None) -> None:
+    """Raises `CheckpointError` when PEFT found none of the adapter's tensors among those that were gathered."""
+    if adapter is not None and not read_tensors(adapter):
+        raise CheckpointError(
+            f"`{adapter}` was written without a tensor: PEFT found none of the adapter's in the weights gathered from "
+            "all processes. Use another way to share the model out (`accelerate_configs/fsdp2.yaml` or `zero2.yaml`)."
+        )
 
 
 @contextlib.contextmanager

@@ -292,3 +292,20 @@ def test_index_with_a_lost_shard(tmp_path: Path) -> None:
     (tmp_path / next(iter(weight_map.values()))).unlink()
     with pytest.raises(CheckpointError, match="missing or damaged"):
         weights.load_weights(tmp_path, llama())
+
+
+def test_gathered_weights_without_the_adapter_are_refused(tmp_path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(llama(), LoraConfig(target_modules=["q_proj"]))
+    gathered = dict(model.state_dict())
+    weights.write_model(tmp_path / "whole", gathered, model=model, args=arguments())
+    base = {name: tensor for name, tensor in gathered.items() if "lora_" not in name}
+    with pytest.raises(CheckpointError, match="without a tensor"):
+        weights.write_model(tmp_path / "lost", base, model=model, args=arguments())
+
+
+def test_config_names_the_format_of_gathered_weights(tmp_path) -> None:
+    masters = {name: tensor.clone() for name, tensor in llama().state_dict().items()}
+    weights.write_model(tmp_path, masters, model=llama().bfloat16(), args=arguments())
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "float32"
