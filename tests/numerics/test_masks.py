@@ -264,7 +264,7 @@ def test_completion_masks_of_random_rows(variant: str, tokenizer: Any, monkeypat
     elif variant == "trims offsets":
         own.backend_tokenizer.post_processor = ByteLevel(trim_offsets=True)
     elif variant == "slow path":
-        monkeypatch.setattr("finetune.data.tokenize._plain_backend", lambda tokenizer: None)
+        monkeypatch.setattr("finetune.data.encoder._plain_backend", lambda tokenizer: None)
     processor = BatchProcessor(own, DataSettings(max_length=None), {"prompt": "a", "completion": "b"})
     has_bos = variant.startswith("adds")
 

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from finetune.data.chat import parse_json_column
+from finetune.data.encoder import Encoder
 from finetune.data.formats import (
     Columns,
     Kind,
@@ -21,7 +22,7 @@ from finetune.data.rows import WEIGHTS
 from finetune.data.settings import DataSettings
 from finetune.data.spans import ChatRenderer, RenderedBatch
 from finetune.data.templates import stop_token_ids, try_training_template
-from finetune.data.tokenize import Encoder, TokenBatch, tokenize_pairs, tokenize_plain, tokenize_spans
+from finetune.data.tokenize import TokenBatch, tokenize_pairs, tokenize_plain, tokenize_spans
 from finetune.errors import DataFormatError
 
 # Rows that are worked on together; while they are in the tokenizer, the next ones are rendered.

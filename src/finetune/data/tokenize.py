@@ -8,9 +8,7 @@ Worked example, prompt "2+2=" and completion " 4" with EOS `</s>`: ids of "2+2= 
 the completion begins at character 4, which lies in token 4, so `completion_mask` is [0, 0, 0, 0, 1, 1].
 """
 
-import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -18,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from finetune.data.chat import common_prefix_length
+from finetune.data.encoder import EncodedBatch, Encoder
 from finetune.data.span_check import Span
 from finetune.errors import DataFormatError
 
@@ -51,137 +50,6 @@ class TokenBatch:
         return np.diff(self.offsets)
 
 
-class Encoded:
-    """Token ids of one text that can say which token holds a character."""
-
-    def __init__(self, ids: list[int], encoding: Any = None, text: str = "", encoder: "Encoder | None" = None) -> None:
-        self.ids = ids
-        self._encoding = encoding
-        self._text = text
-        self._encoder = encoder
-
-    def token_at(self, character: int) -> int:
-        """Returns the index of the first token that ends after a character position (the token count if none does)."""
-        if self._encoding is None:
-            return self._token_at_by_prefix(character)
-        token = self._encoding.char_to_token(character)
-        if token is not None:
-            return token
-        # Some tokenizers leave white space out of the offsets; then no token claims it.
-        ends = np.fromiter((end for _, end in self._encoding.offsets), np.int64, len(self.ids))
-        after = ends > character
-        if character == 0:
-            # White space that opens the text is left with the span (0, 0), as special tokens are, but is none.
-            after |= ~np.array(self._encoding.special_tokens_mask, bool)
-        return int(after.argmax()) if after.any() else len(self.ids)
-
-    def starts_before(self, token: int, character: int) -> bool:
-        """Returns whether a token begins before a character position and reaches past it."""
-        if self._encoding is None or token >= len(self.ids):
-            return False
-        bounds = self._encoding.token_to_chars(token)
-        return bounds is not None and bounds[0] < character < bounds[1]
-
-    def first_character(self, token: int) -> int | None:
-        """Returns where a token begins in the text, or None for one that the tokenizer added."""
-        bounds = self._encoding.token_to_chars(token) if self._encoding is not None else None
-        return None if bounds is None else bounds[0]
-
-    def _token_at_by_prefix(self, character: int) -> int:
-        assert self._encoder is not None
-        prefix = self._encoder.encode([self._text[:character]], special=False)[0].ids
-        return common_prefix_length(prefix, self.ids)
-
-
-class Encoder:
-    """Batched access to a tokenizer: the Rust backend directly where that gives the same ids, else the tokenizer."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-        self._backend = _plain_backend(tokenizer)
-        self._turn = threading.Lock()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_turn"}  # for worker processes
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._turn = threading.Lock()
-
-    def in_turns(self, function: Callable[[Any], Any], parts: Sequence[Any]) -> list[Any]:
-        """Returns `function(part)` for each part; while one part is in the tokenizer, the next one is worked on.
-
-        Only the tokenizer runs beside other code: it needs no interpreter. Everything else is done by one thread at a
-        time, so `function` need not be safe for threads. Of several errors the first part's is raised.
-        """
-        if self._backend is None or len(parts) < 2:
-            return [function(part) for part in parts]
-        self._settle()
-
-        def run(part: Any) -> Any:
-            with self._turn:
-                return function(part)
-
-        with ThreadPoolExecutor(2, thread_name_prefix="tokenize") as pool:
-            return list(pool.map(run, parts))
-
-    def _settle(self) -> None:
-        """Switches off padding and truncation that an earlier call of the tokenizer may have left on."""
-        assert self._backend is not None
-        if self._backend.truncation is not None:
-            self._backend.no_truncation()
-        if self._backend.padding is not None:
-            self._backend.no_padding()
-
-    def encode(self, texts: Sequence[str], *, special: bool, positions: bool = False) -> list[Encoded]:
-        """Returns the encoding of each text, with special tokens added if `special`; `positions` allows `token_at`."""
-        if self._backend is not None:
-            self._settle()
-            encode = self._backend.encode_batch if positions else self._backend.encode_batch_fast
-            others_wait = self._turn.locked()
-            if others_wait:
-                self._turn.release()
-            try:
-                encodings = encode(list(texts), add_special_tokens=special)
-            finally:
-                if others_wait:
-                    self._turn.acquire()
-            return [Encoded(e.ids, e) for e in encodings]
-        output = self.tokenizer(list(texts), add_special_tokens=special, return_attention_mask=False)
-        encodings = output.encodings
-        if encodings is not None:
-            return [Encoded(e.ids, e) for e in encodings]
-        return [Encoded(ids, None, text, self) for ids, text in zip(output["input_ids"], texts, strict=True)]
-
-    def added_at_end(self) -> int:
-        """Returns how many special tokens the tokenizer itself writes after a text."""
-        whole, plain = (self.encode(["a"], special=special)[0].ids for special in (True, False))
-        starts = range(len(whole) - len(plain) + 1)
-        first = next((i for i in starts if whole[i : i + len(plain)] == plain), len(whole) - len(plain))
-        return len(whole) - first - len(plain)
-
-
-def _plain_backend(tokenizer: Any) -> Any:
-    """Returns the Rust tokenizer if the Python class around it adds nothing to `tokenizer(texts)`, else None."""
-    if not getattr(tokenizer, "is_fast", False):
-        return None
-    backend = tokenizer.backend_tokenizer
-    probes = [
-        "",
-        "a b",
-        " Hello, world! ",
-        "x\n\n\ty  é😀",
-        (tokenizer.bos_token or "") + "z" + (tokenizer.eos_token or ""),
-    ]
-    for special in (True, False):
-        backend.no_truncation()
-        backend.no_padding()
-        direct = [e.ids for e in backend.encode_batch_fast(probes, add_special_tokens=special)]
-        if direct != tokenizer(probes, add_special_tokens=special)["input_ids"]:
-            return None
-    return backend
-
-
 def join(batches: Sequence[TokenBatch]) -> TokenBatch:
     """Returns the rows of several batches, which have the same masks, as one batch."""
     lengths = np.concatenate([batch.lengths for batch in batches])
@@ -195,17 +63,10 @@ def join(batches: Sequence[TokenBatch]) -> TokenBatch:
     return TokenBatch(joined("ids"), offsets, **{name: joined(name) for name in names})
 
 
-def flatten(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (values (N,) int32, offsets (B + 1,) int64) of a list of lists."""
-    offsets = np.zeros(len(rows) + 1, np.int64)
-    np.cumsum([len(row) for row in rows], out=offsets[1:])
-    return np.fromiter(chain.from_iterable(rows), np.int32, int(offsets[-1])), offsets
-
-
 def tokenize_plain(encoder: Encoder, texts: Sequence[str], *, special: bool) -> TokenBatch:
     """Returns the tokens of texts that are trained whole: text rows (`special`) and rendered conversations."""
-    ids, offsets = flatten([encoded.ids for encoded in encoder.encode(texts, special=special)])
-    batch = TokenBatch(ids, offsets)
+    encoded = encoder.encode_batch(texts, special=special)
+    batch = TokenBatch(encoded.ids, encoded.offsets)
     return drop_doubled_bos(batch, encoder.tokenizer)
 
 
@@ -219,9 +80,9 @@ def tokenize_spans(
 
     With `weights`, one per span, every token of a span gets its weight, and all others 1.
     """
-    encoded = encoder.encode(texts, special=False, positions=True)
-    ids, offsets = flatten([e.ids for e in encoded])
-    bounds = span_tokens(encoded, spans, offsets, texts)
+    encoded = encoder.encode_batch(texts, special=False, positions=True)
+    ids, offsets = encoded.ids, encoded.offsets
+    bounds = span_tokens(encoded, spans, texts)
     batch = TokenBatch(ids, offsets, assistant_mask=_mask(bounds, len(ids)), weights=_spread(bounds, weights, len(ids)))
     return drop_doubled_bos(batch, encoder.tokenizer)
 
@@ -243,14 +104,14 @@ def tokenize_pairs(
     tokens of the whole get `BOUNDARY_MISMATCH`, rows where its characters are not get `TEMPLATE_DRIFT`; the mask is
     right in both cases, but the model sees other prompt tokens in training than in use.
     """
-    encoded = encoder.encode(texts, special=special, positions=True)
-    ids, offsets = flatten([e.ids for e in encoded])
+    encoded = encoder.encode_batch(texts, special=special, positions=True)
+    ids, offsets = encoded.ids, encoded.offsets
     borders = [common_prefix_length(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
-    starts = np.array([e.token_at(border) for e, border in zip(encoded, borders, strict=True)], np.int64)
+    starts = encoded.tokens_at(range(len(texts)), borders)
     position = np.arange(len(ids)) - np.repeat(offsets[:-1], np.diff(offsets))
     batch = TokenBatch(ids, offsets, completion_mask=position >= np.repeat(starts, np.diff(offsets)))
     if spans is not None:
-        bounds = span_tokens(encoded, spans, offsets, texts)
+        bounds = span_tokens(encoded, spans, texts)
         batch.assistant_mask, batch.weights = _mask(bounds, len(ids)), _spread(bounds, weights, len(ids))
     drifted = np.array([border < len(prompt) for border, prompt in zip(borders, prompts, strict=True)], bool)
     batch.flags[drifted] |= TEMPLATE_DRIFT
@@ -258,24 +119,25 @@ def tokenize_pairs(
     return drop_doubled_bos(batch, encoder.tokenizer)
 
 
-def span_tokens(
-    encoded: Sequence[Encoded], spans: Sequence[Sequence[Span]], offsets: np.ndarray, texts: Sequence[str]
-) -> np.ndarray:
+def span_tokens(encoded: EncodedBatch, spans: Sequence[Sequence[Span]], texts: Sequence[str]) -> np.ndarray:
     """Returns (S, 2): for each span of each row, its first token and the one behind its last, counted in the batch.
 
     A token belongs to a span when it holds at least one of its characters.
     """
+    rows = [row for row, row_spans in enumerate(spans) for _ in row_spans]
+    flat = [span for row_spans in spans for span in row_spans]
+    firsts = encoded.tokens_at(rows, [start for start, _ in flat]).tolist()
+    lasts = encoded.tokens_at(rows, [end for _, end in flat]).tolist()
+    lengths, before = np.diff(encoded.offsets).tolist(), encoded.offsets.tolist()
     bounds: list[tuple[int, int]] = []
-    for i, row_spans in enumerate(spans):
-        row, before = encoded[i], int(offsets[i])
-        for start, end in row_spans:
-            first = row.token_at(start)
-            last = len(row.ids) if end >= len(texts[i]) else row.token_at(end)
-            if last < len(row.ids) and row.starts_before(last, end):
-                last += 1
-            if last <= first:
-                raise DataFormatError(f"No token covers the characters {start} to {end} of {texts[i]!r}.")
-            bounds.append((before + first, before + last))
+    for row, (start, end), first, last in zip(rows, flat, firsts, lasts, strict=True):
+        if end >= len(texts[row]):
+            last = lengths[row]
+        elif encoded.starts_before(row, last, end):
+            last += 1
+        if last <= first:
+            raise DataFormatError(f"No token covers the characters {start} to {end} of {texts[row]!r}.")
+        bounds.append((before[row] + first, before[row] + last))
     return np.array(bounds, np.int64).reshape(-1, 2)
 
 
@@ -299,7 +161,7 @@ def _mismatched(
     encoder: Encoder,
     prompts: Sequence[str],
     texts: Sequence[str],
-    encoded: Sequence[Encoded],
+    encoded: EncodedBatch,
     borders: Sequence[int],
     starts: np.ndarray,
     special: bool,
@@ -312,28 +174,29 @@ def _mismatched(
     suspects: list[int] = []
     tails, tail_rows = [], []
     result = np.zeros(len(texts), bool)
-    for i, (row, border, start) in enumerate(zip(encoded, borders, starts.tolist(), strict=True)):
+    for i, (border, start) in enumerate(zip(borders, starts.tolist(), strict=True)):
         if border == 0:
             continue
-        cut = row.first_character(max(0, start - _TAIL_TOKENS))
-        if row.starts_before(start, border):
+        cut = encoded.first_character(i, max(0, start - _TAIL_TOKENS))
+        if encoded.starts_before(i, start, border):
             result[i] = True
         elif cut is None or start <= _TAIL_TOKENS:
             suspects.append(i)
         else:
             tails.append(texts[i][cut:border])
             tail_rows.append(i)
-    for i, tail in zip(tail_rows, encoder.encode(tails, special=False) if tails else (), strict=True):
+    tail_tokens = encoder.encode_batch(tails, special=False)
+    for number, i in enumerate(tail_rows):
         start = int(starts[i])
-        kept = tail.ids[-_TAIL_MARGIN:]
-        if kept != encoded[i].ids[start - len(kept) : start]:
+        kept = tail_tokens.row(number)[-_TAIL_MARGIN:]
+        if kept != encoded.row(i)[start - len(kept) : start]:
             suspects.append(i)
     if suspects:
         added = encoder.added_at_end() if special else 0
         alone = encoder.encode([prompts[i][: borders[i]] for i in suspects], special=special)
         for i, prompt in zip(suspects, alone, strict=True):
             ids = prompt.ids[: len(prompt.ids) - added]
-            result[i] = len(ids) != starts[i] or ids != encoded[i].ids[: len(ids)]
+            result[i] = len(ids) != starts[i] or ids != encoded.row(i)[: len(ids)]
     return result
 
 

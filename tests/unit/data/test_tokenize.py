@@ -4,14 +4,13 @@ import numpy as np
 import pytest
 
 from finetune.data.batches import BatchProcessor
+from finetune.data.encoder import Encoder, flatten
 from finetune.data.pretokenized import read_tokenized
 from finetune.data.settings import DataSettings
 from finetune.data.tokenize import (
     BOUNDARY_MISMATCH,
     DOUBLED_BOS,
     TEMPLATE_DRIFT,
-    Encoder,
-    flatten,
     tokenize_pairs,
     tokenize_plain,
     tokenize_spans,
