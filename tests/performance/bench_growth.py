@@ -152,7 +152,7 @@ def prepare(side: str, point: dict[str, Any], repeats: int, pause: Pause) -> Non
     answers = [each["content"] for chat in table["messages"] for each in chat if each["role"] == "assistant"]
     tokens = sum(len(each.ids) + 1 for each in made.backend_tokenizer.encode_batch_fast(answers))
     rows = datasets.Dataset.from_dict(table)
-    args = None
+    args = model = None
     if library_of(side) in ("trl", "finetune"):
         args = arguments(side, {"bf16": False, "max_length": 1024, "assistant_only_loss": True})
         model = make_llama("tiny", 8192, **MODEL)

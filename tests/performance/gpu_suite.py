@@ -247,9 +247,10 @@ def bars(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
         theirs, ours = (best(model, each, "tokens_per_second") for each in ("trl", "finetune"))
         bar(f"{model}: tokens/s against TRL's best", ours / theirs if ours and theirs else None, at_least=1.5)
         bar(f"{model}: MFU of the packed full fine-tune", best(model, "finetune", "mfu"), at_least=0.5)
-    for name, case in by_name.items():
-        if "trl" in case["sides"]:
-            bar(f"{name}: peak memory as a share of TRL's", case.get("peak_share"), at_most=0.6)
+    for name, model, sides, *_ in RUNS:
+        if {"trl", "finetune"} <= set(sides):
+            share = by_name.get(f"{model}, {name}", {}).get("peak_share")
+            bar(f"{model}, {name}: peak memory as a share of TRL's", share, at_most=0.6)
     started = side("llama-1b, GaLore", "finetune").get("first_step_seconds")
     bar("llama-1b, GaLore: seconds to the first step", started, at_most=10.0)
     whole, layered = (
