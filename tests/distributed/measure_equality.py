@@ -1,6 +1,6 @@
 """How far two processes are from one: runs `run_equality.py` under `accelerate launch` and compares what it left.
 
-python tests/distributed/measure_equality.py          # every backend: writes equality.json, prints the table
+python tests/distributed/measure_equality.py          # every backend: writes equality.json and the README's table
 python tests/distributed/measure_equality.py fsdp1    # one anew, the others as they are in equality.json
 
 One process accumulates twice as many micro-batches as each of two. The tests use `launch` and `compare`.
@@ -103,13 +103,46 @@ def _largest(left: list[float], right: list[float]) -> float:
     return max(abs(a - b) for a, b in zip(left, right, strict=True))
 
 
+LABELS = {
+    "ddp": "DDP",
+    "cpu": "DDP, `cpu`",
+    "ddp_multi_node": "DDP, 2 machines",
+    "fsdp1": "FSDP1",
+    "fsdp2": "FSDP2",
+    "fsdp2_offload": "FSDP2, offloaded",
+    "zero1": "ZeRO-1",
+    "zero2": "ZeRO-2",
+    "zero3": "ZeRO-3",
+    "zero3_offload": "ZeRO-3, offloaded",
+    "padded": "SFT, padded",
+    "padding_free": "SFT, padding-free",
+    "packed": "SFT, packed",
+    "tied": "SFT, tied embeddings",
+    "classification": "classification",
+    "lora": "SFT, LoRA",
+    "lora_classification": "classification, LoRA",
+    "checkpointing": "SFT, gradient checkpointing",
+    "lora_checkpointing": "SFT, LoRA, gradient checkpointing",
+    "lora_by_name": "SFT, LoRA, model loaded by name",
+    "classification_by_name": "classification, model loaded by name",
+}
+README = HERE.parents[1] / "README.md"
+MARKS = ("<!-- equality:begin -->\n", "<!-- equality:end -->\n")
+
+
 def table(result: dict[str, dict[str, dict[str, float]]]) -> str:
-    """Returns the result as Markdown: for each case and backend the largest difference of losses and of weights."""
-    lines = ["| | " + " | ".join(result) + " |", "|---" * (len(result) + 1) + "|"]
+    """Returns the README's table: for each case and backend the largest difference of losses and of weights."""
+    lines = ["| | " + " | ".join(LABELS[backend] for backend in result) + " |", "|---" * (len(result) + 1) + "|"]
     for case in CASES:
         cells = [f"{result[b][case]['losses']:.0e} / {result[b][case]['weights']:.0e}" for b in result]
-        lines.append(f"| {case.replace('_', ' ')} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append(f"| {LABELS[case]} | " + " | ".join(cells).replace("0e+00", "0") + " |")
+    return "\n".join(lines) + "\n"
+
+
+def with_table(readme: str, result: dict[str, dict[str, dict[str, float]]]) -> str:
+    """Returns the README's text with the table of `result` between its marks."""
+    before, rest = readme.split(MARKS[0])
+    return before + MARKS[0] + table(result) + MARKS[1] + rest.split(MARKS[1])[1]
 
 
 def main(backends: list[str]) -> None:
@@ -129,7 +162,7 @@ def main(backends: list[str]) -> None:
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "accelerate", "deepspeed")}
     content = {"versions": versions, "reference": "one process, accumulation 4", "two processes": result}
     file.write_text(json.dumps(content, indent=1) + "\n")
-    print(table(result))
+    README.write_text(with_table(README.read_text(), result))
 
 
 if __name__ == "__main__":

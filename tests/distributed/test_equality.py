@@ -52,7 +52,7 @@ def test_two_processes_train_as_one(backend: str, tmp_path: Path, tmp_path_facto
 @pytest.mark.parametrize(
     ("backend", "cases"),
     [
-        ("cpu", ["padded"]),
+        pytest.param("cpu", ["padded"], marks=pytest.mark.slow),
         ("ddp_multi_node", ["padded"]),
         ("fsdp1", ["padded", "lora_classification", "sharded_checkpoints"]),
         ("fsdp2_offload", ["padded", "lora_by_name"]),
@@ -63,7 +63,7 @@ def test_two_processes_train_as_one(backend: str, tmp_path: Path, tmp_path_facto
 def test_the_other_configurations(
     backend: str, cases: list[str], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """The ZeRO-3 one is slow: DeepSpeed compiles its CPU optimizer at the first run."""
+    """Those that are slow: `cpu` is `ddp` with another name; DeepSpeed compiles its CPU optimizer at the first run."""
     check(backend, cases, KNOWN, tmp_path, tmp_path_factory)
 
 
@@ -97,6 +97,14 @@ def test_bf16(backend: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFac
 def test_every_configuration_is_tested() -> None:
     files = {path.stem for path in (Path(__file__).parents[2] / "accelerate_configs").glob("*.yaml")}
     assert files == {*measure.BACKENDS, "single_gpu"}
+
+
+def test_the_table_of_the_readme_is_what_was_measured() -> None:
+    result = json.loads((Path(__file__).with_name("equality.json")).read_text())["two processes"]
+    assert set(result) == set(measure.BACKENDS)
+    readme = measure.README.read_text()
+    assert measure.with_table(readme, result) == readme
+    assert max(number for cases in result.values() for case in cases.values() for number in case.values()) <= 1e-5
 
 
 @pytest.mark.slow

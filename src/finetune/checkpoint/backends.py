@@ -65,6 +65,11 @@ def load_sharded_optimizer(folder: Path, *, accelerator: Any, model: nn.Module, 
                 "setup, or pass another `resume_from_checkpoint`."
             )
         plugin = accelerator.state.fsdp_plugin
+        if int(getattr(plugin, "fsdp_version", 1)) == 1 and "FULL_STATE_DICT" not in str(plugin.state_dict_type):
+            # What is loaded are the shards of what the optimizer holds, and a new one holds nothing.
+            from torch.distributed.checkpoint.state_dict import _init_optim_state
+
+            _init_optim_state(getattr(optimizer, "optimizer", optimizer))
         with safe_loading(folder), restoring(folder):
             load_fsdp_optimizer(
                 plugin, accelerator, optimizer, model, str(folder), **_adapter_only(load_fsdp_optimizer, plugin)
