@@ -5,7 +5,7 @@
 Two questions. `built-in metrics`: `SFTTrainer.evaluate()` of both, which report loss, token accuracy and entropy.
 `compute_metrics`: token accuracy by a user's function; TRL keeps the predicted ids of all rows for it (at its best,
 with `preprocess_logits_for_metrics`; without, all logits, which for 2,000 rows would be some 8 GB), ours adds up sums.
-`--fast` takes 40 rows for the times, and 64 and 256 for the memory: kept logits of 192 more rows would be 700 MiB.
+`--fast` takes 32 rows for the times, and 48 and 192 for the memory: kept logits of 144 more rows would be 500 MiB.
 """
 
 from typing import Any
@@ -67,7 +67,7 @@ def work(side: str, settings: dict[str, Any], pause: Pause) -> None:
 
 def main() -> None:
     bench = Bench("evaluation", "Evaluation with metrics", work, __doc__)
-    rows = 40 if bench.fast else 2000
+    rows = 32 if bench.fast else 2000
     for name, metrics in (("built-in metrics", False), ("compute_metrics", True)):
         if not bench.wanted(name):
             continue
@@ -78,7 +78,7 @@ def main() -> None:
         case.losses_agree(1e-3, "trl")
         case.bar(f"rows/s against TRL, {rows} rows, {name}", case.ratios("seconds", "trl"), at_least=2.0)
     if bench.wanted("memory"):
-        few, many = (64, 256) if bench.fast else (1000, 8000)
+        few, many = (48, 192) if bench.fast else (1000, 8000)
         settings = {count: {"rows": count, "metrics": True, "shape": "tiny"} for count in (few, many)}
         sides = {f"finetune {count} rows": settings[count] for count in (few, many)}
         case = bench.case("memory", sides)

@@ -108,7 +108,7 @@ def main() -> None:
     bench = Bench("loop_overhead", "Overhead per step over a bare loop, tiny model", work, __doc__)
     steps = 100 if bench.fast else 400
     sides = {name: {"steps": steps} for name in ("bare loop", "transformers", "finetune")}
-    case = bench.case("tiny model", sides, pairs=7 if bench.fast else 15, settings={"steps": steps})
+    case = bench.case("tiny model", sides, pairs=5 if bench.fast else 15, settings={"steps": steps})
     overheads: dict[str, list[float]] = {"transformers": [], "finetune": []}
     for each in case.rounds:
         for side, found in overheads.items():

@@ -11,18 +11,18 @@ from typing import Any
 from harness import Bench
 from training import train, training_floor
 
-SHARED = {"shape": "small", "vocab_size": 8192, "rows": 2000}
+SHARED = {"shape": "small", "vocab_size": 8192}
 BATCH = {"per_device_train_batch_size": 8, "completion_only_loss": True, "logging_steps": 1}
 BEST_OF_TRL = {"gradient_checkpointing": False}
 # TRL's padding-free batches run on a CPU too, through a dense mask; `max_length` has to be None for them.
 PADDING_FREE = {**BEST_OF_TRL, "padding_free": True, "max_length": None}
 
 
-def sides(bf16: bool, steps: int) -> dict[str, dict[str, Any]]:
+def sides(bf16: bool, steps: int, rows: int) -> dict[str, dict[str, Any]]:
     """Returns the settings of every side for one precision."""
 
     def side(**args: Any) -> dict[str, Any]:
-        return {**SHARED, "steps": steps, "args": {**BATCH, "bf16": bf16, **args}}
+        return {**SHARED, "rows": rows, "steps": steps, "args": {**BATCH, "bf16": bf16, **args}}
 
     return {
         "trl": side(),
@@ -38,7 +38,7 @@ def main() -> None:
     for precision, bar in (("float32", 3.0), ("bf16", 4.0)):
         if not bench.wanted(precision):
             continue
-        chosen = sides(precision == "bf16", 2 if bench.fast else 10)
+        chosen = sides(precision == "bf16", *((2, 600) if bench.fast else (10, 2000)))
         if bench.fast:
             chosen.pop("trl best")  # padding-free is faster
         case = bench.case(precision, chosen, settings=SHARED)

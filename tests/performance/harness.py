@@ -313,7 +313,8 @@ class Case:
 
     def _of_side(self, side: str) -> dict[str, Any]:
         measures = [each[side] for each in self.rounds]
-        numeric = [key for key, value in measures[0].items() if isinstance(value, int | float) and value is not None]
+        shared = [key for key in measures[0] if all(key in each for each in measures)]
+        numeric = [key for key in shared if isinstance(measures[0][key], int | float)]
         return {
             key: {**summary(each[key] for each in measures), "values": [each[key] for each in measures]}
             for key in numeric

@@ -26,7 +26,12 @@ def made_up(script: Path, sides: dict[str, Any], pairs: int, logs: Path, warmup:
         metrics = ("seconds", "cpu_seconds", "peak_mib", "ledger_mib", "seconds_per_token", "mib")
         return {**dict.fromkeys(metrics, factor), "losses": [1.0, 0.5], "tokens": 7, "tokens_per_step": 100.0}
 
-    return [{name: side(name, number) for name in sides} for number in range(pairs)]
+    rounds = [{name: side(name, number) for name in sides} for number in range(pairs)]
+    if script.stem == "bench_growth":
+        # Its windows do not all measure the same: one counts tensors, and those of "rows" only look at the clock.
+        for each in rounds[1::5]:
+            each["bare loop"].pop("peak_mib")
+    return rounds
 
 
 @pytest.fixture
