@@ -1,9 +1,10 @@
 """Token ids of texts put together from those of their words, each word being tokenized once.
 
-A text is cut before every space that follows something else than white space, and around special tokens. Byte-level
-BPE tokenizers never join two such pieces: their first step is a regular expression of whose matches none runs from
-anything but white space into a space, and what follows a cut does not depend on what stands before it. So the ids of a
-text are those of its pieces, one after another. `word_table` answers None for tokenizers of which that is not known.
+A text is cut before every space that follows something else than white space, at the end of lines, and around special
+tokens. Byte-level BPE tokenizers never join two such pieces: their first step is a regular expression of whose matches
+none runs from anything but white space into a space, and what follows a cut does not depend on what stands before it.
+So the ids of a text are those of its pieces, one after another. `word_table` answers None for tokenizers of which that
+is not known.
 
 Worked example: "<s>the cat, the hat" with the special token `<s>` is cut into "<s>", "the", " cat,", " the", " hat". A
 second text "a cat, the hat" needs only "a" tokenized anew.
@@ -27,11 +28,16 @@ _KNOWN = {
     r" ?\p{N}+", r"\p{N}", r"\p{N}+", r"\p{N}{1,3}",
     r" ?[^\s\p{L}\p{N}]+", r" ?[^\s\p{L}\p{N}]+[\r\n]*", r" ?[^\s\p{L}\p{N}]+[\r\n/]*",
     r" ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*",
-    r"\s*[\r\n]+", r"\s*[\r\n]", r"\s+(?!\S)", r"\s+",
+    r"\s*[\r\n]+", r"\s+(?!\S)", r"\s+",
 }  # fmt: skip
 
 # Python's white space holds all of Unicode's; U+180E was white space in old versions of it.
 _before_space = re.compile(" (?<=[^\\s\u180e] )")
+
+# The end of a line that text follows. An expression with `\\s*[\\r\\n]+` takes all white space up to the last end of a
+# line at once; others look at what follows white space, so only one that stands alone may be cut off from it.
+_lines = re.compile("\n(?=[^\\S\r\n]*[^\\s/\u180e])")
+_lone_lines = re.compile("\n(?<=[^\\s\u180e]\n)(?=[!-.0-~])")
 
 Encoding = tuple[list[int], list[tuple[int, int]]]
 """Token ids of a piece, and the characters that each covers."""
@@ -39,18 +45,25 @@ Encoding = tuple[list[int], list[tuple[int, int]]]
 _START = "\0"  # marks a piece that begins without a space; texts that hold it are not cut
 _BEFORE, _AFTER = "\0\0<", "\0\0>"  # the pieces that stand for the special tokens around a text
 _MOST_TOKENS = 2_000_000
-_PROBATION = 20_000
+_PROBATION = 200_000
 
 
 class WordTable:
     """The pieces seen so far with their tokens.
 
     `backend` is the Rust tokenizer, `special` are the tokens that it finds before anything else, and `around` the ids
-    that it writes before and after a text when asked for special tokens (None: not the same for every text).
+    that it writes before and after a text when asked for special tokens (None: not the same for every text). `lines`
+    finds the ends of lines behind which a text may be cut.
     """
 
-    def __init__(self, backend: Any, special: Sequence[str], around: tuple[list[int], list[int]] | None) -> None:
-        self._backend = backend
+    def __init__(
+        self,
+        backend: Any,
+        special: Sequence[str],
+        around: tuple[list[int], list[int]] | None,
+        lines: re.Pattern[str],
+    ) -> None:
+        self._backend, self._lines = backend, lines
         longest_first = sorted(special, key=len, reverse=True)
         self._special = re.compile(f"({'|'.join(map(re.escape, longest_first))})") if special else None
         self._index: dict[str, int] = {}
@@ -70,7 +83,7 @@ class WordTable:
 
     def renewed(self) -> "WordTable":
         """Returns an empty table for the same tokenizer."""
-        return WordTable(self._backend, self._special_tokens, self._around)
+        return WordTable(self._backend, self._special_tokens, self._around, self._lines)
 
     @property
     def is_full(self) -> bool:
@@ -94,6 +107,13 @@ class WordTable:
             if special:
                 pieces.append(_BEFORE)
             for part in self._special.split(text) if self._special is not None else (text,):
+                if "\n" in part:
+                    *lines, last = self._lines.split(part)
+                    for line in lines:
+                        words = cut(line + "\n")
+                        words[0] = _START + words[0]
+                        pieces += words
+                    part = last
                 if part:
                     words = cut(part)
                     words[0] = _START + words[0]
@@ -228,7 +248,8 @@ def word_table(backend: Any) -> WordTable | None:
     normalizer = json.loads(backend.normalizer.__getstate__()) if backend.normalizer is not None else {"type": "NFC"}
     if normalizer["type"] != "NFC" or backend.pre_tokenizer is None:
         return None
-    if not _cuts_before_spaces(json.loads(backend.pre_tokenizer.__getstate__())):
+    lines = _cuts(json.loads(backend.pre_tokenizer.__getstate__()))
+    if lines is None:
         return None
     if len(backend.encode("a", add_special_tokens=False).ids) != 1:
         return None
@@ -236,7 +257,7 @@ def word_table(backend: Any) -> WordTable | None:
     if any(token.single_word or token.lstrip or token.rstrip or re.search(r"\s", token.content) for token in added):
         return None
     special = [token.content for token in added if token.content and not token.normalized]
-    return WordTable(backend, special, _around(backend))
+    return WordTable(backend, special, _around(backend), lines)
 
 
 def _around(backend: Any) -> tuple[list[int], list[int]] | None:
@@ -252,20 +273,22 @@ def _around(backend: Any) -> tuple[list[int], list[int]] | None:
     return common[0] if len(common) == 1 else None
 
 
-def _cuts_before_spaces(pre_tokenizer: dict[str, Any]) -> bool:
+def _cuts(pre_tokenizer: dict[str, Any]) -> re.Pattern[str] | None:
+    """Returns where lines may be cut, or None for a pre-tokenizer that is not known to cut before spaces."""
     steps = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
-    cuts = False
+    lines = None
     for number, step in enumerate(steps):
         if step["type"] == "ByteLevel" and not step["add_prefix_space"] and number == len(steps) - 1:
-            cuts = cuts or step["use_regex"]
+            lines = lines or (_lone_lines if step["use_regex"] else None)
         elif step["type"] == "Split" and step["behavior"] == "Isolated" and not step["invert"]:
-            pattern = step["pattern"].get("Regex")
-            if pattern is None or not set(_alternatives(pattern)) <= _KNOWN:
-                return False
-            cuts = True
+            parts = _alternatives(step["pattern"].get("Regex") or "?")
+            if not set(parts) <= _KNOWN:
+                return None
+            whole_lines = parts[-3:] == [r"\s*[\r\n]+", r"\s+(?!\S)", r"\s+"] and lines is not _lone_lines
+            lines = _lines if whole_lines else _lone_lines
         elif step["type"] != "Digits":
-            return False
-    return cuts
+            return None
+    return lines
 
 
 def _alternatives(pattern: str) -> list[str]:
