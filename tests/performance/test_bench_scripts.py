@@ -85,3 +85,14 @@ def test_goals_that_may_be_missed_have_a_floor(result: dict[str, Any]) -> None:
         assert bar["floor"]["seconds"] > 0
         assert bar["floor"]["best_possible"] > 0
         assert bar["floor"]["says"]
+
+
+@pytest.mark.parametrize("result", [("bench_growth", []), ("bench_vocabulary", ["--fast"])], indirect=True)
+def test_results_are_drawn(result: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    plot = importlib.import_module("plot")
+    monkeypatch.setattr(sys, "argv", ["plot.py", "--results", str(tmp_path)])
+    assert plot.main() == 0
+    assert (tmp_path / f"{result['benchmark']}.png").stat().st_size > 10_000
+    # Goals are drawn where there are any.
+    assert (tmp_path / "goals.png").exists() == (result["benchmark"] != "growth")
