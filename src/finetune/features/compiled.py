@@ -15,6 +15,7 @@ from torch import nn
 from finetune.errors import ArgumentError, nearest
 
 _CALL = "_compiled_call_impl"
+_MARK = "_dynamo_static_input_type"  # what Dynamo writes on the parameters of a module it compiles
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
@@ -57,6 +58,7 @@ def compiled_blocks(model: nn.Module, *, backend: str, mode: str | None = None) 
     _check_backend(backend)
     targets = repeated_blocks(model) or [model]
     before = [module.__dict__.get(_CALL) for module in targets]
+    unmarked = [p for p in model.parameters() if _MARK not in vars(p)]
     count = GraphCount()
     try:
         for module in targets:
@@ -68,6 +70,8 @@ def compiled_blocks(model: nn.Module, *, backend: str, mode: str | None = None) 
                 module.__dict__.pop(_CALL, None)
             else:
                 module.__dict__[_CALL] = call
+        for parameter in unmarked:
+            vars(parameter).pop(_MARK, None)
 
 
 def _check_backend(backend: str) -> None:
