@@ -1,5 +1,6 @@
 """One batch of rows through the whole preparation: format, template, tokens, masks, labels, truncation."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -105,8 +106,24 @@ class BatchProcessor:
             assert self.settings.formatting_func is not None
             batch = apply_formatting(batch, rows, self.settings.formatting_func)
         parts = [slice(start, start + _PART) for start in range(0, len(rows), _PART)]
-        made = self.encoder.in_turns(lambda part: self._process(_Rows(batch, part), rows[part], truncate), parts)
+        try:
+            made = self.encoder.in_turns(lambda part: self._process(_Rows(batch, part), rows[part], truncate), parts)
+        except (TypeError, UnicodeEncodeError) as error:
+            self._require_unicode(batch, rows, error)
+            raise
         return join_labelled(made) if len(made) > 1 else made[0]
+
+    def _require_unicode(self, batch: Columns, rows: Sequence[int], error: Exception) -> None:
+        """Raises `DataFormatError` naming the first row with half a surrogate pair, which no tokenizer takes."""
+        for position, row in enumerate(rows):
+            values = [column[position] for column in batch.values()]
+            try:
+                json.dumps(values, ensure_ascii=False, default=str).encode()
+            except UnicodeEncodeError as found:
+                raise DataFormatError(
+                    f"Row {row} of the {self.name} data set holds text that is not Unicode (half of a surrogate pair): "
+                    f"{found.reason}. Repair or remove it."
+                ) from error
 
     def _process(self, batch: Columns, rows: Sequence[int], truncate: bool) -> LabelledBatch:
         expects_stop: np.ndarray | bool = self.settings.append_eos

@@ -279,7 +279,7 @@ def _prepare_stream(
     if all(column in known for column in keep):
         features = output_features(processor, {column: known[column] for column in keep}, stream=True)
     prepared = dataset.map(
-        StreamFunction(processor, keep),
+        StreamFunction(processor, keep, dataset),
         with_indices=True,
         batched=True,
         batch_size=min(settings.batch_size, 256),

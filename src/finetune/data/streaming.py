@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from finetune.errors import CheckpointError
 
 from .digest import digest
+from .mapped import stream_error
 from .randomness import FetchRandomness
 
 logger = logging.getLogger(__name__)
@@ -85,7 +86,7 @@ class _Batches(IterableDataset):
             self.rows.load_state_dict(start["dataset"])
         elif start is not None:
             num_replayed = start["rows"]
-        rows = iter(self.rows)
+        rows = _explained(self.rows)
         deque(islice(rows, num_replayed), maxlen=0)
         per_round = self.batch_size * self.world_size
         number, self.first_number = self.first_number, 0
@@ -318,6 +319,17 @@ def has_shuffle_buffer(stream: Any) -> bool:
             return True
         todo += [getattr(node, "ex_iterable", None), *getattr(node, "ex_iterables", ())]
     return False
+
+
+def _explained(stream: Any) -> Iterator[Any]:
+    """Yields the rows of a stream; a row that the library datasets cannot read is an error that names it."""
+    try:
+        yield from stream
+    except (UnicodeDecodeError, TypeError, AttributeError) as error:
+        explained = stream_error(stream, error)
+        if explained is None:
+            raise
+        raise explained from error
 
 
 def _state_of(stream: Any) -> Any:

@@ -1,14 +1,19 @@
 import logging
 from itertools import chain
+from typing import Any
 
+import datasets
+import pyarrow as pa
 import pytest
 import torch
 from datasets import Dataset
 from torch.utils.data import IterableDataset, get_worker_info
 
 from finetune.data.packing import pack_dataset
+from finetune.data.pipeline import prepare_split
+from finetune.data.settings import DataSettings
 from finetune.data.streaming import StreamLoader, has_shuffle_buffer, why_not_resumable
-from finetune.errors import CheckpointError
+from finetune.errors import CheckpointError, DataFormatError
 
 
 class Plain(IterableDataset):
@@ -298,3 +303,46 @@ def test_what_can_be_resumed():
     assert "shuffle buffer" in (why_not_resumable(hub_stream(buffer=4)) or "")
     assert has_shuffle_buffer(hub_stream(buffer=4).map(lambda row: row).filter(bool))
     assert not has_shuffle_buffer(Plain(3))
+
+
+def _late(bad: Any) -> Any:
+    def rows() -> Any:
+        for number in range(120):
+            yield bad if number == 100 else {"text": "the cat"}
+
+    return datasets.IterableDataset.from_generator(rows)
+
+
+def _late_not_utf8() -> Any:
+    values = pa.array([b"the cat"] * 100 + [b"\xff\xfe"] + [b"the mat"] * 9)
+    text = pa.Array.from_buffers(pa.string(), len(values), values.buffers())
+    return datasets.Dataset(pa.table({"text": text})).to_iterable_dataset()
+
+
+@pytest.mark.parametrize(
+    ("stream", "found"),
+    [
+        (_late_not_utf8, "text that is not UTF-8"),
+        (lambda: _late({"text": "a\ud800"}), "not Unicode"),
+        (lambda: _late({"text": None}), "`text` is None"),
+        (lambda: _late({"text": b"the cat"}), "`bytes`"),
+        (lambda: _late("the cat"), "`str`, expected a dictionary"),
+        (lambda: _late(None), "None, expected a dictionary"),
+    ],
+    ids=["not utf-8", "surrogate", "none", "bytes", "no dictionary", "no row"],
+)
+def test_a_bad_row_far_into_a_stream_is_named(chat_tokenizer: Any, stream: Any, found: str) -> None:
+    split = prepare_split(stream(), chat_tokenizer, DataSettings(max_length=16), say=lambda line: None)
+    with pytest.raises(DataFormatError, match=f"Row 100 of the train data set.*{found}"):
+        list(StreamLoader(split.dataset, batch_size=4, collate_fn=list))
+
+
+def test_an_error_of_the_stream_itself_is_passed_on(chat_tokenizer: Any) -> None:
+    def rows() -> Any:
+        yield from [{"text": "the cat"}] * 100
+        raise TypeError("mine")
+
+    stream = datasets.IterableDataset.from_generator(rows)
+    split = prepare_split(stream, chat_tokenizer, DataSettings(max_length=16), say=lambda line: None)
+    with pytest.raises(TypeError, match="mine"):
+        list(StreamLoader(split.dataset, batch_size=4, collate_fn=list))
