@@ -6,9 +6,12 @@ One device is traced (`memory_trace.py`). The other ways to parallelise are comp
 |--------|---------|-----------|------------------------|-------------------------------------------------------|
 | DDP    | whole   | whole     | whole                  | buckets as large as the gradients                      |
 | FSDP2  | 1/N     | 1/N       | 1/N                    | gathered: two blocks and what lies outside blocks      |
-| ZeRO-1 | whole   | whole     | 1/N + float32 masters  | one bucket of at most 5e8 elements                     |
-| ZeRO-2 | whole   | 1/N       | 1/N + float32 masters  | two such buckets                                       |
-| ZeRO-3 | 1/N     | 1/N       | 1/N + float32 masters  | one such bucket, and gathered as under FSDP2           |
+| ZeRO-1 | whole   | whole     | 1/N + float32 masters  | a bucket during backward, two copies of 1/N in the step |
+| ZeRO-2 | whole   | 1/N       | 1/N + float32 masters  | the same                                               |
+| ZeRO-3 | 1/N     | 1/N       | 1/N + float32 masters  | a bucket all the time, and gathered as under FSDP2     |
+
+A bucket has 5e8 elements (DeepSpeed's `reduce_bucket_size`), however small the model is: its memory is taken whole.
+Compared with what two processes hold in `tests/distributed/test_memory_of_ranks.py`.
 
 Gathered weights have gradients too until these are scattered. Activations and temporaries are those of one device,
 because each rank runs its own rows. With bfloat16 FSDP2 gathers, and ZeRO stores, weights in bfloat16.
@@ -32,7 +35,7 @@ _NAMES = {
     "zero2": "ZeRO-2",
     "zero3": "ZeRO-3",
 }
-_BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's `reduce_bucket_size`
+BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's `reduce_bucket_size` where nobody sets it
 
 
 @dataclass(frozen=True)
@@ -85,22 +88,20 @@ def sharded(
     sizes: ModelSizes,
     *,
     trained_bytes: int | None = None,
+    bucket_elements: int = BUCKET_ELEMENTS,
 ) -> LedgerRow:
     """Returns the row of `way` (one of `STRATEGIES`) on `ranks` devices.
 
     `trace` has the weights as they are stored, `narrow` as they are computed with (the same object without bfloat16).
-    `trained_bytes`: the gradients that DDP exchanges, if not all.
+    `trained_bytes`: the gradients that DDP exchanges, if not all. `bucket_elements`: DeepSpeed's `reduce_bucket_size`.
     """
-    weights, gradients = trace.largest("weights"), trace.largest("gradients")
-    moments, bases = trace.largest("moments"), trace.largest("bases")
     computed = narrow.largest("weights") / max(sizes.parameters, 1)  # bytes of one weight
     if way == "ddp":
-        exchanged = gradients if trained_bytes is None else trained_bytes
-        groups = {**single(trace).groups, "gradients": gradients + exchanged}
+        exchanged = trace.largest("gradients") if trained_bytes is None else trained_bytes
+        groups = {**single(trace).groups, "gradients": trace.largest("gradients") + exchanged}
         return LedgerRow(way, ranks, groups, trace.peak()[0] + exchanged)
-    masters = 0 if way == "fsdp2" else sizes.trained * 4
-    if way != "fsdp2":
-        weights, gradients = narrow.largest("weights"), narrow.largest("gradients")
+    stored = trace if way == "fsdp2" else narrow
+    weights, gradients = stored.largest("weights"), stored.largest("gradients")
     share_weights = 1 / ranks if way in ("fsdp2", "zero3") else 1.0
     share_gradients = 1.0 if way == "zero1" else 1 / ranks
     gathered = 0
@@ -108,21 +109,36 @@ def sharded(
         trained_share = sizes.trained / max(sizes.parameters, 1)
         working = (2 * sizes.largest_block + sizes.outside_blocks) * computed
         gathered = int(working + (sizes.largest_block + sizes.outside_blocks) * computed * trained_share)
-    buckets = {"zero1": 1, "zero2": 2, "zero3": 1}.get(way, 0) * min(sizes.trained, _BUCKET_ELEMENTS) * computed
-    state = (moments + bases + masters) // ranks
-    # What lies in the trace's own weights and state is replaced by the shares; gradients grow during backward.
+    masters, copies = _of_deepspeed(way, ranks, computed, sizes)
+    bucket = 0 if way == "fsdp2" else int(bucket_elements * computed)
+    moments, bases = (trace.largest("moments") + masters) // ranks, trace.largest("bases") // ranks
+    # Gradients grow during backward, and reach what the way to share them leaves here.
     scale = gradients / max(narrow.largest("gradients"), 1) * share_gradients
-    moving, _ = narrow.peak({"weights": 0.0, "moments": 0.0, "bases": 0.0, "gradients": scale})
+    passing = narrow.most(("gradients", scale), ("activations", 1.0), ("temporary", 1.0), during_pass=True)
+    # Each rank updates its own share, and nothing is gathered any more.
+    stepping = trace.most(("temporary", 1 / ranks), during_pass=False) + gradients // ranks + copies
+    stepping += bucket if way == "zero3" else 0
     held = int(weights * share_weights)
     groups = {
         "weights": held + gathered,
-        "gradients": int(gradients * share_gradients + buckets),
-        "moments": (moments + masters) // ranks,
-        "bases": bases // ranks,
+        "gradients": int(gradients * share_gradients) + bucket,
+        "moments": moments,
+        "bases": bases,
         "activations": narrow.largest("activations"),
         "temporary": narrow.largest("temporary"),
     }
-    return LedgerRow(way, ranks, groups, int(held + gathered + buckets + state + moving))
+    return LedgerRow(way, ranks, groups, held + moments + bases + max(gathered + bucket + passing, stepping))
+
+
+def _of_deepspeed(way: str, ranks: int, computed: float, sizes: ModelSizes) -> tuple[int, int]:
+    """Returns what ZeRO needs in bytes: float32 weights, over all ranks, and each rank's gradient copies in the step.
+
+    Float32 weights are copied too; their gradients once, those of 16 bits twice: flat, and in float32.
+    """
+    if way == "fsdp2":
+        return 0, 0
+    copies = sizes.trained // ranks * (computed + (4 if computed < 4 else 0))
+    return sizes.trained * 4, int(copies)
 
 
 def ledger_table(rows: Sequence[LedgerRow]) -> str:

@@ -48,6 +48,18 @@ class MemoryTrace:
         at = int(scaled.sum(axis=1).argmax())
         return int(scaled[at].sum()), {group: int(value) for group, value in zip(GROUPS, scaled[at], strict=True)}
 
+    def most(self, *scaled: tuple[str, float], during_pass: bool) -> int:
+        """Returns the largest sum of the groups, each times its factor, while activations are kept or while none are.
+
+        Between passes gradients are clipped and weights updated. The first update, which makes the moments, is left
+        out.
+        """
+        moments = self.samples[:, GROUPS.index("moments")]
+        passing = self.samples[:, GROUPS.index("activations")] > 0
+        rows = self.samples[(passing == during_pass) & (moments == moments.max(initial=0))]
+        total = sum(rows[:, GROUPS.index(group)] * factor for group, factor in scaled)
+        return int(np.max(total, initial=0))
+
 
 def trace_updates(
     make_model: Callable[[], nn.Module],

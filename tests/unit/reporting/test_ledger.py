@@ -14,6 +14,8 @@ from finetune.reporting.memory_trace import GROUPS, MemoryTrace, trace_updates
 TRACE = MemoryTrace(
     np.array([[800, 400, 1600, 0, 600, 300], [800, 800, 1600, 0, 0, 300], [800, 800, 1600, 0, 0, 0]]), {}
 )
+# With weights and gradients of two bytes.
+HALF = MemoryTrace(TRACE.samples // np.array([2, 2, 1, 1, 1, 1]), {})
 SIZES = ModelSizes(parameters=200, trained=200, largest_block=50, outside_blocks=20)  # four bytes each
 
 
@@ -44,11 +46,29 @@ def test_fsdp2_shards_and_gathers():
 
 def test_zero_keeps_masters_and_buckets():
     bucket = 200 * 4
-    one, two, three = row("zero1"), row("zero2"), row("zero3")
+    one, two, three = (row(way, bucket_elements=200) for way in ("zero1", "zero2", "zero3"))
     assert one.groups["moments"] == two.groups["moments"] == three.groups["moments"] == (1600 + 800) // 4
-    assert one.groups["gradients"] == 800 + bucket and two.groups["gradients"] == 200 + 2 * bucket
+    assert one.groups["gradients"] == 800 + bucket and two.groups["gradients"] == 200 + bucket
     assert one.groups["weights"] == two.groups["weights"] == 800 and three.groups["weights"] < 1000
     assert one.peak == 800 + bucket + 600 + (400 + 600 + 300)
+    assert row("zero1", bucket_elements=0, narrow=HALF).peak == 400 + 600 + (200 + 600 + 300)
+    # Nobody sets the bucket: its memory is taken whole, however small the model.
+    assert row("zero2").groups["gradients"] == 200 + 4 * 500_000_000
+
+
+def test_the_step_needs_most_where_activations_are_few():
+    few = MemoryTrace(TRACE.samples * np.array([1, 1, 1, 1, 0.01, 0]), {})
+    found = sharded("zero2", 4, few, few, SIZES, bucket_elements=0)
+    assert found.peak == 800 + 600 + (200 + 200)
+    # Under FSDP2 there are no copies, but then the pass, with what is gathered, needs most.
+    assert sharded("fsdp2", 4, few, few, SIZES).peak == 200 + 400 + (120 * 4 + 70 * 4) + (100 + 6)
+
+
+def test_the_first_update_is_left_out():
+    first = [[800, 800, 0, 0, 900, 0], [800, 800, 800, 0, 0, 900]]
+    trace = MemoryTrace(np.concatenate([np.array(first), TRACE.samples]), {})
+    assert trace.most(("activations", 1.0), during_pass=True) == 600
+    assert trace.most(("temporary", 1.0), during_pass=False) == 300
 
 
 def test_more_ranks_never_need_more():
