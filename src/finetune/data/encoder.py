@@ -98,6 +98,10 @@ class EncodedBatch:
         return self._source[row].first_character(token)
 
 
+# Texts whose tokens are compared, put together from words and tokenized whole, before words are relied upon.
+_PROVEN_TEXTS = 64
+
+
 class Encoder:
     """Batched access to a tokenizer: the Rust backend directly where that gives the same ids, else the tokenizer."""
 
@@ -106,6 +110,7 @@ class Encoder:
         self._backend = _plain_backend(tokenizer)
         self._turn = threading.Lock()
         self._words = word_table(self._backend) if self._backend is not None else None
+        self._words_are_proven = False
 
     def __getstate__(self) -> dict[str, Any]:
         return {"tokenizer": self.tokenizer, "_backend": self._backend}  # for worker processes
@@ -114,6 +119,7 @@ class Encoder:
         vars(self).update(state)
         self._turn = threading.Lock()
         self._words = word_table(self._backend) if self._backend is not None else None
+        self._words_are_proven = False
 
     def in_turns(self, function: Callable[[Any], Any], parts: Sequence[Any]) -> list[Any]:
         """Returns `function(part)` for each part; while one part is in the tokenizer, the next one is worked on.
@@ -179,7 +185,19 @@ class Encoder:
         if unknown := table.unknown(pieces):
             self._settle()
             table.add(unknown, self._while_others_work(lambda: table.encode(unknown)))
-        return table.look_up(pieces, counts)
+        words = table.look_up(pieces, counts)
+        if not self._words_are_proven:
+            if not self._agrees(words, texts[:_PROVEN_TEXTS], special):
+                self._words = None
+                return None
+            self._words_are_proven = True
+        return words
+
+    def _agrees(self, words: Words, texts: Sequence[str], special: bool) -> bool:
+        """Returns whether the first texts have the tokens that they have when they are tokenized whole."""
+        ids, offsets = words.ids, words.offsets
+        whole = self.encode(texts, special=special)
+        return all(each.ids == ids[offsets[i] : offsets[i + 1]].tolist() for i, each in enumerate(whole))
 
     def _while_others_work(self, function: Callable[[], Any]) -> Any:
         """Returns `function()`, a call of the tokenizer; within `in_turns`, another part has its turn meanwhile."""

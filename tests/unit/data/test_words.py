@@ -1,6 +1,7 @@
 """Token ids put together from words are those of the whole text, for the pre-tokenizers of several model families."""
 
 import pickle
+import re
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from finetune.data import words
 from finetune.data.encoder import Encoder
 from finetune.data.words import word_table
 
@@ -172,3 +174,14 @@ def test_no_table_where_words_may_depend_on_each_other(reason: str) -> None:
     if reason == "normalizer":
         backend.normalizer = normalizers.Lowercase()
     assert word_table(backend) is None
+
+
+def test_words_that_do_not_agree_with_the_whole_texts_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = ["the cat", "the hat"]
+    expected = [each.ids for each in Encoder(TOKENIZERS["gpt2"]).encode(texts, special=False)]
+    monkeypatch.setattr(words, "_before_space", re.compile("(?=a)"))
+    encoder = Encoder(TOKENIZERS["gpt2"])
+    made = encoder.encode_batch(texts, special=False)
+    assert [made.row(0), made.row(1)] == expected
+    assert encoder._words is None
+    assert encoder.encode_batch(texts, special=False).row(0) == expected[0]
