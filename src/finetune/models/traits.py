@@ -141,3 +141,15 @@ def _is_bare_backbone(class_name: str) -> bool:
 
     values = MODEL_MAPPING_NAMES.values()
     return any(class_name == value or (isinstance(value, (tuple, list)) and class_name in value) for value in values)
+
+
+def max_positions(model: Any) -> int | None:
+    """Returns how many tokens a row of `model` may have, None where its config sets no limit.
+
+    RoBERTa's positions start behind the padding token: of 514 it can use 512.
+    """
+    config: Any = getattr(unwrap(model), "config", None)
+    positions = getattr(config, "max_position_embeddings", None)
+    if not positions or positions < 0:
+        return None
+    return positions - (2 if "roberta" in str(getattr(config, "model_type", "")) else 0)

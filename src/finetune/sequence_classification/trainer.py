@@ -1,6 +1,5 @@
 """`SequenceClassificationTrainer`: classes, several classes per row, or numbers from text, on the common trainer."""
 
-import copy
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -11,17 +10,16 @@ from torch.nn import functional
 
 from finetune.compat import coerce_training_arguments
 from finetune.data.collate import default_collator
-from finetune.data.pipeline import first_row, is_stream, say_on_main_process
+from finetune.data.pipeline import first_row, say_on_main_process
 from finetune.data.rows import IGNORE_INDEX
 from finetune.engine import setup
 from finetune.errors import ArgumentError
 from finetune.facade.raw_rows import RawRowMethods, prepare_each
-from finetune.features.compiled import length_bucket
 from finetune.kernels.unpadded import use_unpadded_trunk
-from finetune.models.adapters import add_adapters, is_peft_model, prepare_quantized, unwrap
-from finetune.models.load import load_config, load_model, load_tokenizer
-from finetune.models.tokens import choose_pad_token
+from finetune.models.adapters import is_peft_model, unwrap
+from finetune.models.load import load_tokenizer
 from finetune.models.traits import takes_argument
+from finetune.sequence_classification.build import labels_of, load_classifier, with_adapters
 from finetune.sequence_classification.config import SequenceClassificationConfig
 from finetune.sequence_classification.data import (
     MULTI,
@@ -34,7 +32,12 @@ from finetune.sequence_classification.data import (
     read_task,
 )
 from finetune.sequence_classification.metrics import first_output, metrics_for
-from finetune.sequence_classification.padding import settle_padding_free
+from finetune.sequence_classification.padding import (
+    longest_row,
+    padding_multiple,
+    settle_padding,
+    settle_padding_free,
+)
 from finetune.trainer import Trainer
 
 
@@ -95,24 +98,25 @@ class SequenceClassificationTrainer(RawRowMethods, Trainer):
             self._columns.label,
             problem_type=args.problem_type,
             class_names=args.class_names,
-            model_labels=_labels_of(model, args),
+            model_labels=labels_of(model, args),
         )
         weights = None if args.class_weights is None else balanced_weights(self.task, args.class_weights)
         self._class_weights = None if weights is None else torch.tensor(weights)
         if processing_class is None:
             revision = (args.model_init_kwargs or {}).get("revision")
             processing_class = load_tokenizer(model, revision=revision, trust_remote_code=args.trust_remote_code)
-        model = _load(model, args, self.task, quantization_config)
-        self._max_length = _longest(args.max_length, processing_class, model)
+        model = load_classifier(model, args, self.task, quantization_config)
+        self._max_length = longest_row(args.max_length, processing_class, model)
         train_dataset = self._prepare_dataset(train_dataset, processing_class, args, "train")
         eval_dataset = self._prepare_eval(eval_dataset, processing_class, args)
-        _settle_padding(processing_class, model, args.pad_token, train_dataset)
+        settle_padding(processing_class, model, args.pad_token, train_dataset)
         if peft_config is not None:
-            model = _with_adapters(model, peft_config, bool(args.gradient_checkpointing))
+            model = with_adapters(model, peft_config, bool(args.gradient_checkpointing))
+        multiple = padding_multiple(args, self._max_length, model)
         super().__init__(
             model=model,
             args=args,
-            data_collator=data_collator or default_collator(processing_class, _multiple(args, self._max_length, model)),
+            data_collator=data_collator or default_collator(processing_class, multiple),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -220,124 +224,3 @@ def _default_arguments(model: Any) -> SequenceClassificationConfig:
     """Returns the configuration for a trainer that was given none: the folder `<model name>-classification`."""
     name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
     return SequenceClassificationConfig(f"{(name or type(model).__name__).rstrip('/').split('/')[-1]}-classification")
-
-
-def _labels_of(model: Any, args: SequenceClassificationConfig) -> dict[int, str] | None:
-    """Returns the classes a model was made for, None where `id2label` is what transformers fills in for a new one."""
-    if isinstance(model, str):
-        revision = (args.model_init_kwargs or {}).get("revision")  # pyright: ignore[reportAttributeAccessIssue]
-        options = {} if revision is None else {"revision": revision}
-        config: Any = load_config(model, trust_remote_code=args.trust_remote_code, **options)
-    else:
-        config = getattr(unwrap(model), "config", None)
-    labels = {int(index): str(name) for index, name in (getattr(config, "id2label", None) or {}).items()}
-    default = labels == {index: f"LABEL_{index}" for index in range(len(labels))}
-    return None if not labels or (default and isinstance(model, str)) else labels
-
-
-def _load(model: Any, args: SequenceClassificationConfig, task: Task, quantization_config: Any) -> nn.Module:
-    """Returns the model with a head for `task`, loaded where it was given by name."""
-    assert not isinstance(args.model_init_kwargs, str)  # parsed when the arguments were made
-    init: dict[str, Any] = {**(args.model_init_kwargs or {})}
-    labels = dict(enumerate(task.names))
-    described = {"id2label": labels, "label2id": {name: index for index, name in labels.items()}}
-    described["problem_type"] = task.problem_type  # pyright: ignore[reportArgumentType]
-    if isinstance(model, str):
-        options: dict[str, Any] = {"num_labels": len(labels), **described, **init}
-        found = load_config(model, trust_remote_code=args.trust_remote_code)
-        if found.num_labels != len(labels):
-            options.setdefault("ignore_mismatched_sizes", True)  # a head for other classes is replaced by a new one
-        model = load_model(
-            model,
-            auto_class="AutoModelForSequenceClassification",
-            model_init_kwargs=options,
-            quantization_config=quantization_config,
-            trust_remote_code=args.trust_remote_code,
-        )
-        return prepare_quantized(model, activation_checkpointing=bool(args.gradient_checkpointing))
-    if init or quantization_config is not None:
-        raise ArgumentError(
-            "`model_init_kwargs` and `quantization_config` act when the model is loaded here, but a loaded `model` "
-            "was passed. Pass its name, or drop them."
-        )
-    config = getattr(unwrap(model), "config", None)
-    if config is None:
-        return model
-    if config.num_labels != len(labels):
-        raise ArgumentError(
-            f"`model` has {config.num_labels} outputs and the data needs {len(labels)} ({task.describe()}). Pass "
-            f"`model` by its name, or load it with `num_labels={len(labels)}`."
-        )
-    for name, value in described.items():
-        setattr(config, name, value)
-    return model
-
-
-def _longest(max_length: int | None, tokenizer: Any, model: Any) -> int | None:
-    """Returns the most tokens a row may have: `max_length`, what the tokenizer says, what the model has positions for.
-
-    A tokenizer that knows no limit says 1e30; then RoBERTa's positions count, which start behind the padding token.
-    """
-    limits = [max_length] if max_length is not None else []
-    known = getattr(tokenizer, "model_max_length", None)
-    if known is not None and known < 1e9:
-        limits.append(int(known))
-    elif (positions := _positions(model)) is not None:
-        limits.append(positions)
-    return min(limits) if limits else None
-
-
-def _positions(model: Any) -> int | None:
-    """Returns how many tokens `model` has positions for, None where it sets no limit."""
-    config: Any = getattr(unwrap(model), "config", None)
-    positions = getattr(config, "max_position_embeddings", None)
-    if not positions or positions < 0:
-        return None
-    return positions - (2 if "roberta" in str(getattr(config, "model_type", "")) else 0)
-
-
-def _multiple(args: SequenceClassificationConfig, max_length: int | None, model: Any) -> int | None:
-    """Returns what batches are padded to a multiple of: compiled layers want few different lengths."""
-    if args.pad_to_multiple_of is not None or args.torch_compile_backend is None:
-        return args.pad_to_multiple_of
-    return length_bucket(max_length, _positions(model))
-
-
-def _settle_padding(tokenizer: Any, model: Any, pad_token: str | None, dataset: Any) -> None:
-    """Chooses the padding token and tells the model's config.
-
-    A decoder's head reads the last token that is not padding, by its id. If padding is the end-of-sequence token and
-    rows end with it, that is the wrong token; then another special token of the vocabulary becomes the padding token,
-    so that training here and inference anywhere read the same one. Without another one, the token before is read in
-    both; attention only looks back, so it is as if the rows had no end token.
-    """
-    same = tokenizer.pad_token in (None, tokenizer.eos_token)
-    if pad_token is None and same and _ends_with(dataset, tokenizer.eos_token_id):
-        known = [str(token) for token in tokenizer.added_tokens_decoder.values() if getattr(token, "special", True)]
-        last_resort = (tokenizer.eos_token, tokenizer.bos_token)
-        free = [token for token in [*tokenizer.all_special_tokens, *known] if token not in last_resort]
-        pad_token = next(iter(sorted(free, key=lambda token: "pad" not in token.lower())), None)
-    if getattr(unwrap(model), "config", None) is not None:
-        choose_pad_token(tokenizer, model, pad_token)
-
-
-def _ends_with(dataset: Any, token_id: int | None) -> bool:
-    """Returns whether one of the first 1000 rows ends with the token."""
-    if token_id is None:
-        return False
-    rows = dataset.take(64) if is_stream(dataset) else dataset.select(range(min(len(dataset), 1000)))
-    return any(row["input_ids"][-1] == token_id for row in rows)
-
-
-def _with_adapters(model: Any, peft_config: Any, activation_checkpointing: bool) -> nn.Module:
-    """Returns the model with adapters, and its head trained in full and saved with them."""
-    config = copy.deepcopy(peft_config)
-    if getattr(config, "task_type", "SEQ_CLS") in (None, "CAUSAL_LM"):
-        config.task_type = "SEQ_CLS"
-    if hasattr(config, "modules_to_save"):
-        prefix = getattr(model, "base_model_prefix", "")
-        heads = [
-            name for name, child in model.named_children() if name != prefix and any(True for _ in child.parameters())
-        ]
-        config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *heads]))
-    return add_adapters(model, config, activation_checkpointing=activation_checkpointing)

@@ -22,6 +22,7 @@ from finetune.kernels.attention import use_packed_attention
 from finetune.kernels.fused_head import LIGER_OWNS_HEAD, FusedHead, fuse_head, unsupported_reason
 from finetune.kernels.isolation import require_isolation
 from finetune.models.tokens import choose_pad_token
+from finetune.models.traits import max_positions
 from finetune.sft import inspection, recompute
 from finetune.sft.build import (
     brings_packed_attention,
@@ -108,7 +109,8 @@ class SFTTrainer(SFTRowMethods, Trainer):
             data_collator = DataCollatorForLanguageModeling(
                 pad_token_id=choose_pad_token(processing_class, model, args.pad_token),
                 padding_free=bool(self._plan.padding_free),
-                pad_to_multiple_of=args.pad_to_multiple_of or (length_bucket(args.max_length) if compiles else None),
+                pad_to_multiple_of=args.pad_to_multiple_of
+                or (length_bucket(args.max_length, max_positions(model)) if compiles else None),
             )
         elif self._plan.padding_free:
             raise ArgumentError("`padding_free` and `packing` need their own collator: drop `data_collator`.")

@@ -1,0 +1,77 @@
+"""The model of a classification: what it was made for, loading it with the right head, adapters beside the head."""
+
+import copy
+from typing import Any
+
+from torch import nn
+
+from finetune.errors import ArgumentError
+from finetune.models.adapters import add_adapters, prepare_quantized, unwrap
+from finetune.models.load import load_config, load_model
+from finetune.sequence_classification.config import SequenceClassificationConfig
+from finetune.sequence_classification.data import Task
+
+
+def labels_of(model: Any, args: SequenceClassificationConfig) -> dict[int, str] | None:
+    """Returns the classes a model was made for, None where `id2label` is what transformers fills in for a new one."""
+    if isinstance(model, str):
+        revision = (args.model_init_kwargs or {}).get("revision")  # pyright: ignore[reportAttributeAccessIssue]
+        options = {} if revision is None else {"revision": revision}
+        config: Any = load_config(model, trust_remote_code=args.trust_remote_code, **options)
+    else:
+        config = getattr(unwrap(model), "config", None)
+    labels = {int(index): str(name) for index, name in (getattr(config, "id2label", None) or {}).items()}
+    default = labels == {index: f"LABEL_{index}" for index in range(len(labels))}
+    return None if not labels or (default and isinstance(model, str)) else labels
+
+
+def load_classifier(model: Any, args: SequenceClassificationConfig, task: Task, quantization_config: Any) -> nn.Module:
+    """Returns the model with a head for `task`, loaded where it was given by name."""
+    assert not isinstance(args.model_init_kwargs, str)  # parsed when the arguments were made
+    init: dict[str, Any] = {**(args.model_init_kwargs or {})}
+    labels = dict(enumerate(task.names))
+    described = {"id2label": labels, "label2id": {name: index for index, name in labels.items()}}
+    described["problem_type"] = task.problem_type  # pyright: ignore[reportArgumentType]
+    if isinstance(model, str):
+        options: dict[str, Any] = {"num_labels": len(labels), **described, **init}
+        found = load_config(model, trust_remote_code=args.trust_remote_code)
+        if found.num_labels != len(labels):
+            options.setdefault("ignore_mismatched_sizes", True)  # a head for other classes is replaced by a new one
+        model = load_model(
+            model,
+            auto_class="AutoModelForSequenceClassification",
+            model_init_kwargs=options,
+            quantization_config=quantization_config,
+            trust_remote_code=args.trust_remote_code,
+        )
+        return prepare_quantized(model, activation_checkpointing=bool(args.gradient_checkpointing))
+    if init or quantization_config is not None:
+        raise ArgumentError(
+            "`model_init_kwargs` and `quantization_config` act when the model is loaded here, but a loaded `model` "
+            "was passed. Pass its name, or drop them."
+        )
+    config = getattr(unwrap(model), "config", None)
+    if config is None:
+        return model
+    if config.num_labels != len(labels):
+        raise ArgumentError(
+            f"`model` has {config.num_labels} outputs and the data needs {len(labels)} ({task.describe()}). Pass "
+            f"`model` by its name, or load it with `num_labels={len(labels)}`."
+        )
+    for name, value in described.items():
+        setattr(config, name, value)
+    return model
+
+
+def with_adapters(model: Any, peft_config: Any, activation_checkpointing: bool) -> nn.Module:
+    """Returns the model with adapters, and its head trained in full and saved with them."""
+    config = copy.deepcopy(peft_config)
+    if getattr(config, "task_type", "SEQ_CLS") in (None, "CAUSAL_LM"):
+        config.task_type = "SEQ_CLS"
+    if hasattr(config, "modules_to_save"):
+        prefix = getattr(model, "base_model_prefix", "")
+        heads = [
+            name for name, child in model.named_children() if name != prefix and any(True for _ in child.parameters())
+        ]
+        config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *heads]))
+    return add_adapters(model, config, activation_checkpointing=activation_checkpointing)
