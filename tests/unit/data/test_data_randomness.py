@@ -102,3 +102,26 @@ def test_workers_are_not_watched() -> None:
     loader = SimpleNamespace(num_workers=2, batch_sampler=BatchSampler(SeededRandomSampler(range(4), 0), 2, False))
     watch_fetches(loader, 3)
     assert fetches_of(loader) is None
+
+
+@pytest.mark.parametrize("draw", ["nothing", "rand", "randn", "one of two normals", "another seed"])
+def test_numpys_state_is_always_the_one_of_the_fetch(draw: str) -> None:
+    before = np.random.get_state()
+    try:
+        np.random.seed(0)
+        fetches, expected = FetchRandomness(10), []
+        for number in range(6):
+            expected.append(randomness.plain(randomness.capture())["numpy"])
+            fetches.before_fetch(number)
+            if draw == "rand":
+                np.random.rand()
+            elif draw == "randn" or (draw == "one of two normals" and number in (1, 3)):
+                np.random.randn()
+            elif draw == "another seed" and number == 2:
+                np.random.seed(1)
+        for number in range(6):
+            found = fetches.of(number)
+            assert found is not None
+            assert found["numpy"] == expected[number]
+    finally:
+        np.random.set_state(before)
