@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from finetune.data.chat import common_prefix_length
-from finetune.data.words import Words, word_table
 
 
 def flatten(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
@@ -64,12 +63,9 @@ class Encoded:
 class EncodedBatch:
     """Token ids (N,) int32 of B texts with `offsets` (B + 1,), which can say which token holds a character."""
 
-    def __init__(self, source: Words | Sequence[Encoded]) -> None:
-        self._source = source
-        if isinstance(source, Words):
-            self.ids, self.offsets = source.ids, source.offsets
-        else:
-            self.ids, self.offsets = flatten([row.ids for row in source])
+    def __init__(self, encoded: Sequence[Encoded]) -> None:
+        self._encoded = encoded
+        self.ids, self.offsets = flatten([row.ids for row in encoded])
 
     def row(self, row: int) -> list[int]:
         """Returns the token ids of one text."""
@@ -77,29 +73,16 @@ class EncodedBatch:
 
     def tokens_at(self, rows: Sequence[int], characters: Sequence[int]) -> np.ndarray:
         """Returns `Encoded.token_at` for each pair of a row and a character, (pairs,) int64."""
-        if isinstance(self._source, Words):
-            return self._source.tokens_at(np.array(rows, np.int64), np.array(characters, np.int64))
         pairs = zip(rows, characters, strict=True)
-        return np.array([self._source[row].token_at(character) for row, character in pairs], np.int64)
+        return np.array([self._encoded[row].token_at(character) for row, character in pairs], np.int64)
 
     def starts_before(self, row: int, token: int, character: int) -> bool:
         """Returns whether a token of a row begins before a character position and reaches past it."""
-        if not isinstance(self._source, Words):
-            return self._source[row].starts_before(token, character)
-        if token >= self.offsets[row + 1] - self.offsets[row]:
-            return False
-        begin, end = self._source.bounds(row, token)
-        return begin < character < end
+        return self._encoded[row].starts_before(token, character)
 
     def first_character(self, row: int, token: int) -> int | None:
         """Returns where a token of a row begins in its text, or None for one that the tokenizer added."""
-        if isinstance(self._source, Words):
-            return self._source.bounds(row, token)[0]
-        return self._source[row].first_character(token)
-
-
-# Texts whose tokens are compared, put together from words and tokenized whole, before words are relied upon.
-_PROVEN_TEXTS = 64
+        return self._encoded[row].first_character(token)
 
 
 class Encoder:
@@ -109,8 +92,6 @@ class Encoder:
         self.tokenizer = tokenizer
         self._backend = _plain_backend(tokenizer)
         self._turn = threading.Lock()
-        self._words = word_table(self._backend) if self._backend is not None else None
-        self._words_are_proven = False
 
     def __getstate__(self) -> dict[str, Any]:
         return {"tokenizer": self.tokenizer, "_backend": self._backend}  # for worker processes
@@ -118,8 +99,6 @@ class Encoder:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._turn = threading.Lock()
-        self._words = word_table(self._backend) if self._backend is not None else None
-        self._words_are_proven = False
 
     def in_turns(self, function: Callable[[Any], Any], parts: Sequence[Any]) -> list[Any]:
         """Returns `function(part)` for each part; while one part is in the tokenizer, the next one is worked on.
@@ -148,9 +127,6 @@ class Encoder:
 
     def encode_batch(self, texts: Sequence[str], *, special: bool, positions: bool = False) -> EncodedBatch:
         """Returns the tokens of the texts, with special tokens if `special`; `positions`: which hold a character."""
-        words = self._encode_words(texts, special)
-        if words is not None and not (positions and words.odd):
-            return EncodedBatch(words)
         return EncodedBatch(self.encode(texts, special=special, positions=positions))
 
     def encode(self, texts: Sequence[str], *, special: bool, positions: bool = False) -> list[Encoded]:
@@ -167,37 +143,6 @@ class Encoder:
         if encodings is not None:
             return [Encoded(e.ids, e) for e in encodings]
         return [Encoded(ids, None, text, self) for ids, text in zip(output["input_ids"], texts, strict=True)]
-
-    def _encode_words(self, texts: Sequence[str], special: bool) -> Words | None:
-        """Returns the tokens of the texts put together from their words, or None where that does not pay or hold."""
-        table = self._words
-        if table is None:
-            return None
-        if not table.is_useful:
-            self._words = None
-            return None
-        if table.is_full:
-            table = self._words = table.renewed()  # others may still be using the full one
-        cut = table.pieces(texts, special=special)
-        if cut is None:
-            return None
-        pieces, counts = cut
-        if unknown := table.unknown(pieces):
-            self._settle()
-            table.add(unknown, self._while_others_work(lambda: table.encode(unknown)))
-        words = table.look_up(pieces, counts)
-        if not self._words_are_proven:
-            if not self._agrees(words, texts[:_PROVEN_TEXTS], special):
-                self._words = None
-                return None
-            self._words_are_proven = True
-        return words
-
-    def _agrees(self, words: Words, texts: Sequence[str], special: bool) -> bool:
-        """Returns whether the first texts have the tokens that they have when they are tokenized whole."""
-        ids, offsets = words.ids, words.offsets
-        whole = self.encode(texts, special=special)
-        return all(each.ids == ids[offsets[i] : offsets[i + 1]].tolist() for i, each in enumerate(whole))
 
     def _while_others_work(self, function: Callable[[], Any]) -> Any:
         """Returns `function()`, a call of the tokenizer; within `in_turns`, another part has its turn meanwhile."""
