@@ -129,7 +129,8 @@ class Trainer(EvaluationMethods, OptimizerMethods, SavingMethods):
     ) -> TrainOutput:
         """Runs one training with one batch size; `auto_find_batch_size` calls it again with a smaller one."""
         args = args or self.args
-        self.accelerator.free_memory()
+        if self._run is not None or self.accelerator._models:
+            self.accelerator.free_memory()  # collects garbage too, which takes a third of a second
         checks.warn_of_second_start(self._run, self.state.global_step, batch_size)
         self._train_batch_size = batch_size or self._train_batch_size
         loader = self.get_train_dataloader()
