@@ -83,7 +83,7 @@ def train(side: str, point: dict[str, Any], settings: dict[str, Any], pause: Pau
     """Trains one window that is thrown away, `repeats` that are timed, and one whose tensors are counted."""
     steps, windows = point["steps"], settings["repeats"] + 2
     rows = data(point, settings)
-    options: dict[str, Any] = {"processing_class": tokenizer()}
+    options: dict[str, Any] = {"processing_class": tokenizer(point["vocabulary"])}
     args: dict[str, Any] = {
         "max_steps": steps * windows,
         "per_device_train_batch_size": point["batch"],

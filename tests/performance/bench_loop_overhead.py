@@ -106,7 +106,7 @@ def work(side: str, settings: dict[str, Any], pause: Pause) -> None:
 
 def main() -> None:
     bench = Bench("loop_overhead", "Overhead per step over a bare loop, tiny model", work, __doc__)
-    steps = 100 if bench.fast else 400
+    steps = 400
     sides = {name: {"steps": steps} for name in ("bare loop", "transformers", "finetune")}
     case = bench.case("tiny model", sides, pairs=5 if bench.fast else 15, settings={"steps": steps})
     overheads: dict[str, list[float]] = {"transformers": [], "finetune": []}
