@@ -207,7 +207,7 @@ def main() -> None:
         axes = {name: xs[:2] for name, xs in axes.items()}
     chosen = points(axes)
     settings = {"points": chosen, "repeats": repeats}
-    free = {"env": {"TOKENIZERS_PARALLELISM": "true"}}
+    free = {"env": {"TOKENIZERS_PARALLELISM": None}}
     sides = {side: {**settings, **free} for side in SIDES}
     case = bench.case("all points", sides, pairs=len(chosen) * (repeats + 2), settings={"model": MODEL, **USUAL})
     grown = collected(case.rounds, chosen, repeats)

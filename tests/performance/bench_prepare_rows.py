@@ -19,7 +19,7 @@ def main() -> None:
     rows = 10_000 if bench.fast else 50_000
     shared: dict[str, Any] = {"rows": rows}
     # Unset, the tokenizer may use all cores in one process, as it does in a user's program.
-    free = {"env": {"TOKENIZERS_PARALLELISM": "true"}}
+    free = {"env": {"TOKENIZERS_PARALLELISM": None}}
     sides = {
         "trl": {**shared, **free, "args": ARGS},
         "trl 2 processes": {**shared, "args": {**ARGS, "dataset_num_proc": 2}},

@@ -168,8 +168,13 @@ class Worker:
 
     def __init__(self, script: Path, side: str, settings: dict[str, Any], log: Path) -> None:
         self.side, self.log = side, log
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", **settings.get("env", {})}
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
         environment.setdefault("TOKENIZERS_PARALLELISM", "false")
+        for name, value in settings.get("env", {}).items():
+            if value is None:
+                environment.pop(name, None)
+            else:
+                environment[name] = value
         # Whatever a side leaves behind goes with it.
         self.scratch = environment["TMPDIR"] = tempfile.mkdtemp(prefix="finetune_bench_")
         log.parent.mkdir(parents=True, exist_ok=True)

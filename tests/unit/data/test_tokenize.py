@@ -1,3 +1,4 @@
+import os
 from typing import Any
 
 import numpy as np
@@ -199,3 +200,16 @@ def test_encoders_travel_to_workers(chat_tokenizer: Any) -> None:
     assert again.in_turns(lambda text: again.encode([text], special=False)[0].ids, ["a", "b"]) == [
         chat_tokenizer(text)["input_ids"] for text in "ab"
     ]
+
+
+@pytest.mark.parametrize(("cores", "given"), [(2, None), (2, "true"), (8, None)])
+def test_two_cores_are_shared_with_the_tokenizer(
+    cores: int, given: str | None, chat_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+    if given is not None:
+        monkeypatch.setenv("TOKENIZERS_PARALLELISM", given)
+    seen = Encoder(chat_tokenizer).in_turns(lambda _: os.environ.get("TOKENIZERS_PARALLELISM"), [0, 1])
+    assert seen == (["false"] * 2 if (cores, given) == (2, None) else [given] * 2)
+    assert os.environ.get("TOKENIZERS_PARALLELISM") == given
