@@ -167,7 +167,7 @@ def _open_state(args: ProcessView) -> "PartialState":
         return existing
     settings: dict[str, Any] = {"cpu": True} if cpu else {"timeout": args.ddp_timeout_delta}
     if args.deepspeed and not cpu:
-        with _environment("ACCELERATE_USE_DEEPSPEED", "true"):
+        with environment("ACCELERATE_USE_DEEPSPEED", "true"):
             state = PartialState(**settings)
     else:
         # A single process has no process group, and accelerate fails on a backend named for none.
@@ -204,7 +204,7 @@ def _accelerator_fits(args: ProcessView) -> bool:
 
 
 @contextlib.contextmanager
-def _environment(name: str, value: str) -> Iterator[None]:
+def environment(name: str, value: str) -> Iterator[None]:
     """Sets an environment variable for the block."""
     before = os.environ.get(name)
     os.environ[name] = value

@@ -20,6 +20,7 @@ from torch import nn
 
 from finetune.checkpoint import layout
 from finetune.checkpoint.rng import numpy_array_globals
+from finetune.distributed.accelerator import fsdp_version
 from finetune.errors import CheckpointError
 from finetune.models.adapters import is_peft_model, unwrap
 
@@ -47,7 +48,7 @@ def save_sharded(
         from accelerate.utils import save_fsdp_model, save_fsdp_optimizer
 
         plugin = accelerator.state.fsdp_plugin
-        save_fsdp_model(plugin, accelerator, model, str(folder), **_adapter_only(save_fsdp_model, plugin))
+        save_fsdp_model(plugin, accelerator, model, str(folder), **_adapter_only(save_fsdp_model, accelerator))
         save_fsdp_optimizer(plugin, accelerator, optimizer, model, str(folder))
     else:
         return False
@@ -65,14 +66,14 @@ def load_sharded_optimizer(folder: Path, *, accelerator: Any, model: nn.Module, 
                 "setup, or pass another `resume_from_checkpoint`."
             )
         plugin = accelerator.state.fsdp_plugin
-        if int(getattr(plugin, "fsdp_version", 1)) == 1 and "FULL_STATE_DICT" not in str(plugin.state_dict_type):
+        if fsdp_version(accelerator) == 1 and "FULL_STATE_DICT" not in str(plugin.state_dict_type):
             # What is loaded are the shards of what the optimizer holds, and a new one holds nothing.
             from torch.distributed.checkpoint.state_dict import _init_optim_state
 
             _init_optim_state(getattr(optimizer, "optimizer", optimizer))
         with safe_loading(folder), restoring(folder):
             load_fsdp_optimizer(
-                plugin, accelerator, optimizer, model, str(folder), **_adapter_only(load_fsdp_optimizer, plugin)
+                plugin, accelerator, optimizer, model, str(folder), **_adapter_only(load_fsdp_optimizer, accelerator)
             )  # fmt: skip
         return True
     return uses_deepspeed(accelerator)
@@ -115,7 +116,9 @@ def load_sharded_weights(
             from accelerate.utils import load_fsdp_model
 
             plugin = accelerator.state.fsdp_plugin
-            load_fsdp_model(plugin, accelerator, model_wrapped, str(folder), **_adapter_only(load_fsdp_model, plugin))
+            load_fsdp_model(
+                plugin, accelerator, model_wrapped, str(folder), **_adapter_only(load_fsdp_model, accelerator)
+            )
 
 
 @contextlib.contextmanager
@@ -206,9 +209,9 @@ def accepts_exclusion(engine: Any) -> bool:
     return "exclude_frozen_parameters" in inspect.signature(engine.save_checkpoint).parameters
 
 
-def _adapter_only(function: Any, plugin: Any) -> dict[str, bool]:
+def _adapter_only(function: Any, accelerator: Any) -> dict[str, bool]:
     # Under FSDP1 PEFT finds none of the adapter's tensors (`gathered.naming_as_unsharded`); nobody would notice.
-    wanted = int(getattr(plugin, "fsdp_version", 1)) != 1
+    wanted = fsdp_version(accelerator) != 1
     return {"adapter_only": wanted} if "adapter_only" in inspect.signature(function).parameters else {}
 
 

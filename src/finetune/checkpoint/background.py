@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from finetune.distributed.memory import free_bytes
 from finetune.models.adapters import is_peft_model
 from finetune.optim.fused_backward import unwrap
 
@@ -23,10 +24,8 @@ def saves_in_background(trainer: Any) -> bool:
         return False
     if not all(_is_own(type(callback).on_save) for callback in trainer.callback_handler.callbacks):
         return False
-    import psutil
-
     needed = bytes_needed(trainer.model, trainer.optimizer, weights_only=args.save_only_model)
-    return needed <= (psutil.virtual_memory().available + trainer._writer.held_bytes) // 2
+    return needed <= (free_bytes(torch.device("cpu")) + trainer._writer.held_bytes) // 2
 
 
 def changes_in_step(trainer: Any) -> frozenset[int]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.checkpoint import files
+from finetune.checkpoint import copies
 from finetune.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ class CheckpointWriter:
         self.last: SaveReport | None = None
         self._jobs: list[Callable[[], None]] | None = None
         self._memo: dict[Any, Any] = {}
-        self._pool = files.CopyPool()
+        self._pool = copies.CopyPool()
         self._thread: threading.Thread | None = None
         self._copied = threading.Event()
         self._copied.set()
@@ -81,7 +81,7 @@ class CheckpointWriter:
 
     def snapshot(self, value: Any) -> Any:
         """Returns what a job may use later: copies of the tensors on the CPU; `value` itself when jobs run at once."""
-        return value if self._jobs is None else files.snapshot(value, self._memo, self._pool)
+        return value if self._jobs is None else copies.snapshot(value, self._memo, self._pool)
 
     def launch(self, finish: Callable[[BaseException | None], None]) -> None:
         """Runs the kept jobs, then `finish(error)`: in a thread, or here when there is nothing in the background."""
@@ -139,7 +139,7 @@ class CheckpointWriter:
 
     def release(self) -> None:
         """Frees the memory of the last copies: no further save is near."""
-        self._pool = files.CopyPool()
+        self._pool = copies.CopyPool()
 
     def wait(self) -> float:
         """Returns the seconds waited until nothing is being written.

@@ -2,14 +2,15 @@
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from typing import Any
 
 import numpy as np
 
+from finetune.arguments.processes import environment
 from finetune.data.chat import common_prefix_length
 
 _PARALLELISM = "TOKENIZERS_PARALLELISM"  # the tokenizers library reads it at every call
@@ -167,20 +168,14 @@ class Encoder:
         return len(whole) - first - len(plain)
 
 
-@contextmanager
-def _one_core_for_python() -> Iterator[None]:
-    """Keeps the tokenizer to one thread where there are two cores and nobody said otherwise.
+def _one_core_for_python() -> AbstractContextManager[None]:
+    """Returns a context that keeps the tokenizer to one thread where there are two cores and nobody said otherwise.
 
     With one part in the tokenizer and one in Python, three threads on two cores were slower by a sixth.
     """
     if _PARALLELISM in os.environ or (os.cpu_count() or 1) > 2:
-        yield
-        return
-    os.environ[_PARALLELISM] = "false"
-    try:
-        yield
-    finally:
-        os.environ.pop(_PARALLELISM, None)
+        return nullcontext()
+    return environment(_PARALLELISM, "false")
 
 
 def _plain_backend(tokenizer: Any) -> Any:

@@ -136,10 +136,23 @@ def build_dataloader(
         # Workers are forked: the tokenizers library would warn in each, and stop using threads there anyway.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if is_stream(dataset):
-        stream = _stream_loader(dataset, args, accelerator, batch_size, params)
-        if is_training:
-            watch_fetches(stream, args.gradient_accumulation_steps + 2)
-        return stream
+        loader = _stream_loader(dataset, args, accelerator, batch_size, params)
+    else:
+        loader = _map_loader(dataset, args, accelerator, batch_size, sampler, is_training, params)
+    if is_training:
+        watch_fetches(loader, args.gradient_accumulation_steps + 2)
+    return loader
+
+
+def _map_loader(
+    dataset: Any,
+    args: Any,
+    accelerator: Any,
+    batch_size: int,
+    sampler: Sampler[Any] | None,
+    is_training: bool,
+    params: dict[str, Any],
+) -> DataLoader[Any]:
     if is_training:
         params["worker_init_fn"] = partial(
             seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index
@@ -149,8 +162,6 @@ def build_dataloader(
     else:
         params |= {"batch_size": batch_size, "sampler": sampler, "drop_last": args.dataloader_drop_last}
     loader = accelerator.prepare(DataLoader(dataset, **params))
-    if is_training:
-        watch_fetches(loader, args.gradient_accumulation_steps + 2)
     if isinstance(sampler, BatchRebalanceSampler) and loader.batch_sampler is not sampler:
         # The sampler knows its rank already; accelerate's wrapper must not take every W-th batch of it once more.
         loader.batch_sampler.num_processes, loader.batch_sampler.process_index = 1, 0

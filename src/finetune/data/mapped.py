@@ -1,7 +1,6 @@
 """The functions that `Dataset.map` calls, and the columns they make."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,7 +10,6 @@ from finetune.data.labels import LabelledBatch
 from finetune.data.rows import WEIGHTS
 from finetune.data.settings import DataSettings
 from finetune.data.tokenize import NOTHING_TRAINED, TokenBatch
-from finetune.errors import DataFormatError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -20,8 +18,6 @@ LENGTH = "length"
 SOURCE_LENGTH, SUPERVISED, FLAGS = "_source_length", "_supervised", "_flags"
 COUNT_COLUMNS = (SOURCE_LENGTH, SUPERVISED, FLAGS)
 """Per-row numbers that are stored with the prepared rows for the audit, and taken off before training."""
-
-_SEARCHED_ROWS = 2000  # behind the last good row: more than are read at once
 
 
 class MapFunction:
@@ -65,58 +61,6 @@ class StreamFunction:
             if key not in COUNT_COLUMNS:
                 columns[key] = values.to_pylist()
         return {key: [values[i] for i in trained] for key, values in columns.items()}
-
-
-def stream_error(stream: Any, error: Exception) -> DataFormatError | None:
-    """Returns the error that names the raw row on which a prepared stream failed, or None if no row is to blame.
-
-    For failures inside the library datasets: text that is not UTF-8, and rows that are no dictionaries.
-    """
-    function = next((f for f in _functions(stream) if isinstance(f, StreamFunction)), None)
-    if function is None or function.source is None:
-        return None
-    name, row = function.processor.name, -1
-    # Of a stream that is read in blocks, the row is one of the next block.
-    try:
-        for row, value in enumerate(islice(function.source, function.num_read + _SEARCHED_ROWS)):
-            if not isinstance(value, Mapping):
-                found = f"`{type(value).__name__}`" if value is not None else "None"
-                return DataFormatError(f"Row {row} of the {name} data set is {found}, expected a dictionary.")
-    except UnicodeDecodeError:
-        pass
-    except Exception:
-        return None
-    if not isinstance(error, UnicodeDecodeError):
-        return None
-    try:
-        row = _undecodable_row(function.source, row + 1)
-        where = f"Row {row}"
-    except Exception:
-        where = f"A row from {row + 1} on"
-    return DataFormatError(
-        f"{where} of the {name} data set holds text that is not UTF-8: {error}. Repair or remove it."
-    )
-
-
-def _undecodable_row(source: Any, row: int) -> int:
-    """Returns the first row from `row` on whose Arrow values Python cannot read."""
-    for table in source.with_format("arrow").skip(row).iter(batch_size=1):
-        try:
-            table.to_pylist()
-        except UnicodeDecodeError:
-            return row
-        row += 1
-    raise ValueError("no such row")
-
-
-def _functions(stream: Any) -> Iterator[Any]:
-    """Yields the functions mapped over a `datasets.IterableDataset`, the last one first."""
-    todo = [getattr(stream, "_ex_iterable", None)]
-    while todo:
-        node = todo.pop()
-        if node is not None:
-            yield getattr(node, "function", None)
-            todo += [getattr(node, "ex_iterable", None), *getattr(node, "ex_iterables", ())]
 
 
 def _arrays(labelled: LabelledBatch, processor: BatchProcessor) -> dict[str, Any]:

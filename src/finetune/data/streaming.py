@@ -22,8 +22,8 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from finetune.errors import CheckpointError
 
 from .digest import digest
-from .mapped import stream_error
 from .randomness import FetchRandomness
+from .stream_source import explained_rows, has_shuffle_buffer, why_not_resumable
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ class _Batches(IterableDataset):
             self.rows.load_state_dict(start["dataset"])
         elif start is not None:
             num_replayed = start["rows"]
-        rows = _explained(self.rows)
+        rows = explained_rows(self.rows)
         deque(islice(rows, num_replayed), maxlen=0)
         per_round = self.batch_size * self.world_size
         number, self.first_number = self.first_number, 0
@@ -297,39 +297,6 @@ class StreamLoader(DataLoader[Any]):
                 "The stream does not continue with the batch that was next when the checkpoint was written: the data "
                 "set, its order or its preparation changed. Restore them, or use `ignore_data_skip=True`."
             )
-
-
-def why_not_resumable(stream: Any) -> str | None:
-    """Returns why the state of `stream` does not suffice to resume it exactly, or None when it does."""
-    if not (callable(getattr(stream, "state_dict", None)) and callable(getattr(stream, "load_state_dict", None))):
-        return f"`{type(stream).__name__}` has no `state_dict` and `load_state_dict`"
-    if has_shuffle_buffer(stream):
-        return "the state of `datasets.IterableDataset` leaves out the rows waiting in its shuffle buffer"
-    return None
-
-
-def has_shuffle_buffer(stream: Any) -> bool:
-    """Returns whether a `datasets.IterableDataset` shuffles through a buffer, whose rows its state leaves out."""
-    todo = [getattr(stream, "_ex_iterable", None)]
-    while todo:
-        node = todo.pop()
-        if node is None:
-            continue
-        if type(node).__name__.startswith("BufferShuffled"):
-            return True
-        todo += [getattr(node, "ex_iterable", None), *getattr(node, "ex_iterables", ())]
-    return False
-
-
-def _explained(stream: Any) -> Iterator[Any]:
-    """Yields the rows of a stream; a row that the library datasets cannot read is an error that names it."""
-    try:
-        yield from stream
-    except (UnicodeDecodeError, TypeError, AttributeError) as error:
-        explained = stream_error(stream, error)
-        if explained is None:
-            raise
-        raise explained from error
 
 
 def _state_of(stream: Any) -> Any:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.data.packing import list_lengths
+from finetune.distributed.memory import free_bytes
 from finetune.kernels.attention import backbone_of, base_model
 from finetune.reporting.memory import format_bytes
 
@@ -124,25 +124,3 @@ def _kept_by_one_pass(model: nn.Module, length: int) -> int:
             module.training = training
     del output
     return sum(kept.values())
-
-
-def free_bytes(device: torch.device) -> int:
-    """Returns the memory that is free on `device`, in bytes; 0 where nobody can say."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    if device.type != "cpu":
-        return 0
-    import psutil
-
-    return min(psutil.virtual_memory().available, _container_bytes())
-
-
-def _container_bytes() -> int:
-    """Returns what the control group of a container leaves; very much where there is no limit."""
-    folder = Path("/sys/fs/cgroup")
-    try:
-        limit, used = (folder / "memory.max").read_text().strip(), (folder / "memory.current").read_text()
-        return int(limit) - int(used)
-    except (OSError, ValueError):
-        return 2**62

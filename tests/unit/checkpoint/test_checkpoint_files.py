@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from finetune.checkpoint import files, layout
+from finetune.checkpoint import copies, files, layout
 from finetune.errors import CheckpointError
 
 
@@ -89,7 +89,7 @@ def test_missing_and_truncated_files(tmp_path: Path) -> None:
 
 def test_snapshot_is_independent_and_keeps_ties() -> None:
     weight = torch.ones(3)
-    copy = files.snapshot({"a": weight, "b": weight, "half": weight[:2], "list": [weight, 1]})
+    copy = copies.snapshot({"a": weight, "b": weight, "half": weight[:2], "list": [weight, 1]})
     weight.add_(1)
     assert copy["a"].tolist() == [1, 1, 1] and copy["half"].tolist() == [1, 1]
     assert copy["a"].data_ptr() == copy["b"].data_ptr() == copy["list"][0].data_ptr() != weight.data_ptr()
@@ -97,8 +97,8 @@ def test_snapshot_is_independent_and_keeps_ties() -> None:
 
 def test_snapshot_does_not_confuse_a_freed_tensor_with_its_successor() -> None:
     memo: dict[Any, Any] = {}
-    copies = [files.snapshot(torch.full((64,), float(i)), memo) for i in range(50)]
-    assert [int(c[0]) for c in copies] == list(range(50))
+    taken = [copies.snapshot(torch.full((64,), float(i)), memo) for i in range(50)]
+    assert [int(c[0]) for c in taken] == list(range(50))
 
 
 def test_same_bits() -> None:
@@ -160,13 +160,13 @@ class TestLayout:
 
 
 def test_copies_use_the_memory_of_the_last_ones_only_when_told() -> None:
-    pool, tensor = files.CopyPool(), torch.arange(6.0).view(2, 3)
-    first = files.snapshot({"a": tensor}, pool=pool)["a"]
-    second = files.snapshot([tensor], pool=pool)[0]
+    pool, tensor = copies.CopyPool(), torch.arange(6.0).view(2, 3)
+    first = copies.snapshot({"a": tensor}, pool=pool)["a"]
+    second = copies.snapshot([tensor], pool=pool)[0]
     assert second.data_ptr() != first.data_ptr(), "the first copy may still be being written"
     pool.renew()
     tensor += 1
-    again = files.snapshot((tensor, torch.ones(7)), pool=pool)[0]
+    again = copies.snapshot((tensor, torch.ones(7)), pool=pool)[0]
     assert again.data_ptr() in (first.data_ptr(), second.data_ptr())
     assert torch.equal(again, tensor)
     pool.trim()

@@ -12,7 +12,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 from finetune.data.packing import pack_dataset
 from finetune.data.pipeline import prepare_split
 from finetune.data.settings import DataSettings
-from finetune.data.streaming import StreamLoader, has_shuffle_buffer, why_not_resumable
+from finetune.data.stream_source import has_shuffle_buffer, why_not_resumable
+from finetune.data.streaming import StreamLoader
 from finetune.errors import CheckpointError, DataFormatError
 
 

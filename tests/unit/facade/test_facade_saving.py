@@ -14,7 +14,7 @@ from datasets import Dataset
 from torch.optim import AdamW
 
 import finetune
-from finetune.checkpoint import files, manager
+from finetune.checkpoint import copies, manager
 from finetune.checkpoint.store import CheckpointStore
 from finetune.errors import ArgumentError, CheckpointError
 
@@ -140,7 +140,7 @@ def test_copying_waits_for_nobody_and_the_step_waits_for_it(
     tiny_bert: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A slow copy gives the weights of the moment of the save, as a save without background does."""
-    complete, order = files.CopyPool.complete, []
+    complete, order = copies.CopyPool.complete, []
 
     def slowly(pool: Any) -> None:
         time.sleep(0.3)
@@ -153,7 +153,7 @@ def test_copying_waits_for_nobody_and_the_step_waits_for_it(
             return super().step(*args, **kwargs)
 
     Order.__module__ = AdamW.__module__
-    monkeypatch.setattr(files.CopyPool, "complete", slowly)
+    monkeypatch.setattr(copies.CopyPool, "complete", slowly)
     options: dict[str, Any] = {"max_steps": 3, "save_steps": 1, "learning_rate": 0.1}
     for name, background in (("now", False), ("later", True)):
         trainer = make(tiny_bert, tmp_path / name, async_save=background, **options)

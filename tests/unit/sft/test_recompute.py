@@ -122,11 +122,6 @@ def test_longest_row() -> None:
     assert recompute.longest_row(iter([]), None) is None
 
 
-def test_a_container_may_leave_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recompute, "_container_bytes", lambda: 5)
-    assert recompute.free_bytes(torch.device("cpu")) == 5
-
-
 def test_both_ways_train_the_same_and_say_which(
     tiny_llama: Any, chat_tokenizer: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
