@@ -3,7 +3,7 @@
     python tests/performance/check_readme.py            # exit status 1 and the differing lines if a figure is wrong
     python tests/performance/check_readme.py --write    # writes the table anew
 
-The table between the two markers is made from `results/*.json` and from nothing else.
+The table between the two markers is made from `results/<machine>/*.json` and from nothing else: a column per machine.
 """
 
 import argparse
@@ -22,8 +22,17 @@ ORDER = [
 ]  # fmt: skip
 
 
-def load(folder: Path) -> list[dict[str, Any]]:
-    """Returns the results in `folder`, in the order of the table; unknown ones come last."""
+Results = list[dict[str, Any]]
+
+
+def load(folder: Path) -> dict[str, Results]:
+    """Returns the results of every machine that has a folder in `folder`, by its processor; the most results first."""
+    found = [results for each in sorted(folder.iterdir()) if each.is_dir() and (results := load_machine(each))]
+    return {each[0]["environment"]["processor"]: each for each in sorted(found, key=len, reverse=True)}
+
+
+def load_machine(folder: Path) -> Results:
+    """Returns the results in the folder of one machine, in the order of the table; unknown ones come last."""
     found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     found = [each for each in found if "benchmark" in each]
     return sorted(found, key=lambda each: ORDER.index(each["benchmark"]) if each["benchmark"] in ORDER else len(ORDER))
@@ -53,16 +62,21 @@ def spread(case: dict[str, Any], bar: dict[str, Any]) -> str:
     return ""
 
 
-def goal(bar: dict[str, Any]) -> tuple[str, str]:
-    """Returns a bar's goal and whether it is met, as the table says it: ("≥ 3", "met"), or two dashes without goal."""
+def goal(bar: dict[str, Any]) -> str:
+    """Returns a bar's goal as the table says it: "≥ 3", or a dash without one."""
     if bar["met"] is None:
-        return "-", "-"
-    said = f"≥ {bar['at_least']:g}" if bar["at_least"] is not None else f"≤ {bar['at_most']:g}"
-    return said, "met" if bar["met"] else "**missed**"
+        return "-"
+    return f"≥ {bar['at_least']:g}" if bar["at_least"] is not None else f"≤ {bar['at_most']:g}"
 
 
-def floors(results: list[dict[str, Any]]) -> list[str]:
-    """Returns a line for every missed goal: how far the machine itself would let anybody get."""
+def figure(case: dict[str, Any], bar: dict[str, Any]) -> str:
+    """Returns a cell: the median, its spread, and whether the goal is met: "3 (2 to 5), met"."""
+    verdict = {None: "", True: ", met", False: ", **missed**"}[bar["met"]]
+    return number(bar["value"]) + spread(case, bar) + verdict
+
+
+def floors(results: Results) -> list[str]:
+    """Returns a line for every goal that a machine missed: how far the machine itself would let anybody get."""
     lines: list[str] = []
     for result in results:
         for bar in (bar for case in result["cases"] for bar in case["bars"] if bar["met"] is False):
@@ -75,17 +89,19 @@ def floors(results: list[dict[str, Any]]) -> list[str]:
             verdict = "the goal is beyond this machine's floor" if beyond else "the floor would allow the goal"
             best = number(said["best_possible"])
             lines.append(f"- {result['title']}, {bar['text']}: {said['says']}. At the floor: {best}; {verdict}.")
-    return ["", "How far one could get where a goal is missed:", "", *lines] if lines else []
+    processor = results[0]["environment"]["processor"]
+    return ["", f"How far one could get where a goal is missed, {processor}:", "", *lines] if lines else []
 
 
-def growth(results: list[dict[str, Any]]) -> list[str]:
+def growth(results: Results) -> list[str]:
     """Returns the table of fitted exponents, if growth was measured."""
     lines: list[str] = []
     for axes in (result["growth"] for result in results if "growth" in result):
         sides = list(dict.fromkeys(side for axis in axes.values() for side in axis["sides"]))
         lines += [
             "",
-            "How the cost grows: the exponent `e` of time per supervised token ~ x^e, and of peak tensor memory ~ x^e.",
+            "How the cost grows: the exponent `e` of time per supervised token ~ x^e, and of peak tensor memory ~ x^e "
+            f"({results[0]['environment']['processor']}).",
             "",
             f"| x | from, to | {' | '.join(sides)} |",
             "|---|---|" + "---|" * len(sides),
@@ -99,8 +115,8 @@ def growth(results: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def circumstances(results: list[dict[str, Any]]) -> list[str]:
-    """Returns the lines that say on what, with what and how undisturbed the figures were measured."""
+def circumstances(results: Results) -> list[str]:
+    """Returns the lines that say on what, with what and how undisturbed a machine's figures were measured."""
     first = results[0]["environment"]
     versions = ", ".join(f"{name} {first['packages'][name]}" for name in ("torch", "transformers", "trl"))
     dates = sorted(each["environment"]["date"] for each in results)
@@ -126,24 +142,43 @@ def circumstances(results: list[dict[str, Any]]) -> list[str]:
         for name, check in case.get("checks", {}).items()
         if not check["agree"]
     ]
+    unable = [f"{result['title']}, {name}: {why}" for result in results
+              for name, why in result.get("left_out", {}).items()]  # fmt: skip
+    if unable:
+        lines.append(f"Not measured: {'; '.join(unable)}.")
     lines.append(
         f"Checks that did not agree: {'; '.join(disagreeing)}." if disagreeing else "Losses and token counts agreed."
     )
     return lines
 
 
-def table(results: list[dict[str, Any]]) -> list[str]:
+def table(machines: dict[str, Results]) -> list[str]:
     """Returns the lines between the markers."""
-    if not results:
+    if not machines:
         return ["No results yet: run `make bench`."]
-    lines = ["| what | case | median of the pairs (smallest to largest) | goal | |", "|---|---|---|---|---|"]
-    for result in results:
-        for case in result["cases"]:
-            for bar in case["bars"]:
-                wanted, met = goal(bar)
-                measured = number(bar["value"]) + spread(case, bar)
-                lines.append(f"| {result['title']} | {bar['text']} | {measured} | {wanted} | {met} |")
-    return [*lines, *growth(results), *floors(results), *circumstances(results)]
+    rows: dict[tuple[str, str, str], dict[str, str]] = {}
+    for processor, results in machines.items():
+        for result in results:
+            for case in result["cases"]:
+                for bar in case["bars"]:
+                    cells = rows.setdefault((result["title"], bar["text"], goal(bar)), {})
+                    cells[processor] = figure(case, bar)
+    # A stable sort: what only one machine measured stands with the rest of its benchmark.
+    titles = list(dict.fromkeys(title for title, _, _ in rows))
+    ordered = sorted(rows.items(), key=lambda row: titles.index(row[0][0]))
+    lines = [f"| what | case | {' | '.join(machines)} | goal |", "|---|---|" + "---|" * (len(machines) + 1)]
+    above = ""
+    for (title, text, wanted), cells in ordered:
+        shown = title if title != above else ""
+        lines.append(f"| {shown} | {text} | {' | '.join(cells.get(each, '-') for each in machines)} | {wanted} |")
+        above = title
+    each_machine = machines.values()
+    return [
+        *lines,
+        *(line for results in each_machine for line in growth(results)),
+        *(line for results in each_machine for line in floors(results)),
+        *(line for results in each_machine for line in circumstances(results)),
+    ]
 
 
 def block(text: str) -> list[str]:
@@ -158,12 +193,12 @@ def block(text: str) -> list[str]:
     return lines[lines.index(BEGIN) + 1 : lines.index(END)]
 
 
-def differences(text: str, results: list[dict[str, Any]]) -> list[str]:
+def differences(text: str, results: dict[str, Results]) -> list[str]:
     """Returns how the README differs from what was measured, as lines of a diff; none if it is right."""
     return list(difflib.unified_diff(block(text), table(results), "README.md", "measured", lineterm="", n=0))
 
 
-def written(text: str, results: list[dict[str, Any]]) -> str:
+def written(text: str, results: dict[str, Results]) -> str:
     """Returns the README with the table made anew."""
     block(text)
     head, rest = text.split(BEGIN + "\n", 1)

@@ -413,10 +413,14 @@ class Bench:
         self.cases: list[Case] = []
         self.environment = machine.environment()
         self.others = machine.Others()
+        self.left_out: dict[str, str] = {}
         self.started = time.perf_counter()
 
     def wanted(self, name: str) -> bool:
-        """Returns whether `--only` leaves this case in."""
+        """Returns whether `--only` leaves this case in, and the processor can compute in its number format."""
+        if name == "bf16" and not machine.has_bfloat16():
+            self.left_out[name] = "the processor has no bfloat16 arithmetic"
+            return False
         return not self.options.only or any(part in name for part in self.options.only)
 
     def case(
@@ -448,10 +452,10 @@ class Bench:
             "environment": {**self.environment, **busy},
             "seconds_taken": round(time.perf_counter() - self.started, 1),
             "cases": [case.result for case in self.cases],
+            "left_out": self.left_out,
             **extra,
         }
-        target = self.options.out or HERE / "results" / f"{self.name}.json"
-        target = Path(target)
+        target: Path = self.options.out or machine.folder() / f"{self.name}.json"
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(json.dumps(rounded(result), indent=1) + "\n")
         print(f"{target} ({result['seconds_taken']} s)", file=sys.stderr, flush=True)

@@ -1,13 +1,15 @@
 """What a result says about its machine: versions, hardware, threads, how busy it was, and its measured peaks.
 
-    python tests/performance/machine.py --out tests/performance/results/peaks.json
+    python tests/performance/machine.py
 
+Results of one kind of machine lie in one folder, `results/<processor>_<its widest arithmetic>/`, its peaks among them.
 The peaks are those of this machine with this torch, best of several tries: products of square matrices in float32 and
 bfloat16, and copying memory that is already mapped. A floor is made of them: operations over GFLOP/s plus bytes over
 GB/s, the time below which no program that does these operations can come.
 """
 
 import argparse
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -21,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-PEAKS = HERE / "results" / "peaks.json"
+RESULTS = HERE / "results"
 PACKAGES = ["finetune", "torch", "transformers", "trl", "accelerate", "datasets", "tokenizers", "peft", "galore-torch"]
 THREAD_SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TOKENIZERS_PARALLELISM")
 
@@ -56,12 +58,38 @@ def _version(name: str) -> str:
 
 
 def _processor() -> str:
+    """Returns name, widest arithmetic and number of cores: "AMD EPYC (avx2) x 2"."""
+    name, cores = platform.processor() or platform.machine(), os.cpu_count()
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
+        names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+        name, cores = (names[0], len(names)) if names else (name, cores)
+    return f"{name} ({arithmetic()}) x {cores}"
+
+
+# What decides the speed of products, widest first: as /proc/cpuinfo calls it.
+_ARITHMETIC = ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "sve", "asimd")
+
+
+def arithmetic() -> str:
+    """Returns the widest arithmetic of this processor that matters here; "plain" where nothing is known of it."""
     try:
         with open("/proc/cpuinfo") as file:
-            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
-        return f"{names[0]} x {len(names)}" if names else platform.processor()
+            lines = [line for line in file if line.lower().startswith(("flags", "features"))]
     except OSError:
-        return platform.processor()
+        lines = []
+    flags = set(lines[0].split(":", 1)[1].split()) if lines else set()
+    return next((each for each in _ARITHMETIC if each in flags), "plain")
+
+
+def has_bfloat16() -> bool:
+    """Returns whether torch has fast bfloat16 products for this processor: without, a step takes minutes."""
+    return arithmetic() not in ("avx2", "plain")
+
+
+def folder() -> Path:
+    """Returns where results of this kind of machine lie: `results/amd_epyc_avx2`."""
+    name = _processor().rsplit(" x ", 1)[0].lower()
+    return RESULTS / "_".join("".join(letter if letter.isalnum() else " " for letter in name).split())
 
 
 class Others:
@@ -127,14 +155,15 @@ def _fastest(action: Callable[[], Any], repeats: int) -> float:
 
 
 def peaks() -> dict[str, Any]:
-    """Returns the measured peaks: those kept in `results/peaks.json` if they are of this machine, else new ones."""
-    if PEAKS.exists():
-        kept = json.loads(PEAKS.read_text())
+    """Returns the measured peaks: those kept in `folder()` if they are of this machine, else new ones."""
+    path = folder() / "peaks.json"
+    if path.exists():
+        kept = json.loads(path.read_text())
         if kept.get("processor") == _processor() and kept.get("threads_setting") == os.environ.get("OMP_NUM_THREADS"):
             return kept
     # A process of its own: the harness itself stays without torch and its threads.
-    subprocess.run([sys.executable, str(Path(__file__).resolve()), "--out", str(PEAKS)], check=True)
-    return json.loads(PEAKS.read_text())
+    subprocess.run([sys.executable, str(Path(__file__).resolve())], check=True)
+    return json.loads(path.read_text())
 
 
 def floor_seconds(operations: float, moved_bytes: float, dtype: str, measured: dict[str, Any]) -> float:
@@ -181,7 +210,7 @@ def training_work(
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, default=folder() / "peaks.json")
     options = parser.parse_args()
     found = {
         **measure_peaks(),
@@ -192,9 +221,8 @@ def main() -> int:
     }
     found = {key: float(f"{each:.6g}") if isinstance(each, float) else each for key, each in found.items()}
     print(json.dumps(found))
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(found, indent=1) + "\n")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(found, indent=1) + "\n")
     return 0
 
 

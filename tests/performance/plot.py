@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from check_readme import HERE, load
+from check_readme import HERE, load_machine
 
 METRICS = {"seconds": "seconds", "peak_mib": "MiB above the start", "ledger_mib": "MiB of tensors"}
 COLOURS = {"finetune": "#1f77b4", "trl": "#d62728", "transformers": "#ff7f0e"}
@@ -122,10 +122,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=HERE / "results")
     options = parser.parse_args()
-    results = load(options.results)
-    for result in results:
-        (draw_growth if "growth" in result else draw)(result, options.results / f"{result['benchmark']}.png")
-    draw_all(results, options.results / "goals.png")
+    for folder in (each for each in options.results.iterdir() if each.is_dir()):
+        results = load_machine(folder)
+        for result in results:
+            (draw_growth if "growth" in result else draw)(result, folder / f"{result['benchmark']}.png")
+        draw_all(results, folder / "goals.png")
     return 0
 
 

@@ -16,8 +16,9 @@ import sys
 import time
 from pathlib import Path
 
+import machine
+
 HERE = Path(__file__).resolve().parent
-RESULTS = HERE / "results"
 # Seconds a fast benchmark may take before it is given up; many times what it takes on two idle cores.
 LIMIT_FAST, LIMIT_FULL = 240, 3600
 # Measured only when asked for: script and what it is given.
@@ -43,23 +44,23 @@ def main() -> int:
     parser.add_argument("--full", action="store_true", help="more and longer measurements: about an hour")
     parser.add_argument("--only", nargs="*", default=[], help="parts of the names of the benchmarks to run")
     options = parser.parse_args()
-    RESULTS.mkdir(exist_ok=True)
+    results = machine.folder()
     failed: list[str] = []
     started = time.perf_counter()
     # The floors need the machine's peaks: anew in each run, because a machine may change.
-    subprocess.run([sys.executable, str(HERE / "machine.py"), "--out", str(RESULTS / "peaks.json")], check=True)
+    subprocess.run([sys.executable, str(HERE / "machine.py")], check=True)
     limit = LIMIT_FULL if options.full or options.only else LIMIT_FAST
     for name, command in commands(options.full, options.only).items():
         print(f"==> {name} ({time.perf_counter() - started:.0f} s so far)", flush=True)
         try:
-            subprocess.run([*command, "--out", str(RESULTS / f"{name}.json")], check=True, timeout=limit)
+            subprocess.run([*command, "--out", str(results / f"{name}.json")], check=True, timeout=limit)
         except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
             failed.append(f"{name}: {error}"[:200])
     for script in ("plot.py", "check_readme.py"):
         extra = ["--write"] if script == "check_readme.py" else []
         if subprocess.run([sys.executable, str(HERE / script), *extra], check=False).returncode:
             failed.append(script)
-    print(f"{time.perf_counter() - started:.0f} s in all. Results: {RESULTS}")
+    print(f"{time.perf_counter() - started:.0f} s in all. Results: {results}")
     print("\n".join(["FAILED:", *failed]) if failed else "All benchmarks ran.")
     return 1 if failed else 0
 

@@ -1,5 +1,6 @@
 """The arithmetic of the benchmarks, the alternation, and the check of the README. Nothing here looks at a clock."""
 
+import io
 import json
 import subprocess
 import sys
@@ -119,7 +120,7 @@ def test_a_side_that_dies_is_an_error_with_its_last_words(tmp_path: Path) -> Non
 
 
 @pytest.fixture
-def results(tmp_path: Path) -> list[dict]:
+def results(tmp_path: Path) -> dict[str, list[dict]]:
     case = harness.Case("float32", {}, ROUNDS)
     case.bar("tokens/s against TRL", case.ratio("seconds", "trl"), at_least=2.5)
     result = {
@@ -128,22 +129,28 @@ def results(tmp_path: Path) -> list[dict]:
         "environment": machine.environment(),
         "cases": [case.result],
     }
-    (tmp_path / "short_chats.json").write_text(json.dumps(result))
-    return check_readme.load(tmp_path)
+    return loaded(tmp_path, result)
 
 
-def test_the_readme_is_written_and_found_right(results: list[dict]) -> None:
+def loaded(root: Path, result: dict) -> dict[str, list[dict]]:
+    folder = root / result["benchmark"] / "machine"
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text(json.dumps(result))
+    return check_readme.load(folder.parent)
+
+
+def test_the_readme_is_written_and_found_right(results: dict[str, list[dict]]) -> None:
     text = f"# Title\n\n{check_readme.BEGIN}\nold\n{check_readme.END}\n\nrest\n"
     made = check_readme.written(text, results)
-    assert "| Short chats | tokens/s against TRL | 3 (2 to 5) | ≥ 2.5 | met |" in made
+    assert "| Short chats | tokens/s against TRL | 3 (2 to 5), met | ≥ 2.5 |" in made
     assert made.startswith("# Title\n") and made.endswith("\n\nrest\n")
     assert check_readme.differences(made, results) == []
     assert check_readme.written(made, results) == made
 
 
-def test_a_wrong_figure_is_caught(results: list[dict]) -> None:
+def test_a_wrong_figure_is_caught(results: dict[str, list[dict]]) -> None:
     text = check_readme.written(f"{check_readme.BEGIN}\n{check_readme.END}\n", results)
-    wrong = check_readme.differences(text.replace("| 3 (2 to 5) |", "| 4 (2 to 5) |"), results)
+    wrong = check_readme.differences(text.replace("| 3 (2 to 5),", "| 4 (2 to 5),"), results)
     assert any(line.startswith("-") and "4 (2 to 5)" in line for line in wrong)
     assert any(line.startswith("+") and "3 (2 to 5)" in line for line in wrong)
     with pytest.raises(ValueError, match="no lines"):
@@ -151,20 +158,19 @@ def test_a_wrong_figure_is_caught(results: list[dict]) -> None:
 
 
 @pytest.fixture
-def missed(tmp_path: Path) -> list[dict]:
+def missed(tmp_path: Path) -> dict[str, list[dict]]:
     case = harness.Case("float32", {}, ROUNDS)
     floor = {"says": "2 GFLOP take 2 s", "best_possible": 4.0}
     case.bar("tokens/s", case.ratios("seconds", "trl"), at_least=10.0, floor=floor)
     case.bar("share", case.shares("seconds", "trl"), at_most=0.3, floor={**floor, "best_possible": 0.1})
     around = {**machine.environment(), "cores_busy_with_others": 0.25}
     result = {"benchmark": "vocabulary", "title": "Vocabulary", "environment": around, "cases": [case.result]}
-    (tmp_path / "vocabulary.json").write_text(json.dumps(result))
-    return check_readme.load(tmp_path)
+    return loaded(tmp_path, result)
 
 
-def test_a_missed_goal_is_told_with_its_floor(missed: list[dict]) -> None:
+def test_a_missed_goal_is_told_with_its_floor(missed: dict[str, list[dict]]) -> None:
     lines = check_readme.table(missed)
-    assert "| Vocabulary | tokens/s | 3 (2 to 5) | ≥ 10 | **missed** |" in lines
+    assert "| Vocabulary | tokens/s | 3 (2 to 5), **missed** | ≥ 10 |" in lines
     assert any("At the floor: 4; the goal is beyond this machine's floor." in line for line in lines)
     assert any("At the floor: 0.1; the floor would allow the goal." in line for line in lines)
     assert any("0.25 to 0.25 cores busy" in line for line in lines)
@@ -175,10 +181,32 @@ def test_a_missed_goal_is_told_with_its_floor(missed: list[dict]) -> None:
         assert check_readme.differences(text.replace(*wrong), missed), wrong
 
 
-def test_a_wrong_figure_ends_the_script_with_status_1(results: list[dict], tmp_path: Path) -> None:
+def test_every_machine_has_a_column(results: dict[str, list[dict]], missed: dict[str, list[dict]]) -> None:
+    here, there = next(iter(results.values())), next(iter(missed.values()))
+    there[0]["left_out"] = {"bf16": "the processor has no bfloat16 arithmetic"}
+    lines = check_readme.table({"A": here, "B": [*here, *there]})
+    assert "| Short chats | tokens/s against TRL | 3 (2 to 5), met | 3 (2 to 5), met | ≥ 2.5 |" in lines
+    assert "| Vocabulary | tokens/s | - | 3 (2 to 5), **missed** | ≥ 10 |" in lines
+    assert "Not measured: Vocabulary, bf16: the processor has no bfloat16 arithmetic." in lines
+
+
+@pytest.mark.parametrize(
+    ("flags", "widest", "folder"),
+    [("fpu avx2 avx512f avx512_bf16", "avx512_bf16", "some_cpu_avx512_bf16"), ("fpu avx2", "avx2", "some_cpu_avx2")],
+)
+def test_machines_are_told_apart(monkeypatch: pytest.MonkeyPatch, flags: str, widest: str, folder: str) -> None:
+    """Two processors of one name, one of them without bfloat16: the peaks and results of one are not the other's."""
+    text = f"processor: 0\nmodel name\t: Some CPU\nflags\t\t: {flags}\n"
+    monkeypatch.setattr("builtins.open", lambda *_: io.StringIO(text))
+    assert (machine.arithmetic(), machine.folder().name) == (widest, folder)
+    assert machine.has_bfloat16() == (widest != "avx2")
+    assert machine._processor() == f"Some CPU ({widest}) x 1"
+
+
+def test_a_wrong_figure_ends_the_script_with_status_1(results: dict[str, list[dict]], tmp_path: Path) -> None:
     readme, script = tmp_path / "README.md", [sys.executable, str(HERE / "check_readme.py")]
     readme.write_text(check_readme.written(f"{check_readme.BEGIN}\n{check_readme.END}\n", results))
-    order = [*script, "--results", str(tmp_path), "--readme", str(readme)]
+    order = [*script, "--results", str(tmp_path / "short_chats"), "--readme", str(readme)]
     assert subprocess.run(order, capture_output=True, check=False).returncode == 0
     readme.write_text(readme.read_text().replace("3 (2 to 5)", "3.1 (2 to 5)"))
     answer = subprocess.run(order, capture_output=True, text=True, check=False)
@@ -217,7 +245,7 @@ def test_growth_is_fitted_over_the_timed_rounds_only() -> None:
     ours = axes["length"]["sides"]["finetune"]
     assert ours["exponents"] == {"time": pytest.approx(0.5), "memory": pytest.approx(1.0)}
     assert axes["length"]["sides"]["transformers"]["exponents"] == {}
-    lines = check_readme.growth([{"growth": axes}])
+    lines = check_readme.growth([{"growth": axes, "environment": {"processor": "some"}}])
     assert "| length | 100 to 400 | time 0.50, memory 1.00 | - |" in lines
 
 

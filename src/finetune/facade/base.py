@@ -111,6 +111,7 @@ class TrainerBase:
         self.args = args = coerce_training_arguments(args, TrainingArguments)
         setup.set_log_level(args)
         checks.warn_of_idle_devices(args)
+        checks.warn_of_slow_bfloat16(args)
         setup.seed_everything(args)
         self.model_init = model_init
         self.model = self.model_wrapped = setup.resolve_model(model, model_init)

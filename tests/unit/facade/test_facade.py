@@ -163,6 +163,19 @@ def test_idle_accelerators_are_said(monkeypatch: pytest.MonkeyPatch, caplog: pyt
     assert "4 accelerators are visible and one is used" in caplog.text and "--num_processes 4" in caplog.text
 
 
+def test_slow_bfloat16_is_said(tiny_bert: Any, tmp_path: Path, monkeypatch: Any, caplog: Any) -> None:
+    for has_units, options in (
+        (True, {"bf16": True}),
+        (False, {}),
+        (False, {"bf16": True}),
+        (False, {"bf16_full_eval": True}),
+    ):
+        monkeypatch.setattr(checks, "cpu_has_bfloat16", lambda has_units=has_units: has_units)
+        caplog.clear()
+        finetune.Trainer(tiny_bert(), finetune.TrainingArguments(str(tmp_path), use_cpu=True, **options))
+        assert ("no bfloat16 arithmetic" in caplog.text) == (not has_units and bool(options)), (has_units, options)
+
+
 def test_starting_again_with_updated_weights_is_said(caplog: pytest.LogCaptureFixture) -> None:
     run = SimpleNamespace(initial_step=2)
     checks.warn_of_second_start(run, 2, 4)
