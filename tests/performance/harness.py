@@ -442,6 +442,14 @@ class Bench:
         self.cases.append(Case(name, {"shared": settings or {}, "sides": sides}, rounds))
         return self.cases[-1]
 
+    def measured_once(self, side: str, settings: dict[str, Any]) -> Measure:
+        """Returns one measurement of a side in a process of its own, for what does not vary and for floors.
+
+        It is the second: the first one warms up, or only says that the imports are done.
+        """
+        logs = HERE / "results" / "logs" / self.name / "once"
+        return alternate(self.script, {side: settings}, 1, logs, warmup=1)[0][side]
+
     def finish(self, **extra: Any) -> None:
         """Writes the result; `extra` are further entries of the JSON."""
         busy = {"load_at_end": machine.load(), "cores_busy_with_others": self.others.busy_cores()}
