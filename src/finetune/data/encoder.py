@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from finetune.arguments.processes import environment
+from finetune.data.byte_positions import ByteLengths, BytePositions
 from finetune.data.chat import common_prefix_length
 
 _PARALLELISM = "TOKENIZERS_PARALLELISM"  # the tokenizers library reads it at every call
@@ -65,29 +66,33 @@ class Encoded:
         return common_prefix_length(prefix, self.ids)
 
 
-class EncodedBatch:
-    """Token ids (N,) int32 of B texts with `offsets` (B + 1,), which can say which token holds a character."""
+class _Offsets:
+    """Finds tokens by character from the positions that the tokenizer kept, or from what a prefix is tokenized to."""
 
     def __init__(self, encoded: Sequence[Encoded]) -> None:
         self._encoded = encoded
-        self.ids, self.offsets = flatten([row.ids for row in encoded])
-
-    def row(self, row: int) -> list[int]:
-        """Returns the token ids of one text."""
-        return self.ids[self.offsets[row] : self.offsets[row + 1]].tolist()
 
     def tokens_at(self, rows: Sequence[int], characters: Sequence[int]) -> np.ndarray:
-        """Returns `Encoded.token_at` for each pair of a row and a character, (pairs,) int64."""
         pairs = zip(rows, characters, strict=True)
         return np.array([self._encoded[row].token_at(character) for row, character in pairs], np.int64)
 
     def starts_before(self, row: int, token: int, character: int) -> bool:
-        """Returns whether a token of a row begins before a character position and reaches past it."""
         return self._encoded[row].starts_before(token, character)
 
     def first_character(self, row: int, token: int) -> int | None:
-        """Returns where a token of a row begins in its text, or None for one that the tokenizer added."""
         return self._encoded[row].first_character(token)
+
+
+class EncodedBatch:
+    """Token ids (N,) int32 of B texts with `offsets` (B + 1,), and `positions` that find tokens by character."""
+
+    def __init__(self, encoded: Sequence[Encoded]) -> None:
+        self.ids, self.offsets = flatten([row.ids for row in encoded])
+        self.positions: BytePositions | _Offsets = _Offsets(encoded)
+
+    def row(self, row: int) -> list[int]:
+        """Returns the token ids of one text."""
+        return self.ids[self.offsets[row] : self.offsets[row + 1]].tolist()
 
 
 class Encoder:
@@ -96,10 +101,11 @@ class Encoder:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self._backend = _plain_backend(tokenizer)
+        self._byte_lengths = None if self._backend is None else ByteLengths.of(self._backend)
         self._turn = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"tokenizer": self.tokenizer, "_backend": self._backend}  # for worker processes
+        return {name: value for name, value in vars(self).items() if name != "_turn"}  # for worker processes
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -132,7 +138,18 @@ class Encoder:
 
     def encode_batch(self, texts: Sequence[str], *, special: bool, positions: bool = False) -> EncodedBatch:
         """Returns the tokens of the texts, with special tokens if `special`; `positions`: which hold a character."""
-        return EncodedBatch(self.encode(texts, special=special, positions=positions))
+        lengths = self._byte_lengths  # another part may find meanwhile that they do not fit
+        if not positions or lengths is None:
+            return EncodedBatch(self.encode(texts, special=special, positions=positions))
+        batch = EncodedBatch(self.encode(texts, special=special))
+        added = self.added_around() if special else (0, 0)
+        found = BytePositions(texts, batch.ids, batch.offsets, lengths, added)
+        if not found.fit():
+            # A token that swallows white space, for one. Such texts are tokenized twice once, then never again.
+            self._byte_lengths = None
+            return self.encode_batch(texts, special=special, positions=True)
+        batch.positions = found
+        return batch
 
     def encode(self, texts: Sequence[str], *, special: bool, positions: bool = False) -> list[Encoded]:
         """Returns the encoding of each text, with special tokens added if `special`; `positions` allows `token_at`."""
@@ -160,12 +177,12 @@ class Encoder:
             if others_wait:
                 self._turn.acquire()
 
-    def added_at_end(self) -> int:
-        """Returns how many special tokens the tokenizer itself writes after a text."""
+    def added_around(self) -> tuple[int, int]:
+        """Returns how many special tokens the tokenizer itself writes before and after a text."""
         whole, plain = (self.encode(["a"], special=special)[0].ids for special in (True, False))
-        starts = range(len(whole) - len(plain) + 1)
-        first = next((i for i in starts if whole[i : i + len(plain)] == plain), len(whole) - len(plain))
-        return len(whole) - first - len(plain)
+        added = len(whole) - len(plain)
+        first = next((i for i in range(added + 1) if whole[i : i + len(plain)] == plain), added)
+        return first, added - first
 
 
 def _one_core_for_python() -> AbstractContextManager[None]:

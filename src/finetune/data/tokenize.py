@@ -107,7 +107,7 @@ def tokenize_pairs(
     encoded = encoder.encode_batch(texts, special=special, positions=True)
     ids, offsets = encoded.ids, encoded.offsets
     borders = [common_prefix_length(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
-    starts = encoded.tokens_at(range(len(texts)), borders)
+    starts = encoded.positions.tokens_at(range(len(texts)), borders)
     position = np.arange(len(ids)) - np.repeat(offsets[:-1], np.diff(offsets))
     batch = TokenBatch(ids, offsets, completion_mask=position >= np.repeat(starts, np.diff(offsets)))
     if spans is not None:
@@ -126,14 +126,14 @@ def span_tokens(encoded: EncodedBatch, spans: Sequence[Sequence[Span]], texts: S
     """
     rows = [row for row, row_spans in enumerate(spans) for _ in row_spans]
     flat = [span for row_spans in spans for span in row_spans]
-    firsts = encoded.tokens_at(rows, [start for start, _ in flat]).tolist()
-    lasts = encoded.tokens_at(rows, [end for _, end in flat]).tolist()
+    firsts = encoded.positions.tokens_at(rows, [start for start, _ in flat]).tolist()
+    lasts = encoded.positions.tokens_at(rows, [end for _, end in flat]).tolist()
     lengths, before = np.diff(encoded.offsets).tolist(), encoded.offsets.tolist()
     bounds: list[tuple[int, int]] = []
     for row, (start, end), first, last in zip(rows, flat, firsts, lasts, strict=True):
         if end >= len(texts[row]):
             last = lengths[row]
-        elif encoded.starts_before(row, last, end):
+        elif encoded.positions.starts_before(row, last, end):
             last += 1
         if last <= first:
             raise DataFormatError(f"No token covers the characters {start} to {end} of {texts[row]!r}.")
@@ -177,8 +177,8 @@ def _mismatched(
     for i, (border, start) in enumerate(zip(borders, starts.tolist(), strict=True)):
         if border == 0:
             continue
-        cut = encoded.first_character(i, max(0, start - _TAIL_TOKENS))
-        if encoded.starts_before(i, start, border):
+        cut = encoded.positions.first_character(i, max(0, start - _TAIL_TOKENS))
+        if encoded.positions.starts_before(i, start, border):
             result[i] = True
         elif cut is None or start <= _TAIL_TOKENS:
             suspects.append(i)
@@ -192,7 +192,7 @@ def _mismatched(
         if kept != encoded.row(i)[start - len(kept) : start]:
             suspects.append(i)
     if suspects:
-        added = encoder.added_at_end() if special else 0
+        added = encoder.added_around()[1] if special else 0
         alone = encoder.encode([prompts[i][: borders[i]] for i in suspects], special=special)
         for i, prompt in zip(suspects, alone, strict=True):
             ids = prompt.ids[: len(prompt.ids) - added]
