@@ -126,12 +126,23 @@ LABELS = {
     "lora_by_name": "SFT, LoRA, model loaded by name",
     "classification_by_name": "classification, model loaded by name",
 }
-README = HERE.parents[1] / "README.md"
+README, DETAILS = HERE.parents[1] / "README.md", HERE / "README.md"
 MARKS = ("<!-- equality:begin -->\n", "<!-- equality:end -->\n")
+Result = dict[str, dict[str, dict[str, float]]]
 
 
-def table(result: dict[str, dict[str, dict[str, float]]]) -> str:
-    """Returns the README's table: for each case and backend the largest difference of losses and of weights."""
+def summary(result: Result) -> str:
+    """Returns the README's sentence: the largest differences over all launches and cases."""
+    runs = [case for cases in result.values() for case in cases.values()]
+    losses, weights = (max(run[name] for run in runs) for name in ("losses", "weights"))
+    return (
+        f"Largest difference over {len(result)} launches x {len(runs) // len(result)} cases: {losses:.0e} of the "
+        f"losses, {weights:.0e} of the saved weights.\n"
+    )
+
+
+def table(result: Result) -> str:
+    """Returns the whole table: for each case and backend the largest difference of losses and of weights."""
     lines = ["| | " + " | ".join(LABELS[backend] for backend in result) + " |", "|---" * (len(result) + 1) + "|"]
     for case in CASES:
         cells = [f"{result[b][case]['losses']:.0e} / {result[b][case]['weights']:.0e}" for b in result]
@@ -139,10 +150,18 @@ def table(result: dict[str, dict[str, dict[str, float]]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def with_table(readme: str, result: dict[str, dict[str, dict[str, float]]]) -> str:
-    """Returns the README's text with the table of `result` between its marks."""
-    before, rest = readme.split(MARKS[0])
-    return before + MARKS[0] + table(result) + MARKS[1] + rest.split(MARKS[1])[1]
+def between_marks(text: str, content: str) -> str:
+    """Returns a README's text with `content` between its marks."""
+    before, rest = text.split(MARKS[0])
+    return before + MARKS[0] + content + MARKS[1] + rest.split(MARKS[1])[1]
+
+
+def written(result: Result) -> dict[Path, str]:
+    """Returns the two READMEs as they have to be."""
+    return {
+        README: between_marks(README.read_text(), summary(result)),
+        DETAILS: between_marks(DETAILS.read_text(), table(result)),
+    }
 
 
 def main(backends: list[str]) -> None:
@@ -162,7 +181,8 @@ def main(backends: list[str]) -> None:
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "accelerate", "deepspeed")}
     content = {"versions": versions, "reference": "one process, accumulation 4", "two processes": result}
     file.write_text(json.dumps(content, indent=1) + "\n")
-    README.write_text(with_table(README.read_text(), result))
+    for path, text in written(result).items():
+        path.write_text(text)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""Checks the figures in the README against the measured JSON files, or writes them.
+"""Checks the figures in the READMEs against the measured JSON files, or writes them.
 
     python tests/performance/check_readme.py            # exit status 1 and the differing lines if a figure is wrong
-    python tests/performance/check_readme.py --write    # writes the table anew
+    python tests/performance/check_readme.py --write    # writes them anew
 
-The table between the two markers is made from `results/<machine>/*.json` and from nothing else: a column per machine.
+What stands between the two markers is made from `results/<machine>/*.json` and from nothing else: in the README of the
+project the table, a column per machine; in that of this folder how the cost grows, how far one could get where a goal
+is missed, and how it was measured.
 """
 
 import argparse
@@ -14,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-README = HERE.parent.parent / "README.md"
+README, DETAILS = HERE.parent.parent / "README.md", HERE / "README.md"
 BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
 ORDER = [
     "short_chats", "packed", "vocabulary", "loop_overhead", "import", "first_step", "prepare_rows", "evaluation",
@@ -153,7 +155,7 @@ def circumstances(results: Results) -> list[str]:
 
 
 def table(machines: dict[str, Results]) -> list[str]:
-    """Returns the lines between the markers."""
+    """Returns the lines between the markers of the project's README."""
     if not machines:
         return ["No results yet: run `make bench`."]
     rows: dict[tuple[str, str, str], dict[str, str]] = {}
@@ -172,13 +174,13 @@ def table(machines: dict[str, Results]) -> list[str]:
         shown = title if title != above else ""
         lines.append(f"| {shown} | {text} | {' | '.join(cells.get(each, '-') for each in machines)} | {wanted} |")
         above = title
-    each_machine = machines.values()
-    return [
-        *lines,
-        *(line for results in each_machine for line in growth(results)),
-        *(line for results in each_machine for line in floors(results)),
-        *(line for results in each_machine for line in circumstances(results)),
-    ]
+    return lines
+
+
+def details(machines: dict[str, Results]) -> list[str]:
+    """Returns the lines between the markers of this folder's README."""
+    parts = [part(results) for part in (growth, floors, circumstances) for results in machines.values()]
+    return [line for part in parts for line in part]
 
 
 def block(text: str) -> list[str]:
@@ -193,17 +195,17 @@ def block(text: str) -> list[str]:
     return lines[lines.index(BEGIN) + 1 : lines.index(END)]
 
 
-def differences(text: str, results: dict[str, Results]) -> list[str]:
-    """Returns how the README differs from what was measured, as lines of a diff; none if it is right."""
-    return list(difflib.unified_diff(block(text), table(results), "README.md", "measured", lineterm="", n=0))
+def differences(text: str, wanted: list[str]) -> list[str]:
+    """Returns how a README differs from the `wanted` lines, as lines of a diff; none if it is right."""
+    return list(difflib.unified_diff(block(text), wanted, "README.md", "measured", lineterm="", n=0))
 
 
-def written(text: str, results: dict[str, Results]) -> str:
-    """Returns the README with the table made anew."""
+def written(text: str, wanted: list[str]) -> str:
+    """Returns a README with the `wanted` lines between its markers."""
     block(text)
     head, rest = text.split(BEGIN + "\n", 1)
     tail = rest.split(END, 1)[1]
-    return head + BEGIN + "\n" + "\n".join(table(results)) + "\n" + END + tail
+    return head + BEGIN + "\n" + "\n".join(wanted) + "\n" + END + tail
 
 
 def main() -> int:
@@ -211,13 +213,14 @@ def main() -> int:
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--results", type=Path, default=HERE / "results")
     parser.add_argument("--readme", type=Path, default=README)
+    parser.add_argument("--details", type=Path, default=DETAILS)
     options = parser.parse_args()
-    results, text = load(options.results), options.readme.read_text()
-    if options.write:
-        options.readme.write_text(written(text, results))
-        return 0
-    wrong = differences(text, results)
-    print("\n".join(wrong) if wrong else "The README's figures are the measured ones.")
+    results, wrong = load(options.results), []
+    for path, wanted in ((options.readme, table(results)), (options.details, details(results))):
+        if options.write:
+            path.write_text(written(path.read_text(), wanted))
+        wrong += differences(path.read_text(), wanted)
+    print("\n".join(wrong) if wrong else "The figures of the READMEs are the measured ones.")
     return 1 if wrong else 0
 
 

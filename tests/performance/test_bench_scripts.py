@@ -72,7 +72,7 @@ def test_a_script_measures_pairs_and_says_spreads_floors_and_circumstances(resul
     for case in result["cases"]:
         assert case["pairs"] >= 5, case["case"]
         assert all("spread" in bar for bar in case["bars"])
-    assert len(check_readme.table({"some processor": [result]})) > 3
+    assert len(check_readme.table({"some processor": [result]})) > 2
 
 
 # The goals that were missed when they were measured: each has to say how far one could get.

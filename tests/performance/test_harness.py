@@ -140,21 +140,22 @@ def loaded(root: Path, result: dict) -> dict[str, list[dict]]:
 
 
 def test_the_readme_is_written_and_found_right(results: dict[str, list[dict]]) -> None:
-    text = f"# Title\n\n{check_readme.BEGIN}\nold\n{check_readme.END}\n\nrest\n"
-    made = check_readme.written(text, results)
+    text, wanted = f"# Title\n\n{check_readme.BEGIN}\nold\n{check_readme.END}\n\nrest\n", check_readme.table(results)
+    made = check_readme.written(text, wanted)
     assert "| Short chats | tokens/s against TRL | 3 (2 to 5), met | ≥ 2.5 |" in made
     assert made.startswith("# Title\n") and made.endswith("\n\nrest\n")
-    assert check_readme.differences(made, results) == []
-    assert check_readme.written(made, results) == made
+    assert check_readme.differences(made, wanted) == []
+    assert check_readme.written(made, wanted) == made
 
 
 def test_a_wrong_figure_is_caught(results: dict[str, list[dict]]) -> None:
-    text = check_readme.written(f"{check_readme.BEGIN}\n{check_readme.END}\n", results)
-    wrong = check_readme.differences(text.replace("| 3 (2 to 5),", "| 4 (2 to 5),"), results)
+    wanted = check_readme.table(results)
+    text = check_readme.written(f"{check_readme.BEGIN}\n{check_readme.END}\n", wanted)
+    wrong = check_readme.differences(text.replace("| 3 (2 to 5),", "| 4 (2 to 5),"), wanted)
     assert any(line.startswith("-") and "4 (2 to 5)" in line for line in wrong)
     assert any(line.startswith("+") and "3 (2 to 5)" in line for line in wrong)
     with pytest.raises(ValueError, match="no lines"):
-        check_readme.differences("a README without markers", results)
+        check_readme.differences("a README without markers", wanted)
 
 
 @pytest.fixture
@@ -169,22 +170,23 @@ def missed(tmp_path: Path) -> dict[str, list[dict]]:
 
 
 def test_a_missed_goal_is_told_with_its_floor(missed: dict[str, list[dict]]) -> None:
-    lines = check_readme.table(missed)
+    lines = [*check_readme.table(missed), *check_readme.details(missed)]
     assert "| Vocabulary | tokens/s | 3 (2 to 5), **missed** | ≥ 10 |" in lines
     assert any("At the floor: 4; the goal is beyond this machine's floor." in line for line in lines)
     assert any("At the floor: 0.1; the floor would allow the goal." in line for line in lines)
     assert any("0.25 to 0.25 cores busy" in line for line in lines)
     text = "\n".join((check_readme.BEGIN, *lines, check_readme.END))
-    assert check_readme.differences(text, missed) == []
+    assert check_readme.differences(text, lines) == []
     for wrong in (("**missed**", "met"), ("floor: 4;", "floor: 5;"), ("(2 to 5)", "(2 to 4)"), ("0.25 to", "0.1 to")):
         assert wrong[0] in text
-        assert check_readme.differences(text.replace(*wrong), missed), wrong
+        assert check_readme.differences(text.replace(*wrong), lines), wrong
 
 
 def test_every_machine_has_a_column(results: dict[str, list[dict]], missed: dict[str, list[dict]]) -> None:
     here, there = next(iter(results.values())), next(iter(missed.values()))
     there[0]["left_out"] = {"bf16": "the processor has no bfloat16 arithmetic"}
-    lines = check_readme.table({"A": here, "B": [*here, *there]})
+    machines = {"A": here, "B": [*here, *there]}
+    lines = [*check_readme.table(machines), *check_readme.details(machines)]
     assert "| Short chats | tokens/s against TRL | 3 (2 to 5), met | 3 (2 to 5), met | ≥ 2.5 |" in lines
     assert "| Vocabulary | tokens/s | - | 3 (2 to 5), **missed** | ≥ 10 |" in lines
     assert "Not measured: Vocabulary, bf16: the processor has no bfloat16 arithmetic." in lines
@@ -204,9 +206,12 @@ def test_machines_are_told_apart(monkeypatch: pytest.MonkeyPatch, flags: str, wi
 
 
 def test_a_wrong_figure_ends_the_script_with_status_1(results: dict[str, list[dict]], tmp_path: Path) -> None:
-    readme, script = tmp_path / "README.md", [sys.executable, str(HERE / "check_readme.py")]
-    readme.write_text(check_readme.written(f"{check_readme.BEGIN}\n{check_readme.END}\n", results))
-    order = [*script, "--results", str(tmp_path / "short_chats"), "--readme", str(readme)]
+    readme, details = tmp_path / "README.md", tmp_path / "DETAILS.md"
+    for path in (readme, details):
+        path.write_text(f"{check_readme.BEGIN}\n{check_readme.END}\n")
+    order = [sys.executable, str(HERE / "check_readme.py"), "--results", str(tmp_path / "short_chats")]
+    order += ["--readme", str(readme), "--details", str(details)]
+    assert subprocess.run([*order, "--write"], capture_output=True, check=False).returncode == 0
     assert subprocess.run(order, capture_output=True, check=False).returncode == 0
     readme.write_text(readme.read_text().replace("3 (2 to 5)", "3.1 (2 to 5)"))
     answer = subprocess.run(order, capture_output=True, text=True, check=False)
@@ -214,8 +219,10 @@ def test_a_wrong_figure_ends_the_script_with_status_1(results: dict[str, list[di
     assert "3.1 (2 to 5)" in answer.stdout
 
 
-def test_the_readme_has_the_committed_figures() -> None:
-    assert check_readme.differences(check_readme.README.read_text(), check_readme.load(HERE / "results")) == []
+def test_the_readmes_have_the_committed_figures() -> None:
+    results = check_readme.load(HERE / "results")
+    assert check_readme.differences(check_readme.README.read_text(), check_readme.table(results)) == []
+    assert check_readme.differences(check_readme.DETAILS.read_text(), check_readme.details(results)) == []
 
 
 def test_floors() -> None:
