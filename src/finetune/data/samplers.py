@@ -18,7 +18,6 @@ from torch.utils.data import SequentialSampler as TorchSequentialSampler
 
 from finetune.errors import DataFormatError
 
-from .packing import list_lengths
 from .randomness import FetchRandomness
 
 OrderedT = TypeVar("OrderedT", bound="OrderedSampler")
@@ -205,6 +204,17 @@ def row_lengths(dataset: Any, length_column: str = "length", input_name: str = "
         f"Grouping by length needs the column `{length_column}` (`length_column_name`) or lists in `{input_name}`; "
         f"the data set has: {', '.join(names)}."
     )
+
+
+def list_lengths(dataset: Any, column: str) -> np.ndarray:
+    """Returns the length of each row's list in `column` of a `datasets.Dataset`, (rows,) int64, without reading it."""
+    chunks = dataset.data.column(column).chunks
+    # A missing list counts as empty; `diff` of offsets would be right too, but offsets of slices share a buffer.
+    lengths = [np.asarray(chunk.value_lengths().fill_null(0), dtype=np.int64) for chunk in chunks]
+    joined = np.concatenate(lengths) if lengths else np.zeros(0, dtype=np.int64)
+    if dataset._indices is not None:
+        joined = joined[np.asarray(dataset._indices.column(0).to_numpy())]
+    return joined
 
 
 def _read_lengths(dataset: Any, input_name: str) -> np.ndarray:
