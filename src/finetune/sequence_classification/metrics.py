@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from finetune.engine.streaming import SumMetrics
-from finetune.sequence_classification.data import MULTI, SINGLE, Task
+from finetune.sequence_classification.labels import MULTI, SINGLE, Task
 
 
 def metrics_for(task: Task) -> Any:

@@ -77,7 +77,7 @@ class SFTTrainer(SFTRowMethods, Trainer):
         **old_names: Any,
     ) -> None:
         processing_class = setup.accept_old_names(old_names, processing_class, type(self))
-        args = self._default_arguments(model) if args is None else coerce_training_arguments(args, SFTConfig)
+        args = SFTConfig(setup.folder_for(model, "SFT")) if args is None else coerce_training_arguments(args, SFTConfig)
         if train_dataset is None:
             raise ArgumentError("`train_dataset` is required.")
         self._plan = DataPlan.resolve(args, first_row(train_dataset), formatting_func)
@@ -134,12 +134,6 @@ class SFTTrainer(SFTRowMethods, Trainer):
             inspection.show(self._preview, self.audits)
 
     # ---- Construction ----
-
-    @staticmethod
-    def _default_arguments(model: Any) -> SFTConfig:
-        """Returns the configuration for a trainer that was given none: the folder `<model name>-SFT`."""
-        name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
-        return SFTConfig(f"{(name or type(model).__name__).rstrip('/').split('/')[-1]}-SFT")
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
