@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from finetune.compat import TrainOutput, coerce_training_arguments
+from finetune.data import inspect
 from finetune.data.audit import SupervisionAudit
 from finetune.data.collate import DataCollatorForLanguageModeling
 from finetune.data.pipeline import first_row
@@ -23,7 +24,7 @@ from finetune.kernels.fused_head import LIGER_OWNS_HEAD, FusedHead, fuse_head, u
 from finetune.kernels.isolation import require_isolation
 from finetune.models.tokens import choose_pad_token
 from finetune.models.traits import max_positions
-from finetune.sft import inspection, recompute
+from finetune.sft import recompute
 from finetune.sft.build import (
     brings_packed_attention,
     can_be_padding_free,
@@ -131,7 +132,7 @@ class SFTTrainer(SFTRowMethods, Trainer):
         self._metrics = {"train": MetricBag(), "eval": MetricBag()}
         self._tokens = TokenCounter()
         if self.is_world_process_zero() and args.get_process_log_level() <= logging.WARNING:
-            inspection.show(self._preview, self.audits)
+            inspect.show(self._preview, self.audits)
 
     # ---- Construction ----
 
@@ -292,7 +293,7 @@ class SFTTrainer(SFTRowMethods, Trainer):
     ) -> TrainOutput:
         """As `Trainer.train`; the audit and the preview of the data go to the run folder first."""
         if self.args.should_save:
-            inspection.write(self.output_dir, self._preview, self.audits)
+            inspect.write(self.output_dir, self._preview, self.audits)
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
