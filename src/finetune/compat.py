@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     Arrays: TypeAlias = np.ndarray | tuple[np.ndarray, ...]
 
-PREFIX_CHECKPOINT_DIR = "checkpoint"
+ArgumentsT = TypeVar("ArgumentsT")
 
 LOG_LEVELS: dict[str, int] = {
     "detail": logging.DEBUG,
@@ -262,27 +262,13 @@ def available_trackers() -> list[str]:
     return get_available_reporting_integrations()
 
 
-ArgumentsT = TypeVar("ArgumentsT")
-
-
-def is_foreign_arguments(args: object) -> bool:
-    """Returns whether `args` is transformers' `TrainingArguments` or derives from it, as TRL's configs do."""
-    return any(
-        base.__module__ == "transformers.training_args" and base.__name__ == "TrainingArguments"
-        for base in type(args).__mro__
-    )
-
-
 def coerce_training_arguments(args: Any, cls: type[ArgumentsT]) -> ArgumentsT:
     """Returns `args` as an instance of `cls`, one of our argument classes.
 
     Accepts None, a dict of fields, an instance of one of our classes, and instances of transformers'
     `TrainingArguments` or a subclass (TRL's `SFTConfig` too). A `cls` is returned as it is; everything else is copied
     and never changed. Fields that `cls` does not have, such as those a user's subclass added, become plain
-    attributes of the result.
-
-    Raises:
-        ArgumentError: another type, or a dict with an unknown key.
+    attributes of the result. Raises `ArgumentError` for another type, or a dict with an unknown key.
     """
     if isinstance(args, cls):
         return args
@@ -290,10 +276,8 @@ def coerce_training_arguments(args: Any, cls: type[ArgumentsT]) -> ArgumentsT:
         return cls(output_dir="tmp_trainer")  # type: ignore[call-arg]
     if isinstance(args, dict):
         return cls(**args)
-    ours = any(
-        base.__name__ == "TrainingArguments" and base.__module__.startswith("finetune.") for base in type(args).__mro__
-    )
-    if not (ours or is_foreign_arguments(args)):
+    homes = {base.__module__.split(".")[0] for base in type(args).__mro__ if base.__name__ == "TrainingArguments"}
+    if not homes & {"finetune", "transformers"}:
         raise ArgumentError(
             f"`args` is a {type(args).__name__}; it must be a finetune.{cls.__name__}, a"
             " transformers.TrainingArguments, a trl.SFTConfig, a dict or None."
@@ -304,7 +288,7 @@ def coerce_training_arguments(args: Any, cls: type[ArgumentsT]) -> ArgumentsT:
     for name, value in given.items():
         if name not in known:
             setattr(result, name, value)
-    if ours:
+    if "finetune" in homes:
         vars(result)["_sources"] = dict(vars(args).get("_sources", {}))
     return result
 

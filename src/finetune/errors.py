@@ -36,3 +36,18 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
     """
     matches = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.6)
     return f" Did you mean `{matches[0]}`?" if matches else ""
+
+
+def first_nearest(wanted: Iterable[str], allowed: Iterable[str]) -> str:
+    """Returns `nearest` of the first of `wanted` that is close to one of `allowed`, or an empty string."""
+    names = list(allowed)
+    return next(filter(None, (nearest(name, names) for name in wanted)), "")
+
+
+def ticked(names: Iterable[str]) -> str:
+    """Returns names for a message.
+
+    >>> ticked(["prompt", "completion"])
+    '`prompt`, `completion`'
+    """
+    return ", ".join(f"`{name}`" for name in names)

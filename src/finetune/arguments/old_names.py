@@ -31,16 +31,16 @@ def _evaluate_during_training(value: Any, given: Given) -> str:
     return f"use `eval_strategy='{'steps' if value else 'no'}'`."
 
 
-def _group_by_length(value: Any, given: Given) -> str:
-    if value:
-        given.setdefault("train_sampling_strategy", "group_by_length")
-    return "use `train_sampling_strategy='group_by_length'`." if value else "drop it."
+def _switch_for(argument: str, meaning: str) -> Translation:
+    """Returns a translation for a switch that has become one of the values of `argument`."""
 
+    def translate(value: Any, given: Given) -> str:
+        if not value:
+            return "drop it."
+        given.setdefault(argument, meaning)
+        return f"use `{argument}={meaning!r}`."
 
-def _adafactor(value: Any, given: Given) -> str:
-    if value:
-        given.setdefault("optim", "adafactor")
-    return "use `optim='adafactor'`." if value else "drop it."
+    return translate
 
 
 def _include_inputs_for_metrics(value: Any, given: Given) -> str:
@@ -48,12 +48,6 @@ def _include_inputs_for_metrics(value: Any, given: Given) -> str:
         wanted = list(given.get("include_for_metrics") or [])
         given["include_for_metrics"] = wanted if "inputs" in wanted else [*wanted, "inputs"]
     return "use `include_for_metrics=['inputs']`." if value else "drop it."
-
-
-def _include_tokens_per_second(value: Any, given: Given) -> str:
-    if value:
-        given.setdefault("include_num_input_tokens_seen", "all")
-    return "use `include_num_input_tokens_seen='all'`." if value else "drop it."
 
 
 def _hub_name(value: Any, given: Given) -> str:
@@ -133,10 +127,10 @@ def _refused_unless(off: tuple[Any, ...], remedy: str) -> Translation:
 OLD_TRAINING_NAMES: dict[str, Translation] = {
     "warmup_ratio": _warmup_ratio,
     "evaluate_during_training": _evaluate_during_training,
-    "group_by_length": _group_by_length,
-    "adafactor": _adafactor,
+    "group_by_length": _switch_for("train_sampling_strategy", "group_by_length"),
+    "adafactor": _switch_for("optim", "adafactor"),
     "include_inputs_for_metrics": _include_inputs_for_metrics,
-    "include_tokens_per_second": _include_tokens_per_second,
+    "include_tokens_per_second": _switch_for("include_num_input_tokens_seen", "all"),
     "push_to_hub_model_id": _hub_name,
     "push_to_hub_organization": _hub_organization,
     "tpu_metrics_debug": _tpu_metrics_debug,

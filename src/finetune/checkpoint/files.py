@@ -106,6 +106,52 @@ def load_plain(path: str | os.PathLike[str], allow: Iterable[Any] = ()) -> Any:
         ) from error
 
 
+def save_tensors(state_dict: dict[str, Tensor], path: Path) -> None:
+    """Writes a safetensors file, which holds each tensor once and no views of another.
+
+    Other names of one tensor go into the metadata, `{left out name: name of the same tensor}`; different views of one
+    memory are copied apart.
+    """
+    from safetensors.torch import save_file
+
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    first: dict[Any, str] = {}
+    memories: set[int] = set()
+    for name, tensor in state_dict.items():
+        tensor = tensor.detach()
+        key = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+        if tensor.numel() and key in first:
+            aliases[name] = first[key]
+            continue
+        first[key] = name
+        memory = tensor.untyped_storage().data_ptr()
+        tensors[name] = tensor.contiguous().clone() if memory in memories else tensor.contiguous()
+        memories.add(memory)
+    save_file(tensors, path, metadata={"format": "pt", **aliases})
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Returns the tensors in a weights file, on the CPU.
+
+    Raises:
+        CheckpointError: the file is missing or damaged, or is a pickle of more than tensors.
+    """
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path, device="cpu")
+        except Exception as error:
+            raise CheckpointError(
+                f"`{path}` cannot be loaded ({error}); it is missing or damaged. Pass another `resume_from_checkpoint`."
+            ) from error
+    content = load_plain(path)
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise CheckpointError(f"`{path}` is not a file of weights: a dictionary of tensors was expected.")
+    return content
+
+
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Turns a failed write in the block, whoever reports it, into a `CheckpointError` about `path`."""

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetune.checkpoint import backends
+from finetune.checkpoint import backends, files
+from finetune.models.adapters import is_peft_model, unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -122,3 +123,35 @@ def _names_of_tensors(module: nn.Module) -> dict[str, None]:
 
 def _without_wrapper(name: str) -> str:
     return ".".join(part for part in name.split(".") if part != "_fsdp_wrapped_module")
+
+
+def without_wrapper_prefixes(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns `state_dict` without what `torch.compile` (`_orig_mod.`) and DDP (`module.`) put into its names.
+
+    >>> import torch
+    >>> list(without_wrapper_prefixes({"module.a": torch.ones(1), "module._orig_mod.b": torch.ones(1)}))
+    ['a', 'b']
+    >>> list(without_wrapper_prefixes({"module.a": torch.ones(1), "head.b": torch.ones(1)}))
+    ['module.a', 'head.b']
+    """
+    if state_dict and all(name.startswith("module.") for name in state_dict):
+        state_dict = {name.removeprefix("module."): tensor for name, tensor in state_dict.items()}
+    return {name.replace("_orig_mod.", ""): tensor for name, tensor in state_dict.items()}
+
+
+def without_tied_copies(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
+    """Returns gathered weights with one name for each tied one: gathering copies, so they no longer share memory.
+
+    A name goes only if its tensor equals the one it is tied to, bit for bit. `save_pretrained` of a model in one
+    piece leaves the same names out.
+    """
+    tied = dict(getattr(unwrap(model), "all_tied_weights_keys", None) or {})
+    prefix = "base_model.model." if is_peft_model(unwrap(model, keep_adapters=True)) else ""
+    copies = {
+        prefix + name
+        for name, source in tied.items()
+        if prefix + name in state_dict
+        and prefix + source in state_dict
+        and files.same_bits(state_dict[prefix + name], state_dict[prefix + source])
+    }
+    return {name: tensor for name, tensor in state_dict.items() if name not in copies}

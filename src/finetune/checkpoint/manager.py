@@ -80,7 +80,6 @@ def save_checkpoint(
     *,
     run_dir: str,
     args: Any,
-    accelerator: Any,
     events: Events,
     model: nn.Module,
     optimizer: Any,

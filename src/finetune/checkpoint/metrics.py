@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from finetune.control.state import TrainerState
-from finetune.errors import ArgumentError, nearest
+from finetune.errors import ArgumentError, nearest, ticked
 
 
 class MissingMetricError(ArgumentError, KeyError):
@@ -23,7 +23,7 @@ def read_metric(metrics: Mapping[str, Any], name: str | None) -> float:
     if key not in metrics:
         raise MissingMetricError(
             f"`metric_for_best_model` is `{name}`, and the evaluation has no `{key}`; it reports "
-            f"{', '.join(f'`{known}`' for known in metrics) or 'nothing'}.{nearest(key, metrics)} Let "
+            f"{ticked(metrics) or 'nothing'}.{nearest(key, metrics)} Let "
             "`compute_metrics` return it, or name another metric."
         )
     return metrics[key]

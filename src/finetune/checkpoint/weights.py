@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -15,8 +14,6 @@ from finetune.checkpoint import backends, files, gathered, layout
 from finetune.checkpoint.writer import CheckpointWriter
 from finetune.errors import CheckpointError
 from finetune.models.adapters import is_peft_model, unwrap
-
-logger = logging.getLogger(__name__)
 
 Save = Callable[..., None]  # the facade's `_save(output_dir, state_dict=None)`
 
@@ -77,9 +74,9 @@ def write_model(
         in_background = writer is not None and writer.collects and not (is_peft_model(target) or joins_gather)
         if state_dict is not None or in_background or not hasattr(target, "save_pretrained"):
             was_gathered = state_dict is not None
-            state_dict = without_wrapper_prefixes(target.state_dict() if state_dict is None else state_dict)
+            state_dict = gathered.without_wrapper_prefixes(target.state_dict() if state_dict is None else state_dict)
             if was_gathered:
-                state_dict = without_tied_copies(state_dict, target)
+                state_dict = gathered.without_tied_copies(state_dict, target)
         if in_background:
             assert writer is not None
             state_dict = writer.snapshot(state_dict)
@@ -105,11 +102,8 @@ def _write_weights(target: Any, folder: Path, state_dict: dict[str, Tensor] | No
                 _state_number_format(folder / "config.json", formats)
                 _require_tensors(layout.adapter_file(folder))
         elif is_writer:
-            from safetensors.torch import save_file
-
             assert state_dict is not None
-            tensors, aliases = without_aliases(state_dict)
-            save_file(tensors, folder / layout.WEIGHTS, metadata={"format": "pt", **aliases})
+            files.save_tensors(state_dict, folder / layout.WEIGHTS)
 
 
 def _state_number_format(config: Path, formats: set[Any]) -> None:
@@ -125,7 +119,7 @@ def _state_number_format(config: Path, formats: set[Any]) -> None:
 
 def _require_tensors(adapter: Path | None) -> None:
     """Raises `CheckpointError` when PEFT found none of the adapter's tensors among those that were gathered."""
-    if adapter is not None and not read_tensors(adapter):
+    if adapter is not None and not files.load_tensors(adapter):
         raise CheckpointError(
             f"`{adapter}` was written without a tensor: PEFT found none of the adapter's in the weights gathered from "
             "all processes. Use another way to share the model out (`accelerate_configs/fsdp2.yaml` or `zero2.yaml`)."
@@ -151,60 +145,6 @@ def plain_arguments(args: Any) -> dict[str, Any]:
     """Returns the fields of `args` as JSON-like values: what `training_args.bin` holds, without tokens."""
     content = args.to_dict() if hasattr(args, "to_dict") else dict(vars(args))
     return json.loads(json.dumps(content, default=str))
-
-
-def without_wrapper_prefixes(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Returns `state_dict` without what `torch.compile` (`_orig_mod.`) and DDP (`module.`) put into its names.
-
-    >>> import torch
-    >>> list(without_wrapper_prefixes({"module.a": torch.ones(1), "module._orig_mod.b": torch.ones(1)}))
-    ['a', 'b']
-    >>> list(without_wrapper_prefixes({"module.a": torch.ones(1), "head.b": torch.ones(1)}))
-    ['module.a', 'head.b']
-    """
-    if state_dict and all(name.startswith("module.") for name in state_dict):
-        state_dict = {name.removeprefix("module."): tensor for name, tensor in state_dict.items()}
-    return {name.replace("_orig_mod.", ""): tensor for name, tensor in state_dict.items()}
-
-
-def without_tied_copies(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
-    """Returns gathered weights with one name for each tied one: gathering copies, so they no longer share memory.
-
-    A name goes only if its tensor equals the one it is tied to, bit for bit. `save_pretrained` of a model in one
-    piece leaves the same names out.
-    """
-    tied = dict(getattr(unwrap(model), "all_tied_weights_keys", None) or {})
-    prefix = "base_model.model." if is_peft_model(unwrap(model, keep_adapters=True)) else ""
-    copies = {
-        prefix + name
-        for name, source in tied.items()
-        if prefix + name in state_dict
-        and prefix + source in state_dict
-        and files.same_bits(state_dict[prefix + name], state_dict[prefix + source])
-    }
-    return {name: tensor for name, tensor in state_dict.items() if name not in copies}
-
-
-def without_aliases(state_dict: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Returns the tensors that safetensors can hold, and `{left out name: name of the same tensor}`.
-
-    Names of one tensor are stored once; different views of one memory are copied apart.
-    """
-    tensors: dict[str, Tensor] = {}
-    aliases: dict[str, str] = {}
-    first: dict[Any, str] = {}
-    memories: set[int] = set()
-    for name, tensor in state_dict.items():
-        tensor = tensor.detach()
-        key = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
-        if tensor.numel() and key in first:
-            aliases[name] = first[key]
-            continue
-        first[key] = name
-        memory = tensor.untyped_storage().data_ptr()
-        tensors[name] = tensor.contiguous().clone() if memory in memories else tensor.contiguous()
-        memories.add(memory)
-    return tensors, aliases
 
 
 # ---- Loading ----
@@ -247,7 +187,7 @@ def _load_full(model: Any, paths: Iterable[Path], folder: Path) -> None:
     seen: set[str] = set()
     unexpected: list[str] = []
     for path in paths:
-        tensors = read_tensors(path)
+        tensors = files.load_tensors(path)
         if not seen and not set(tensors) & set(expected):
             _load_converted(model, folder)
             return
@@ -320,7 +260,7 @@ def _load_adapter(model: Any, name: str, place: Path) -> None:
 
     path = layout.adapter_file(place)
     assert path is not None
-    tensors = read_tensors(path)
+    tensors = files.load_tensors(path)
     result: Any = set_peft_model_state_dict(model, dict(tensors), adapter_name=name)
     live = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     missing = sorted(set(live) - set(tensors))
@@ -331,27 +271,6 @@ def _load_adapter(model: Any, name: str, place: Path) -> None:
             f"{_name_some(unexpected, 'not in this model')}. Resume with the `peft_config` the run was started with."
         )
     _compare(live, tensors, path)
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Returns the tensors in a weights file, on the CPU.
-
-    Raises:
-        CheckpointError: the file is missing or damaged, or is a pickle of more than tensors.
-    """
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(path, device="cpu")
-        except Exception as error:
-            raise CheckpointError(
-                f"`{path}` cannot be loaded ({error}); it is missing or damaged. Pass another `resume_from_checkpoint`."
-            ) from error
-    content = files.load_plain(path)
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise CheckpointError(f"`{path}` is not a file of weights: a dictionary of tensors was expected.")
-    return content
 
 
 def _compare(live: dict[str, Tensor], tensors: dict[str, Tensor], path: Path) -> None:

@@ -32,31 +32,14 @@ def run_demo(output_dir: Path, *, seed: int = 42, max_steps: int = -1) -> dict[s
     from datasets import load_dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from finetune import SFTConfig, SFTTrainer
+    from finetune import SFTTrainer
 
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype="float32")
     data: Any = load_dataset("json", data_files={"train": str(TRAIN), "test": str(TEST)})
-    args = SFTConfig(
-        str(output_dir),
-        num_train_epochs=3,
-        max_steps=max_steps,
-        per_device_train_batch_size=16,
-        per_device_eval_batch_size=50,
-        learning_rate=1e-3,
-        lr_scheduler_type="cosine",
-        warmup_steps=10,
-        max_length=192,
-        gradient_checkpointing=False,
-        eval_strategy="epoch",
-        logging_steps=10,
-        save_strategy="no",
-        report_to="none",
-        seed=seed,
-    )
     trainer = SFTTrainer(
         model=model,
-        args=args,
+        args=_arguments(output_dir, seed, max_steps),
         train_dataset=data["train"],
         eval_dataset=data["test"],
         processing_class=tokenizer,
@@ -89,6 +72,28 @@ def run_demo(output_dir: Path, *, seed: int = 42, max_steps: int = -1) -> dict[s
     _write(output_dir, trainer, metrics, samples)
     _show(output_dir, metrics, samples)
     return metrics
+
+
+def _arguments(output_dir: Path, seed: int, max_steps: int) -> Any:
+    from finetune import SFTConfig
+
+    return SFTConfig(
+        str(output_dir),
+        num_train_epochs=3,
+        max_steps=max_steps,
+        per_device_train_batch_size=16,
+        per_device_eval_batch_size=50,
+        learning_rate=1e-3,
+        lr_scheduler_type="cosine",
+        warmup_steps=10,
+        max_length=192,
+        gradient_checkpointing=False,
+        eval_strategy="epoch",
+        logging_steps=10,
+        save_strategy="no",
+        report_to="none",
+        seed=seed,
+    )
 
 
 def answers(model: Any, tokenizer: Any, rows: list[Row]) -> list[str]:

@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partialmethod
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,7 @@ from finetune.errors import ArgumentError, nearest
 
 logger = logging.getLogger(__name__)
 
-# What a callback may return from an event.
-Reply = Any  # TrainerControl | dict[str, bool] | None
+Reply = Any  # of a callback to an event: TrainerControl | dict[str, bool] | None
 
 
 class TrainerCallback:
@@ -68,12 +68,7 @@ class TrainerCallback:
         """Called after each evaluation, with its `metrics`."""
 
     def on_predict(
-        self,
-        args: Any,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: dict[str, float],
-        **kwargs: Any,
+        self, args: Any, state: TrainerState, control: TrainerControl, metrics: dict[str, float], **kwargs: Any
     ) -> Reply:
         """Called after `predict()`, with its `metrics`."""
 
@@ -91,8 +86,18 @@ class TrainerCallback:
 
 
 EVENTS = tuple(name for name in vars(TrainerCallback) if name.startswith("on_"))
-
 _EMPTY_HANDLERS = frozenset(vars(TrainerCallback)[name] for name in EVENTS)
+
+# Fields of the control that the handler sets to False before it calls the callbacks of an event: what they asked for
+# is being done, and a callback that wants it again says so.
+_CLEARED_BY = {
+    "on_train_begin": ("should_training_stop",),
+    "on_epoch_begin": ("should_epoch_stop",),
+    "on_step_begin": ("should_log", "should_evaluate", "should_save"),
+    "on_evaluate": ("should_evaluate",),
+    "on_save": ("should_save",),
+    "on_log": ("should_log",),
+}
 
 
 def apply_reply(control: TrainerControl, reply: Any, source: str) -> TrainerControl:
@@ -142,10 +147,9 @@ class CallbackHandler(TrainerCallback):
         self.eval_dataloader: Any = None
         if not any(_class_named(type(callback), "DefaultFlowCallback") for callback in self.callbacks):
             logger.warning(
-                "No `DefaultFlowCallback` among the callbacks (%s): nothing will log, evaluate, save or "
-                "stop the "
+                "No `DefaultFlowCallback` among the callbacks (%s): nothing will log, evaluate, save or stop the "
                 "training. Add it with `trainer.add_callback(DefaultFlowCallback)`.",
-                ", ".join(self.callback_list.split("\n")) or "none",
+                self.callback_list.replace("\n", ", ") or "none",
             )
 
     def add_callback(self, callback: Any) -> None:
@@ -155,88 +159,43 @@ class CallbackHandler(TrainerCallback):
             logger.warning(
                 "A `%s` is already among the callbacks (%s); both will be called.",
                 type(instance).__name__,
-                ", ".join(self.callback_list.split("\n")),
+                self.callback_list.replace("\n", ", "),
             )
         self.callbacks.append(instance)
 
     def pop_callback(self, callback: Any) -> Any:
         """Removes and returns the first callback of that class, or that instance; None when there is none."""
-        found = next((known for known in self.callbacks if _matches(known, callback)), None)
-        if found is not None:
-            self._drop(found)
-        return found
+        place = next((place for place, known in enumerate(self.callbacks) if _matches(known, callback)), None)
+        return None if place is None else self.callbacks.pop(place)
 
     def remove_callback(self, callback: Any) -> None:
         """Removes the first callback of that class, or that instance (ValueError if it is unknown)."""
         if self.pop_callback(callback) is None and not isinstance(callback, type):
             raise ValueError(f"`{type(callback).__name__}` is not among the callbacks.")
 
-    def _drop(self, instance: Any) -> None:
-        position = next(index for index, known in enumerate(self.callbacks) if known is instance)
-        del self.callbacks[position]
-
     @property
     def callback_list(self) -> str:
         """The class names of the callbacks, one per line, in the order they are called."""
         return "\n".join(type(callback).__name__ for callback in self.callbacks)
 
-    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        return self.call_event("on_init_end", args, state, control, **kwargs)
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        control.should_training_stop = False
-        return self.call_event("on_train_begin", args, state, control, **kwargs)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        return self.call_event("on_train_end", args, state, control, **kwargs)
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        control.should_epoch_stop = False
-        return self.call_event("on_epoch_begin", args, state, control, **kwargs)
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        return self.call_event("on_epoch_end", args, state, control, **kwargs)
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        control.should_log = control.should_evaluate = control.should_save = False
-        return self.call_event("on_step_begin", args, state, control, **kwargs)
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        return self.call_event("on_pre_optimizer_step", args, state, control, **kwargs)
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        return self.call_event("on_optimizer_step", args, state, control, **kwargs)
-
-    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        return self.call_event("on_substep_end", args, state, control, **kwargs)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        return self.call_event("on_step_end", args, state, control, **kwargs)
-
     def on_evaluate(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, args: Any, state: Any, control: Any, metrics: Any, **kwargs: Any
     ) -> Any:
-        control.should_evaluate = False
-        return self.call_event("on_evaluate", args, state, control, metrics=metrics, **kwargs)
+        return self._clear_and_call("on_evaluate", args, state, control, metrics=metrics, **kwargs)
 
     def on_predict(self, args: Any, state: Any, control: Any, metrics: Any, **kwargs: Any) -> Any:
-        return self.call_event("on_predict", args, state, control, metrics=metrics, **kwargs)
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        control.should_save = False
-        return self.call_event("on_save", args, state, control, **kwargs)
+        return self._clear_and_call("on_predict", args, state, control, metrics=metrics, **kwargs)
 
     def on_log(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, args: Any, state: Any, control: Any, logs: Any, **kwargs: Any
     ) -> Any:
-        control.should_log = False
-        return self.call_event("on_log", args, state, control, logs=logs, **kwargs)
+        return self._clear_and_call("on_log", args, state, control, logs=logs, **kwargs)
 
-    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        return self.call_event("on_prediction_step", args, state, control, **kwargs)
-
-    def on_push_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        return self.call_event("on_push_begin", args, state, control, **kwargs)
+    def _clear_and_call(self, event: str, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        """Returns as `call_event`. The methods of the events that add no value of their own are made of it below."""
+        for name in _CLEARED_BY.get(event, ()):
+            setattr(control, name, False)
+        return self.call_event(event, args, state, control, **kwargs)
 
     def call_event(self, event: str, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """Returns the control after each callback that listens to `event` was called with the run's objects.
@@ -276,9 +235,7 @@ class CallbackHandler(TrainerCallback):
             if name == type(control).__name__:
                 control = type(control).from_state(entries[0])
                 continue
-            places = [
-                i for i, known in enumerate(self.callbacks) if type(known).__name__ == name and is_exportable(known)
-            ]
+            places = [i for i, one in enumerate(self.callbacks) if type(one).__name__ == name and is_exportable(one)]
             if not places:
                 missing.append(name)
             if len(places) > 1 and len(entries) % len(places) == 0:
@@ -290,6 +247,11 @@ class CallbackHandler(TrainerCallback):
         if missing:
             logger.warning("The checkpoint has the state of callbacks that are not in this run: %s", ", ".join(missing))
         return control
+
+
+for _event in EVENTS:
+    if _event not in vars(CallbackHandler):
+        setattr(CallbackHandler, _event, partialmethod(CallbackHandler._clear_and_call, _event))
 
 
 @dataclass

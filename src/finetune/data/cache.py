@@ -1,4 +1,4 @@
-"""The key under which prepared rows are cached, and the reason why a cache missed.
+"""The key under which prepared rows are cached, the lock of who prepares them, and the reason why a cache missed.
 
 `datasets` keys its cache by hashing the mapped function with all it holds; a changed attribute of a tokenizer then
 costs hours, and a changed template may go unnoticed. Here the key is made of what decides the result: the data's
@@ -9,6 +9,8 @@ import glob
 import hashlib
 import json
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +75,24 @@ def is_cached(path: str) -> bool:
         return True
     parts = glob.glob(glob.escape(path.removesuffix(".arrow")) + "_*_of_*.arrow")
     return any(len(parts) >= int(part.removesuffix(".arrow").rpartition("_of_")[2]) for part in parts)
+
+
+@contextmanager
+def lock(path: str, say: Callable[[str], None]) -> Iterator[None]:
+    """Lets one process at a time into the block, of those that prepare the rows of `path`; `say` is told of waiting."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path + ".lock")
+    while True:
+        try:
+            lock.acquire(timeout=60)
+            break
+        except Timeout:
+            say(f"another process is preparing the same rows; waiting for it ({path}.lock)")
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def remember(path: str, parts: KeyParts) -> None:

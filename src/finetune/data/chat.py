@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from finetune.errors import DataFormatError
+from finetune.errors import DataFormatError, ticked
 
 _CONVERSATION_KEYS = ("prompt", "chosen", "rejected", "completion", "messages")
 _TEMPLATE_SHAPES = (
@@ -96,7 +96,7 @@ def apply_chat_template(
     """
     keys = {key for key in (*_CONVERSATION_KEYS, "label") if key in example}
     if keys not in _TEMPLATE_SHAPES:
-        shapes = "; ".join(", ".join(f"`{k}`" for k in sorted(shape)) for shape in _TEMPLATE_SHAPES)
+        shapes = "; ".join(ticked(sorted(shape)) for shape in _TEMPLATE_SHAPES)
         raise DataFormatError(f"A row with the columns {sorted(keys)} has no chat form. Allowed: {shapes}.")
     options = {"tools": tools or None, **(example.get("chat_template_kwargs") or {}), **template_kwargs}
 

@@ -10,7 +10,7 @@ from enum import Enum
 from typing import Any, NoReturn
 
 from finetune.data.chat import is_message_list, parse_json_column
-from finetune.errors import DataFormatError, nearest
+from finetune.errors import DataFormatError, nearest, ticked
 
 Columns = Mapping[str, Sequence[Any]]
 
@@ -49,7 +49,7 @@ class RowFormat:
 
     def describe(self, columns: Sequence[str]) -> str:
         """Returns the line printed at the start, for instance ``columns `a`, `text` read as text (`text`)``."""
-        return f"columns {_ticked(columns)} read as {self.kind.value} (`{self.column}`)"
+        return f"columns {ticked(columns)} read as {self.kind.value} (`{self.column}`)"
 
 
 @dataclass
@@ -97,7 +97,7 @@ def detect_format(row: Mapping[str, Any], dataset_text_field: str = "text", name
 
 def _unknown_columns(columns: list[str], text_field: str, name: str) -> str:
     message = (
-        f"The {name} data set has the columns {_ticked(columns)}. Expected one of: `{text_field}` (the column named by "
+        f"The {name} data set has the columns {ticked(columns)}. Expected one of: `{text_field}` (the column named by "
         "`dataset_text_field`), `prompt` and `completion`, `messages`, `conversations`, or `input_ids`."
     )
     if "prompt" in columns or "completion" in columns:
@@ -223,11 +223,11 @@ def _read_message(message: Mapping[str, Any], turn: int, row: int, name: str) ->
     if "content" not in clean and "value" in clean:
         clean["content"] = clean.pop("value")
     if not isinstance(role, str):
-        found = f"has the keys {_ticked(list(message))} and no role" if role is None else f"has the role {role!r}"
-        _fail(row, name, f"message {turn} {found}", f"`role` must be one of {_ticked(KNOWN_ROLES)}.")
+        found = f"has the keys {ticked(list(message))} and no role" if role is None else f"has the role {role!r}"
+        _fail(row, name, f"message {turn} {found}", f"`role` must be one of {ticked(KNOWN_ROLES)}.")
     role = ROLE_ALIASES.get(role, role)
     if role not in KNOWN_ROLES:
-        hint = f"`role` must be one of {_ticked(KNOWN_ROLES)}.{nearest(role, (*KNOWN_ROLES, *ROLE_ALIASES))}"
+        hint = f"`role` must be one of {ticked(KNOWN_ROLES)}.{nearest(role, (*KNOWN_ROLES, *ROLE_ALIASES))}"
         _fail(row, name, f"message {turn} has the role `{role}`", hint)
     content = clean.get("content")
     if content is None and not clean.get("tool_calls"):
@@ -284,10 +284,6 @@ def _is_block_list(content: Any) -> bool:
 
 def _fail(row: int, name: str, found: str, remedy: str) -> NoReturn:
     raise DataFormatError(f"Row {row} of the {name} data set: {found}. {remedy}".rstrip())
-
-
-def _ticked(names: Sequence[str]) -> str:
-    return ", ".join(f"`{name}`" for name in names)
 
 
 def _type_name(value: Any) -> str:

@@ -1,13 +1,20 @@
-"""Show rows as the model is trained on them: what is learned, what is only read, what `max_length` cuts off."""
+"""What a user sees of the data before the first step: rows as the model is trained on them, and the audit.
+
+Of the rows: what is learned, what is only read, what `max_length` cuts off.
+"""
 
 import html
 import itertools
+import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from finetune.data.audit import SupervisionAudit, audit_table
 from finetune.data.batches import BatchProcessor
 from finetune.data.labels import truncate
 from finetune.data.pipeline import first_row, is_stream
@@ -26,6 +33,10 @@ pre{white-space:pre-wrap;word-break:break-word;padding:1em;border:1px solid #888
 .trained{background:#2da44e33;color:#116329}.not{color:#777}
 .truncated{color:#cf222e;text-decoration:line-through}.boundary{color:#bf8700;font-weight:bold}
 @media(prefers-color-scheme:dark){body{background:#111;color:#ddd}.trained{color:#56d364}}"""
+
+# Characters of a preview on the terminal; the page in the run folder shows all of it.
+_SHOWN = 4000
+AUDIT_FILE, PREVIEW_FILE = "data_audit.json", "data_preview.html"
 
 
 @dataclass(frozen=True)
@@ -112,6 +123,27 @@ def preview(
     dropped = (processor.process(batch, indices).tokens.flags & NOTHING_TRAINED) != 0
     rows = tuple(_preview_row(processor.tokenizer, whole, kept, i, bool(dropped[i])) for i in indices)
     return Preview(name, processor.format.kind.value, processor.mask_method, rows)
+
+
+def show(preview: Preview | None, audits: dict[str, SupervisionAudit]) -> None:
+    """Prints two rows and the audit table to standard error."""
+    if preview is not None:
+        text = preview.to_terminal(color=sys.stderr.isatty())
+        cut = f" ...\n(the whole rows are in {PREVIEW_FILE})" if len(text) > _SHOWN else ""
+        print(text[:_SHOWN] + (_RESET if cut and sys.stderr.isatty() else "") + cut, file=sys.stderr)
+    if audits:
+        print(audit_table(audits), file=sys.stderr, flush=True)
+
+
+def write(folder: str, preview: Preview | None, audits: dict[str, SupervisionAudit]) -> None:
+    """Writes the audit and the preview into the run folder."""
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    if audits:
+        content = {name: audit.to_dict() for name, audit in audits.items()}
+        (target / AUDIT_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    if preview is not None:
+        (target / PREVIEW_FILE).write_text(preview.to_html(), encoding="utf-8")
 
 
 def _kept(whole: TokenBatch, limit: int | None, settings: DataSettings) -> np.ndarray:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from finetune.data.samplers import list_lengths
 from finetune.errors import ArgumentError, DataFormatError, nearest
 
 if TYPE_CHECKING:
@@ -94,9 +95,8 @@ def best_fit_decreasing(lengths: np.ndarray, seq_length: int) -> tuple[np.ndarra
             fitting = free_spaces >> length
             if fitting:
                 space = length + (fitting & -fitting).bit_length() - 1
-                queue = waiting[space]
-                bin_index = queue.popleft()
-                if not queue:
+                bin_index = waiting[space].popleft()
+                if not waiting[space]:
                     free_spaces ^= 1 << space
             else:
                 space, bin_index = seq_length, num_bins
@@ -106,15 +106,14 @@ def best_fit_decreasing(lengths: np.ndarray, seq_length: int) -> tuple[np.ndarra
             count -= taken
             left = space - taken * length
             if left:
-                queue = waiting.setdefault(left, deque())
-                queue.append(bin_index)
+                waiting.setdefault(left, deque()).append(bin_index)
                 free_spaces |= 1 << left
     bin_of_row = np.array(placed, dtype=np.int64)
     return by_length[np.argsort(bin_of_row, kind="stable")], np.bincount(bin_of_row, minlength=num_bins)
 
 
-def _list_columns(table: pa.Table) -> tuple[list[str], list[Any], np.ndarray]:
-    """Returns the names, the Arrow list arrays and the common int64 offsets (rows + 1) of the columns to pack."""
+def _list_columns(table: pa.Table) -> tuple[dict[str, Any], np.ndarray]:
+    """Returns the Arrow list arrays of the columns to pack, by name, and their common int64 offsets (rows + 1)."""
     import pyarrow as pa
 
     table = table.combine_chunks()
@@ -126,30 +125,33 @@ def _list_columns(table: pa.Table) -> tuple[list[str], list[Any], np.ndarray]:
             f"Columns found: {table.column_names}. Remove them (`dataset.remove_columns`) before packing."
         )
     # A chunk without rows has no chunk at all after `combine_chunks`.
-    arrays = [c.chunks[0] if (c := table.column(n)).num_chunks else pa.array([], c.type) for n in names]
-    valid = np.ones(len(arrays[0]), dtype=bool)
-    for array in arrays:
-        valid &= np.asarray(array.is_valid())
+    arrays = {n: c.chunks[0] if (c := table.column(n)).num_chunks else pa.array([], c.type) for n in names}
+    valid = np.logical_and.reduce([np.asarray(array.is_valid()) for array in arrays.values()])
     if not valid.all():
-        arrays = [array.filter(pa.array(valid)) for array in arrays]
+        arrays = {name: array.filter(pa.array(valid)) for name, array in arrays.items()}
     # Lengths and not offsets are compared: the columns of a slice start at different places in their buffers.
-    lengths = [np.diff(array.offsets.to_numpy()) for array in arrays]
-    for name, other in zip(names[1:], lengths[1:], strict=True):
-        if not np.array_equal(lengths[0], other):
-            row = int(np.flatnonzero(lengths[0] != other)[0])
+    lengths = {name: np.diff(array.offsets.to_numpy()) for name, array in arrays.items()}
+    common = lengths[names[0]]
+    for name, other in lengths.items():
+        if not np.array_equal(common, other):
+            row = int(np.flatnonzero(common != other)[0])
             raise DataFormatError(
-                f"Packing needs columns of equal length in every row: row {row} of the batch has {lengths[0][row]} "
+                f"Packing needs columns of equal length in every row: row {row} of the batch has {common[row]} "
                 f"items in `{names[0]}` and {other[row]} in `{name}`."
             )
-    return names, arrays, np.concatenate(([0], np.cumsum(lengths[0], dtype=np.int64)))
+    return arrays, np.concatenate(([0], np.cumsum(common, dtype=np.int64)))
 
 
-def _as_table(names: list[str], arrays: list[Any], values: list[Any], offsets: np.ndarray) -> dict[str, Any]:
-    """Returns list arrays of the original Arrow types over `values`, cut at `offsets` (rows + 1)."""
+def _cut(table: pa.Table, arrays: dict[str, Any], values: list[Any], offsets: np.ndarray) -> dict[str, Any]:
+    """Returns list arrays of the types of `arrays` over `values`, cut at `offsets` (rows + 1), and the new `length`."""
+    import pyarrow as pa
+
     columns: dict[str, Any] = {}
-    for name, array, flat in zip(names, arrays, values, strict=True):
-        cut = offsets.astype(array.offsets.type.to_pandas_dtype())
-        columns[name] = type(array).from_arrays(cut, flat).cast(array.type)
+    for (name, array), flat in zip(arrays.items(), values, strict=True):
+        cuts = offsets.astype(array.offsets.type.to_pandas_dtype())
+        columns[name] = type(array).from_arrays(cuts, flat).cast(array.type)
+    if LENGTH in table.column_names:
+        columns[LENGTH] = pa.array(np.diff(offsets), table.schema.field(LENGTH).type)
     return columns
 
 
@@ -167,7 +169,7 @@ def _pack_bfd(table: pa.Table, seq_length: int, split: bool) -> pa.Table:
     """Returns the batch packed by best fit decreasing, with `seq_lengths`; longer rows are cut or split."""
     import pyarrow as pa
 
-    names, arrays, offsets = _list_columns(table)
+    arrays, offsets = _list_columns(table)
     starts, lengths = offsets[:-1], np.diff(offsets)
     starts, lengths = starts[lengths > 0], lengths[lengths > 0]
     if split:
@@ -184,9 +186,7 @@ def _pack_bfd(table: pa.Table, seq_length: int, split: bool) -> pa.Table:
     index = np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - lengths), lengths)
     rows = np.concatenate(([0], np.cumsum(bin_sizes)))  # (packed rows + 1) in samples
     cuts = np.concatenate(([0], ends))[rows]  # (packed rows + 1) in tokens
-    columns = _as_table(names, arrays, [_gather(array, index) for array in arrays], cuts)
-    if LENGTH in table.column_names:
-        columns[LENGTH] = pa.array(np.diff(cuts), table.schema.field(LENGTH).type)
+    columns = _cut(table, arrays, [_gather(array, index) for array in arrays.values()], cuts)
     columns[SEQ_LENGTHS] = pa.ListArray.from_arrays(rows.astype(np.int32), pa.array(lengths.astype(np.int32)))
     return pa.table(columns)
 
@@ -195,13 +195,9 @@ def _pack_wrapped(table: pa.Table, seq_length: int) -> pa.Table:
     """Returns the batch as one stream of tokens cut every `seq_length`; sample boundaries are forgotten."""
     import pyarrow as pa
 
-    names, arrays, offsets = _list_columns(table)
-    total = int(offsets[-1])
-    cuts = np.append(np.arange(0, total, seq_length, dtype=np.int64), total)
-    columns = _as_table(names, arrays, [array.flatten() for array in arrays], cuts)
-    if LENGTH in table.column_names:
-        columns[LENGTH] = pa.array(np.diff(cuts), table.schema.field(LENGTH).type)
-    return pa.table(columns)
+    arrays, offsets = _list_columns(table)
+    cuts = np.append(np.arange(0, offsets[-1], seq_length, dtype=np.int64), offsets[-1])
+    return pa.table(_cut(table, arrays, [array.flatten() for array in arrays.values()], cuts))
 
 
 def pack_dataset(
@@ -277,17 +273,6 @@ def packing_report(before: Any, after: Any, seq_length: int) -> PackingReport:
     return PackingReport(len(old), len(new), int(old.sum()), int(new.sum()), int((old > seq_length).sum()), seq_length)
 
 
-def list_lengths(dataset: Any, column: str) -> np.ndarray:
-    """Returns the length of each row's list in `column` of a `datasets.Dataset`, (rows,) int64, without reading it."""
-    chunks = dataset.data.column(column).chunks
-    # A missing list counts as empty; `diff` of offsets would be right too, but offsets of slices share a buffer.
-    lengths = [np.asarray(chunk.value_lengths().fill_null(0), dtype=np.int64) for chunk in chunks]
-    joined = np.concatenate(lengths) if lengths else np.zeros(0, dtype=np.int64)
-    if dataset._indices is not None:
-        joined = joined[np.asarray(dataset._indices.column(0).to_numpy())]
-    return joined
-
-
 def _splits(dataset: Any, packed: Any) -> list[tuple[str, Any, Any]]:
     """Returns `(split name, before, after)` of everything whose rows can be counted without reading a stream."""
     import datasets
@@ -303,16 +288,13 @@ def _map_arrow(
     """Returns `dataset.map(function)` over Arrow tables, with the format that the data set had before."""
     import datasets
 
-    one = dataset
-    if isinstance(dataset, (datasets.DatasetDict, datasets.IterableDatasetDict)):
-        one = next(iter(dataset.values()))
+    one = next(iter(dataset.values())) if hasattr(dataset, "values") else dataset  # a dictionary of splits
     if isinstance(one, datasets.Dataset):
         old = one.format
         shown = [c for c in old["columns"] if c in one.column_names] + new_columns
         restore: dict[str, Any] = {"type": old["type"], "columns": shown, **old["format_kwargs"]}
     else:
-        formatting = one._formatting
-        restore = {"type": formatting.format_type if formatting is not None else None}
+        restore = {"type": getattr(one._formatting, "format_type", None)}
     # Packed rows are not the rows that came in, so a column left out of the format cannot be carried along.
     mapped = dataset.with_format("arrow").map(function, batched=True, fn_kwargs=fn_kwargs, **(map_kwargs or {}))
     return mapped.with_format(**restore)

@@ -11,7 +11,6 @@ Columns of the result: `input_ids` and `labels` (lists of int32, half the memory
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -161,7 +160,7 @@ def _map(dataset: Any, processor: BatchProcessor, processing_class: Any, name: s
         return _run(run, function, workers, settings, say), reason
     if cache.is_cached(path):
         return run(function, workers), "HIT"
-    with _lock(path, name, say):
+    with cache.lock(path, lambda message: say(f"{name}: {message}")):
         if cache.is_cached(path):
             return run(function, workers), "HIT (another process prepared the rows)"
         reason = cache.explain_miss(path, parts)
@@ -174,23 +173,6 @@ def _run(run: Callable[..., Any], function: Any, workers: int | None, settings: 
     if workers is None:
         return run(function, None)
     return map_with_workers(run, function, workers, settings.stall_seconds, say)
-
-
-@contextmanager
-def _lock(path: str, name: str, say: Say) -> Any:
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(path + ".lock")
-    while True:
-        try:
-            lock.acquire(timeout=60)
-            break
-        except Timeout:
-            say(f"{name}: another process is preparing the same rows; waiting for it ({path}.lock)")
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _finish(prepared: Any, processor: BatchProcessor) -> tuple[Any, SupervisionAudit]:

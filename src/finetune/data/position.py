@@ -24,17 +24,9 @@ from .samplers import OrderedSampler, permutation, rank_batches
 from .streaming import StreamLoader
 
 _LOADER_PARAMS = (
-    "num_workers",
-    "collate_fn",
-    "pin_memory",
-    "timeout",
-    "worker_init_fn",
-    "multiprocessing_context",
-    "generator",
-    "prefetch_factor",
-    "persistent_workers",
-    "in_order",
-)
+    "num_workers collate_fn pin_memory timeout worker_init_fn multiprocessing_context generator prefetch_factor "
+    "persistent_workers in_order"
+).split()
 
 
 def has_length(thing: Any) -> bool:
@@ -81,8 +73,8 @@ class SkippedBatches(BatchSampler):
         order = _order(sampler)
         if order is None or type(batches) is not BatchSampler:
             return islice(iter(self.inner), self.num_batches, None)
-        sharding = {} if shard is None else {key: getattr(shard, key) for key in _SHARDING}
-        rest = rank_batches(order, batches.batch_size, drop_last=batches.drop_last, start=self.num_batches, **sharding)
+        options = {"drop_last": batches.drop_last, "start": self.num_batches, **_sharding(shard)}
+        rest = rank_batches(order, batches.batch_size, **options)
         fetches = getattr(sampler, "fetches", None)
         return rest if fetches is None else _announced(rest, fetches, self.num_batches)
 
@@ -93,9 +85,6 @@ def _announced(batches: Iterator[list[int]], fetches: FetchRandomness, number: i
     for place, batch in enumerate(batches, number):
         fetches.before_fetch(place)
         yield batch
-
-
-_SHARDING = ("num_processes", "process_index", "split_batches", "even_batches")
 
 
 def _nested(batch_sampler: Any) -> Iterator[Any]:
@@ -113,8 +102,22 @@ def _layers(batch_sampler: Any) -> tuple[Any, Any, Any]:
     return shard, batches, getattr(batches, "sampler", None)
 
 
+def _sharding(shard: Any) -> dict[str, Any]:
+    """Returns how accelerate's shard (or None) cuts batches, as arguments of `rank_batches`."""
+    names = ("num_processes", "process_index", "split_batches", "even_batches")
+    return {} if shard is None else {name: getattr(shard, name) for name in names}
+
+
+def _source(loader: Any) -> Any:
+    """Returns the sampler that decides the order of the rows: one that makes whole batches, else that of the rows."""
+    _, batches, sampler = _layers(getattr(loader, "batch_sampler", None))
+    return batches if isinstance(batches, BatchRebalanceSampler) else sampler
+
+
 def _order(sampler: Any) -> np.ndarray | None:
     """Returns the whole order of an epoch, or None for a sampler that cannot tell without being drawn from."""
+    if isinstance(sampler, BatchRebalanceSampler):
+        return sampler.order()
     if isinstance(sampler, OrderedSampler):
         return sampler.order()[sampler.start :]
     if type(sampler) is torch.utils.data.SequentialSampler:
@@ -142,41 +145,36 @@ def skip_batches(loader: Any, num_batches: int) -> Any:
     from accelerate import skip_first_batches
     from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
 
+    kind: Any = type(loader)
+    own_params: dict[type, tuple[str, ...]] = {
+        DataLoader: (),
+        DataLoaderShard: ("_drop_last", "_non_blocking", "device", "rng_types", "synchronized_generator"),
+        DataLoaderDispatcher: ("_drop_last", "_non_blocking", "split_batches", "slice_fn", "torch_device_mesh"),
+    }
     plain = getattr(loader, "base_dataloader", loader)
-    if getattr(loader, "batch_sampler", None) is None or isinstance(plain.sampler, BatchSampler):
+    if kind not in own_params or loader.batch_sampler is None or isinstance(plain.sampler, BatchSampler):
         return skip_first_batches(loader, num_batches)
-    kwargs = {name: getattr(plain, name) for name in _LOADER_PARAMS}
-    accelerates: dict[str, Any] = {name: getattr(loader, name, None) for name in ("_drop_last", "_non_blocking")}
-    if type(loader) is DataLoaderShard:
-        skipped = SkippedBatches(loader.batch_sampler, num_batches)
-        accelerates |= {key: getattr(loader, key) for key in ("device", "rng_types", "synchronized_generator")}
-        rest = DataLoaderShard(loader.dataset, batch_sampler=skipped, **accelerates, **kwargs)
+    params = {name: getattr(plain, name) for name in _LOADER_PARAMS}
+    params |= {name: getattr(loader, name, None) for name in own_params[kind]}
+    dispatches = kind is DataLoaderDispatcher and not loader.split_batches
+    skipped = SkippedBatches(loader.batch_sampler, num_batches * (loader.state.num_processes if dispatches else 1))
+    rest = kind(loader.dataset, batch_sampler=skipped, **params)
+    if kind is not DataLoader:
         rest.iteration = loader.iteration
-        return rest
-    if type(loader) is DataLoaderDispatcher:
-        per_round = 1 if loader.split_batches else loader.state.num_processes
-        skipped = SkippedBatches(loader.batch_sampler, num_batches * per_round)
-        accelerates |= {key: getattr(loader, key) for key in ("split_batches", "slice_fn", "torch_device_mesh")}
-        rest = DataLoaderDispatcher(loader.dataset, batch_sampler=skipped, **accelerates, **kwargs)
-        rest.iteration = loader.iteration
-        return rest
-    if type(loader) is DataLoader:
-        return DataLoader(loader.dataset, batch_sampler=SkippedBatches(loader.batch_sampler, num_batches), **kwargs)
-    return skip_first_batches(loader, num_batches)
+    return rest
 
 
 def _epoch_order(loader: Any, epoch: int) -> np.ndarray | None:
     """Returns the order of the rows of all processes in `epoch`, or None; leaves the loader as it is."""
-    if is_stream(loader.dataset) or (batch_sampler := getattr(loader, "batch_sampler", None)) is None:
+    if is_stream(loader.dataset):
         return None
-    _, batches, sampler = _layers(batch_sampler)
-    source: Any = batches if isinstance(batches, BatchRebalanceSampler) else sampler
+    source = _source(loader)
     before = getattr(source, "epoch", None)
     if before is None:
         return _order(source)
     try:
         source.epoch = epoch
-        return source.order() if isinstance(source, BatchRebalanceSampler) else _order(source)
+        return _order(source)
     finally:
         source.epoch = before
 
@@ -187,7 +185,7 @@ def rows_per_batch(loader: Any) -> int | None:
         return loader.total_batch_size
     shard, batches, _ = _layers(getattr(loader, "batch_sampler", None))
     batch_size = getattr(batches, "batch_size", None)
-    if isinstance(batches, BatchRebalanceSampler) or batch_size is None:
+    if batch_size is None:
         return None
     return batch_size * (1 if shard is None or shard.split_batches else shard.num_processes)
 
@@ -203,9 +201,9 @@ def batch_digest(loader: Any, num_batches: int, epoch: int, num_rows: int = 32) 
     order, following = _epoch_order(loader, epoch), _epoch_order(loader, epoch + 1)
     if order is None or following is None:
         return None
-    _, batches, _ = _layers(loader.batch_sampler)
-    if isinstance(batches, BatchRebalanceSampler):
-        start = num_batches // batches.grad_accum * batches.effective_batch_size
+    source = _source(loader)
+    if isinstance(source, BatchRebalanceSampler):
+        start = num_batches // source.grad_accum * source.effective_batch_size
     else:
         start = num_batches * (rows_per_batch(loader) or 1)
     indices = np.concatenate([order[start:], following])[:num_rows].tolist()
@@ -223,22 +221,18 @@ def watch_fetches(loader: Any, num_kept: int) -> None:
     """
     if getattr(loader, "num_workers", 0):
         return
+    source = _source(loader)
     if isinstance(loader, StreamLoader):
         loader.watch_fetches(FetchRandomness(num_kept))
-        return
-    _, batches, sampler = _layers(getattr(loader, "batch_sampler", None))
-    if isinstance(batches, BatchRebalanceSampler):
-        batches.fetches = FetchRandomness(num_kept)
-    elif isinstance(sampler, OrderedSampler) and (rows := rows_per_batch(loader)) is not None:
-        sampler.fetches, sampler.rows_per_fetch = FetchRandomness(num_kept), rows
+    elif isinstance(source, BatchRebalanceSampler):
+        source.fetches = FetchRandomness(num_kept)
+    elif isinstance(source, OrderedSampler) and (rows := rows_per_batch(loader)) is not None:
+        source.fetches, source.rows_per_fetch = FetchRandomness(num_kept), rows
 
 
 def fetches_of(loader: Any) -> FetchRandomness | None:
     """Returns what `watch_fetches` made for `loader`, or None."""
-    if isinstance(loader, StreamLoader):
-        return loader.fetches
-    _, batches, sampler = _layers(getattr(loader, "batch_sampler", None))
-    return getattr(batches if isinstance(batches, BatchRebalanceSampler) else sampler, "fetches", None)
+    return loader.fetches if isinstance(loader, StreamLoader) else getattr(_source(loader), "fetches", None)
 
 
 def loader_state(loader: Any) -> dict[str, Any]:
@@ -250,8 +244,7 @@ def loader_state(loader: Any) -> dict[str, Any]:
         return {"kind": "stream", **loader.state_dict()}
     if is_stream(getattr(loader, "dataset", None)):
         return {"kind": "stream_without_state"}
-    _, batches, sampler = _layers(getattr(loader, "batch_sampler", None))
-    source = batches if isinstance(batches, BatchRebalanceSampler) else sampler
+    source = _source(loader)
     seed = getattr(source, "seed", getattr(source, "initial_seed", None))
     kind = type(source).__name__
     return {
@@ -297,12 +290,10 @@ def batch_rows(
     if is_stream(getattr(loader, "dataset", None)) or getattr(loader, "batch_sampler", None) is None:
         return None
     shard, batches, sampler = _layers(loader.batch_sampler)
-    if isinstance(batches, BatchRebalanceSampler):
-        return None
     order = _order(sampler) if epoch is None else _epoch_order(loader, epoch)
     if order is None or getattr(batches, "batch_size", None) is None:
         return None
-    sharding = {} if shard is None else {key: getattr(shard, key) for key in _SHARDING}
+    sharding = _sharding(shard)
     if shard is not None and process_index is not None:
         sharding["process_index"] = process_index
     return next(rank_batches(order, batches.batch_size, drop_last=batches.drop_last, start=number, **sharding), None)

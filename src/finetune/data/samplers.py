@@ -18,7 +18,6 @@ from torch.utils.data import SequentialSampler as TorchSequentialSampler
 
 from finetune.errors import DataFormatError
 
-from .packing import list_lengths
 from .randomness import FetchRandomness
 
 OrderedT = TypeVar("OrderedT", bound="OrderedSampler")
@@ -35,14 +34,12 @@ def permutation(num_rows: int, seed: int) -> np.ndarray:
 class OrderedSampler(Sampler[int]):
     """Base: yields `order()[start:]`. Subclasses implement `order` from `seed` and `epoch` alone."""
 
-    seed: int
-    epoch: int
-    start: int
     # Told before each fetch, which `rows_per_fetch` rows belong to (those of all processes), when it is there.
     fetches: FetchRandomness | None = None
     rows_per_fetch: int = 1
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, data_source: Sized, seed: int) -> None:
+        self.data_source = data_source
         self.seed, self.epoch, self.start = seed, 0, 0
 
     def order(self) -> np.ndarray:
@@ -52,7 +49,7 @@ class OrderedSampler(Sampler[int]):
     @property
     def num_rows(self) -> int:
         """Rows in a whole epoch, whatever `start` is."""
-        raise NotImplementedError
+        return len(self.data_source)
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the epoch whose order the next iteration follows; called by the loader."""
@@ -91,14 +88,6 @@ class SeededRandomSampler(OrderedSampler):
     True
     """
 
-    def __init__(self, data_source: Sized, seed: int) -> None:
-        super().__init__(seed)
-        self.data_source = data_source
-
-    @property
-    def num_rows(self) -> int:
-        return len(self.data_source)
-
     def order(self) -> np.ndarray:
         return permutation(self.num_rows, self.seed + self.epoch)
 
@@ -107,12 +96,7 @@ class SequentialSampler(OrderedSampler, TorchSequentialSampler):
     """Rows in their own order, in every epoch."""
 
     def __init__(self, data_source: Sized) -> None:
-        OrderedSampler.__init__(self, seed=0)
-        self.data_source = data_source
-
-    @property
-    def num_rows(self) -> int:
-        return len(self.data_source)
+        OrderedSampler.__init__(self, data_source, seed=0)
 
     def order(self) -> np.ndarray:
         return np.arange(self.num_rows)
@@ -129,13 +113,9 @@ class LengthGroupedSampler(OrderedSampler):
     """
 
     def __init__(self, lengths: Sequence[int] | np.ndarray, batch_size: int, seed: int = 0) -> None:
-        super().__init__(seed)
         self.lengths = np.asarray(lengths)
+        super().__init__(self.lengths, seed)
         self.batch_size = batch_size
-
-    @property
-    def num_rows(self) -> int:
-        return len(self.lengths)
 
     def order(self) -> np.ndarray:
         order = permutation(self.num_rows, self.seed + self.epoch)
@@ -205,6 +185,17 @@ def row_lengths(dataset: Any, length_column: str = "length", input_name: str = "
         f"Grouping by length needs the column `{length_column}` (`length_column_name`) or lists in `{input_name}`; "
         f"the data set has: {', '.join(names)}."
     )
+
+
+def list_lengths(dataset: Any, column: str) -> np.ndarray:
+    """Returns the length of each row's list in `column` of a `datasets.Dataset`, (rows,) int64, without reading it."""
+    chunks = dataset.data.column(column).chunks
+    # A missing list counts as empty; `diff` of offsets would be right too, but offsets of slices share a buffer.
+    lengths = [np.asarray(chunk.value_lengths().fill_null(0), dtype=np.int64) for chunk in chunks]
+    joined = np.concatenate(lengths) if lengths else np.zeros(0, dtype=np.int64)
+    if dataset._indices is not None:
+        joined = joined[np.asarray(dataset._indices.column(0).to_numpy())]
+    return joined
 
 
 def _read_lengths(dataset: Any, input_name: str) -> np.ndarray:

@@ -59,8 +59,7 @@ class _Batches(IterableDataset):
         world_size: int,
         drop_last: bool,
     ) -> None:
-        self.rows = rows
-        self.collate = collate
+        self.rows, self.collate = rows, collate
         self.batch_size, self.rank, self.world_size, self.drop_last = batch_size, rank, world_size, drop_last
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # seen by workers that are already running
         self.start: list[dict[str, Any]] | None = None
@@ -108,7 +107,8 @@ class _Batches(IterableDataset):
         for i in range(own * self.world_size - num_rows):
             group.append(group[i % num_rows])
         batch = self.collate(group[self.rank * own : (self.rank + 1) * own])
-        return _Packet(batch, _state_of(self.rows), num_rows, filled_up=len(group) > num_rows)
+        state = self.rows.state_dict() if callable(getattr(self.rows, "state_dict", None)) else None
+        return _Packet(batch, state, num_rows, filled_up=len(group) > num_rows)
 
     def _set_epoch(self, epoch: int) -> None:
         if callable(getattr(self.rows, "set_epoch", None)):
@@ -240,17 +240,14 @@ class StreamLoader(DataLoader[Any]):
         return send_to_device(batch, self.device, non_blocking=self.non_blocking)
 
     def _at_start(self) -> dict[str, Any]:
-        num_workers = max(1, self.num_workers)
-        workers: list[dict[str, Any]] = [{"dataset": None, "rows": 0} for _ in range(num_workers)]
+        workers: list[dict[str, Any]] = [{"dataset": None, "rows": 0} for _ in range(max(1, self.num_workers))]
         return {"epoch": self.iteration, "batches": 0, "turn": 0, "workers": workers}
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the position after the last batch handed out, with a hash of the next one if it is known."""
         position = self._position
         return {
-            "epoch": position["epoch"],
-            "batches": position["batches"],
-            "turn": position["turn"],
+            **{key: position[key] for key in ("epoch", "batches", "turn")},
             "workers": [dict(worker) for worker in position["workers"]],
             "layout": [self.rank, self.batch_size, self.world_size],
             "next_digest": None if self._next_batch is None else digest(self._next_batch),
@@ -297,10 +294,6 @@ class StreamLoader(DataLoader[Any]):
                 "The stream does not continue with the batch that was next when the checkpoint was written: the data "
                 "set, its order or its preparation changed. Restore them, or use `ignore_data_skip=True`."
             )
-
-
-def _state_of(stream: Any) -> Any:
-    return stream.state_dict() if callable(getattr(stream, "state_dict", None)) else None
 
 
 def _identity(packet: Any) -> Any:

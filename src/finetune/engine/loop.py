@@ -82,7 +82,7 @@ def _run_window(run: TrainingRun, batches: list[Any], num_items: Any, hooks: Loo
         with run.sync_context(last), run.observed():
             loss = hooks.training_step(run.model, inputs, num_items)
         run.meter.add(loss, events.state.global_step, run.place)
-        run.count_work(hooks, inputs, events.state)
+        run.count_work(hooks, inputs)
         run.batches_done += 1
         if last:
             _update(run, hooks, events)

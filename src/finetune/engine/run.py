@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from finetune.control.state import TrainerState
 from finetune.engine.meter import LossMeter
 from finetune.engine.plan import ResumePoint, StepPlan
 from finetune.hooks import LoopHooks
@@ -123,7 +122,7 @@ class TrainingRun:
             return contextlib.nullcontext()
         return self._no_sync()
 
-    def count_work(self, hooks: LoopHooks, inputs: dict[str, Any], state: TrainerState) -> None:
+    def count_work(self, hooks: LoopHooks, inputs: dict[str, Any]) -> None:
         """Adds one micro-batch to the counters of operations and tokens; tokens stay on the device until a log."""
         self.flos += float(hooks.floating_point_ops(inputs))
         if self.token_counter is not None:

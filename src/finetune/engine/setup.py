@@ -1,4 +1,4 @@
-"""What the constructor of a trainer decides: the model, the collator, and which arguments contradict each other."""
+"""What the constructor of a trainer decides: the model, its place, and which arguments contradict each other."""
 
 import contextlib
 import inspect
@@ -48,15 +48,6 @@ def call_model_init(model_init: Callable[..., Any], trial: Any) -> nn.Module:
     return model
 
 
-def default_collator(processing_class: Any) -> Callable[[list[Any]], dict[str, Any]]:
-    """Returns transformers' padding collator for a tokenizer, its stacking collator otherwise."""
-    from transformers import DataCollatorWithPadding, default_data_collator
-
-    if hasattr(processing_class, "pad"):
-        return DataCollatorWithPadding(processing_class)
-    return default_data_collator
-
-
 def label_smoother(args: "TrainingArguments", model: nn.Module) -> LabelSmoother | None:
     """Returns the smoother for `label_smoothing_factor`, None when it is 0.
 
@@ -78,6 +69,12 @@ def label_smoother(args: "TrainingArguments", model: nn.Module) -> LabelSmoother
         for name in ([value] if isinstance(value, str) else value)
     }
     return LabelSmoother(args.label_smoothing_factor, shift_labels=type(base).__name__ in names)
+
+
+def folder_for(model: Any, purpose: str) -> str:
+    """Returns the `output_dir` of a trainer that was given no arguments: `<model name>-<purpose>`, here."""
+    name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
+    return f"{(name or type(model).__name__).rstrip('/').split('/')[-1]}-{purpose}"
 
 
 def set_log_level(args: "TrainingArguments") -> None:

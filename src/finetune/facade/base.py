@@ -16,6 +16,7 @@ from finetune.compat import coerce_training_arguments
 from finetune.control.builtin import DefaultFlowCallback, PrinterCallback, ProgressCallback
 from finetune.control.callbacks import CallbackHandler, Events
 from finetune.control.state import TrainerControl, TrainerState, export_states
+from finetune.data.collate import default_collator
 from finetune.distributed.accelerator import build_accelerator
 from finetune.engine import checks, divisor, search, setup
 from finetune.engine.run import TrainingRun
@@ -135,7 +136,7 @@ class TrainerBase:
         sharded = {"sharded": self.is_fsdp_enabled or self.is_deepspeed_enabled}
         self._loss_divisor, self._division_check = divisor.LossDivisor(**sharded), divisor.DivisionCheck(**sharded)
         self.label_smoother = setup.label_smoother(args, self.model)
-        self.data_collator = data_collator or setup.default_collator(processing_class)
+        self.data_collator = data_collator or default_collator(processing_class)
         self.train_dataset, self.eval_dataset, self.processing_class = train_dataset, eval_dataset, processing_class
         self.compute_loss_func, self.compute_metrics = compute_loss_func, compute_metrics
         self.preprocess_logits_for_metrics = preprocess_logits_for_metrics

@@ -46,7 +46,6 @@ class SavingMethods(TrainerBase):
             self,
             run_dir=self._get_output_dir(trial),
             args=self.args,
-            accelerator=self.accelerator,
             events=self._events,
             model=self.model,
             optimizer=self.optimizer,

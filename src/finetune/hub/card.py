@@ -93,7 +93,7 @@ def create_model_card(
         return
     card = describe(self, model_name=model_name)
     card.base_model = finetuned_from or card.base_model
-    card.license = license or earlier.get("license") or card.license
+    card.license = license or earlier.get("license")
     card.language = _listed(language)
     card.tags = list(dict.fromkeys([*_listed(tags), *card.tags, *_listed(earlier.get("tags"))]))
     card.datasets = _listed(dataset) or _listed(dataset_tags) or card.datasets
@@ -104,10 +104,7 @@ def create_model_card(
 
 
 def create_sft_model_card(
-    self: CardOwner,
-    model_name: str | None = None,
-    dataset_name: str | None = None,
-    tags: str | list[str] | None = None,
+    self: CardOwner, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
 ) -> None:
     """Writes the same card with the arguments of TRL's trainers."""
     create_model_card(self, model_name=model_name, dataset=dataset_name, tags=tags)
@@ -116,25 +113,23 @@ def create_sft_model_card(
 def describe(trainer: CardOwner, model_name: str | None = None) -> Card:
     """Returns the card that the state of `trainer` gives."""
     model = trainer.model
-    output_name = Path(trainer.args.output_dir).absolute().name
     base = _base_model(model)
+    architecture = type(getattr(model, "get_base_model", lambda: model)()).__name__  # inside PEFT's wrapper
+    own_tags = [*_listed(getattr(trainer, "_tag_names", None)), *_listed(getattr(model, "model_tags", None))]
     card = Card(
-        model_name=model_name or output_name or base or type(model).__name__,
+        model_name=model_name or Path(trainer.args.output_dir).absolute().name or base or type(model).__name__,
         base_model=base,
         library_name="peft" if getattr(model, "peft_config", None) else "transformers",
         trainer_name=type(trainer).__name__,
         hub_model_id=getattr(trainer, "hub_model_id", None),
-        pipeline=next(
-            (task for part, task in _PIPELINES.items() if type(_innermost(model)).__name__.endswith(part)), None
-        ),
+        tags=list(dict.fromkeys([_GENERATED, *own_tags])),
+        pipeline=next((task for part, task in _PIPELINES.items() if architecture.endswith(part)), None),
         hyperparameters=hyperparameters(trainer.args),
     )
-    own_tags = [*_listed(getattr(trainer, "_tag_names", None)), *_listed(getattr(model, "model_tags", None))]
-    card.tags = list(dict.fromkeys([_GENERATED, *own_tags]))
     for name, data in (("training", trainer.train_dataset), ("evaluation", trainer.eval_dataset)):
         for part, rows in data.items() if isinstance(data, dict) else [("", data)]:
-            label = f"{name} {part}".strip()
-            card.rows |= {label: len(rows)} if rows is not None and hasattr(rows, "__len__") else {}
+            if hasattr(rows, "__len__"):
+                card.rows[f"{name} {part}".strip()] = len(rows)
             builder = getattr(rows, "builder_name", None)
             if builder not in _FILE_BUILDERS and builder not in card.datasets:
                 card.datasets.append(str(builder))
@@ -197,6 +192,7 @@ def render(card: Card) -> str:
     """Returns the text of `README.md`."""
     import yaml
 
+    versions = {name: importlib.metadata.version(name) for name in _PACKAGES if importlib.util.find_spec(name)}
     metadata = yaml.safe_dump(_card_metadata(card), sort_keys=False, allow_unicode=True)
     parts = [
         f"---\n{metadata}---\n",
@@ -210,9 +206,9 @@ def render(card: Card) -> str:
         f"Trained with `{card.trainer_name}`.\n",
         _section("Hyperparameters", _bullets(card.hyperparameters), level=3),
         _section("Evaluations", _table(card.history), level=3),
-        _section("Framework versions", _bullets(_versions()), level=3),
+        _section("Framework versions", _bullets(versions), level=3),
     ]
-    return "\n".join(part for part in parts if part)
+    return "\n".join(filter(None, parts))
 
 
 def _card_metadata(card: Card) -> dict[str, Any]:
@@ -226,19 +222,18 @@ def _card_metadata(card: Card) -> dict[str, Any]:
         "pipeline_tag": card.pipeline,
         "tags": card.tags,
     }
-    if card.results and card.pipeline:
-        result: dict[str, Any] = {
+    # The Hub accepts results only together with the data set they were measured on.
+    if card.results and card.pipeline and card.datasets:
+        dataset = {"name": card.datasets[0], "type": card.datasets[0]}
+        result = {
             "task": {"type": card.pipeline, "name": card.pipeline.replace("-", " ").capitalize()},
             "metrics": [
                 {"type": name.lower().replace(" ", "_"), "name": name, "value": value}
                 for name, value in card.results.items()
             ],
+            "dataset": dataset | ({"args": card.dataset_args[0]} if card.dataset_args else {}),
         }
-        if card.datasets:
-            result["dataset"] = {"name": card.datasets[0], "type": card.datasets[0]}
-            result["dataset"] |= {"args": card.dataset_args[0]} if card.dataset_args else {}
-            # The Hub accepts results only together with the data set they were measured on.
-            metadata["model-index"] = [{"name": card.model_name, "results": [result]}]
+        metadata["model-index"] = [{"name": card.model_name, "results": [result]}]
     return {name: value for name, value in metadata.items() if value}
 
 
@@ -281,16 +276,6 @@ def _short(value: Any) -> str:
     return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
-def _versions() -> dict[str, str]:
-    installed = [name for name in _PACKAGES if importlib.util.find_spec(name) is not None]
-    return {name: importlib.metadata.version(name) for name in installed}
-
-
-def _innermost(model: Any) -> Any:
-    get_base = getattr(model, "get_base_model", None)
-    return get_base() if callable(get_base) else model
-
-
 def _base_model(model: Any) -> str | None:
     """Returns the Hub name the model came from; None for local folders, whose path is nobody's business."""
     name = getattr(getattr(model, "config", None), "_name_or_path", None)
@@ -305,9 +290,7 @@ def _metadata(path: Path) -> dict[str, Any]:
     """Returns the front matter of an existing card; empty if there is none or it is not readable."""
     import yaml
 
-    if not path.is_file():
-        return {}
-    parts = path.read_text(encoding="utf-8").split("---\n", 2)
+    parts = path.read_text(encoding="utf-8").split("---\n", 2) if path.is_file() else []
     if len(parts) < 3 or parts[0].strip():
         return {}
     try:

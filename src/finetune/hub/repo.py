@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from finetune.checkpoint import layout
-from finetune.hub.uploads import PushQueue, Repository, Upload, create_early
+from finetune.errors import ArgumentError
+from finetune.hub.uploads import PushQueue, RefusedError, Repository, Upload
 
 logger = logging.getLogger(__name__)
 
@@ -81,10 +82,34 @@ def init_hf_repo(self: HubOwner, token: str | None = None, private: bool | None 
         token if token is not None else self.args.hub_token,
         private if private is not None else self.args.hub_private_repo,
     )
-    self.hub_model_id = create_early(repository)
-    _set_queue(self, PushQueue(repository))
+    self.hub_model_id = _create_early(repository)
+    # The attribute's name is that of transformers; it exists from the first contact with the Hub on.
+    trainer: Any = self
+    trainer.push_in_progress = PushQueue(repository)
     for leftover in Path(self.args.output_dir).glob(f"{SNAPSHOT_PREFIX}*"):
         shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _create_early(repository: Repository) -> str | None:
+    """Returns the repository's id, or None when the Hub cannot be reached now (the first push tries again).
+
+    Raises:
+        ArgumentError: the Hub answered that token or name are wrong, which no later attempt would change.
+    """
+    try:
+        return repository.ensure()
+    except RefusedError as error:
+        raise ArgumentError(
+            f"The Hub refuses the repository `{repository.name}`: {error}. Set `hub_model_id` to `owner/name` and "
+            "`hub_token` to a token with write access (or run `hf auth login`), or set `push_to_hub=False`."
+        ) from None
+    except Exception as error:
+        logger.warning(
+            "The Hub cannot be reached (%s). Training goes on; each push will try to create `%s` again.",
+            repository.reason(error),
+            repository.name,
+        )
+        return None
 
 
 def push_to_hub(
@@ -185,11 +210,6 @@ def _finish_current_push(self: HubOwner) -> None:
 
 def _queue(trainer: Any) -> PushQueue | None:
     return getattr(trainer, "push_in_progress", None)
-
-
-def _set_queue(trainer: Any, queue: PushQueue) -> None:
-    # The attribute's name is that of transformers; it exists from the first contact with the Hub on.
-    trainer.push_in_progress = queue
 
 
 def _model_upload(

@@ -12,12 +12,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
-from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
-
-from finetune.errors import ArgumentError
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -70,14 +67,13 @@ class Repository:
             RefusedError: the token or the name is not accepted.
             Exception: whatever went wrong on the way; worth another attempt.
         """
-        repo_id = self.repo_id
-        if repo_id is None:
+        if self.repo_id is None:
             created = self._guarded(
                 lambda: self._api().create_repo(self.name, token=self._token, private=self.private, exist_ok=True),
                 self.patience.call_seconds,
             )
-            repo_id = self.repo_id = str(created.repo_id)
-        return repo_id
+            self.repo_id = str(created.repo_id)
+        return self.repo_id
 
     def upload(self, upload: "Upload") -> Any:
         """Returns the `CommitInfo` of one attempt to upload a folder. Raises as `ensure`."""
@@ -105,6 +101,11 @@ class Repository:
             text = text.replace(secret, "(token)")
         return text
 
+    def reason(self, error: BaseException) -> str:
+        """Returns the type and the first line of an error, without the token."""
+        lines = str(error).strip().splitlines()
+        return self.hide(f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__)
+
     def contains_token(self, path: Path) -> bool:
         """Returns whether the file holds the token in plain text."""
         content = path.read_bytes() if self._secrets else b""
@@ -121,21 +122,21 @@ class Repository:
         try:
             return within(seconds, call)
         except RevisionNotFoundError:
-            if revision is None or self.repo_id is None:
+            repo_id = self.repo_id
+            if revision is None or repo_id is None:
                 raise
-            branch, repo_id = revision, self.repo_id
             within(
                 self.patience.call_seconds,
-                lambda: self._api().create_branch(repo_id, branch=branch, token=self._token, exist_ok=True),
+                lambda: self._api().create_branch(repo_id, branch=revision, token=self._token, exist_ok=True),
             )
             return within(seconds, call)
         except HfHubHTTPError as error:
             status = getattr(error.response, "status_code", 0)
             if 400 <= status < 500 and status not in (408, 409, 425, 429):
-                raise RefusedError(self.hide(_first_line(error))) from None
+                raise RefusedError(self.reason(error)) from None
             raise
         except (LocalTokenNotFoundError, ValueError) as error:
-            raise RefusedError(self.hide(_first_line(error))) from None
+            raise RefusedError(self.reason(error)) from None
 
 
 @dataclass(frozen=True)
@@ -211,12 +212,8 @@ class PushQueue:
     def report(self) -> None:
         """Logs one line per place on the Hub that is not up to date, with the command that brings it there."""
         for upload in self.failures:
-            logger.error(
-                "Not on the Hub: %s. The files are in `%s`. To push them: %s",
-                upload.message,
-                upload.source,
-                upload.command(self.repository.repo_id or self.repository.name),
-            )
+            where = (upload.message, upload.source, self._command(upload))
+            logger.error("Not on the Hub: %s. The files are in `%s`. To push them: %s", *where)
 
     def _work(self) -> None:
         while True:
@@ -233,9 +230,13 @@ class PushQueue:
     def _finish(self, upload: Upload, future: "Future[Any]") -> None:
         # Clean up first: whoever waits for the future may look at the folder next.
         try:
-            commit = self._attempts(upload)
+            commit = self._attempt(upload)
         except Exception as error:
-            self._note_failure(upload, error)
+            self._failed[upload.path_in_repo] = upload
+            reason = self.repository.reason(error)
+            logger.error(
+                "Push to the Hub failed, training goes on: %s. To repeat it: %s", reason, self._command(upload)
+            )
             upload.done()
             future.set_exception(error)
         else:
@@ -243,57 +244,23 @@ class PushQueue:
             upload.done()
             future.set_result(commit)
 
-    def _attempts(self, upload: Upload) -> Any:
+    def _attempt(self, upload: Upload) -> Any:
+        """Returns the `CommitInfo` of the first attempt that succeeds. Raises what the last one did."""
         pauses, stalls = deque(self.repository.patience.pauses), 0
         while True:
-            error = self._attempt(upload)
-            if not isinstance(error, Exception):
-                return error
-            stalls += isinstance(error, TimeoutError)
-            # A stalled attempt has already cost its full time; the second one settles it.
-            if not pauses or stalls == 2 or isinstance(error, RefusedError | FileNotFoundError):
-                raise error
-            pause = pauses.popleft()
-            reason = self.repository.hide(_first_line(error))
+            try:
+                return self.repository.upload(upload)
+            except Exception as error:
+                stalls += isinstance(error, TimeoutError)
+                # A stalled attempt has already cost its full time; the second one settles it.
+                if not pauses or stalls == 2 or isinstance(error, RefusedError | FileNotFoundError):
+                    raise
+                pause, reason = pauses.popleft(), self.repository.reason(error)
             logger.warning("Push to the Hub failed (%s); next attempt in %g s.", reason, pause)
             time.sleep(pause)
 
-    def _attempt(self, upload: Upload) -> Any:
-        """Returns the `CommitInfo`, or the exception that prevented it."""
-        try:
-            return self.repository.upload(upload)
-        except Exception as error:
-            return error
-
-    def _note_failure(self, upload: Upload, error: Exception) -> None:
-        self._failed[upload.path_in_repo] = upload
-        logger.error(
-            "Push to the Hub failed, training goes on: %s. To repeat it: %s",
-            self.repository.hide(_first_line(error)),
-            upload.command(self.repository.repo_id or self.repository.name),
-        )
-
-
-def create_early(repository: Repository) -> str | None:
-    """Returns the repository's id, or None when the Hub cannot be reached now (the first push tries again).
-
-    Raises:
-        ArgumentError: the Hub answered that token or name are wrong, which no later attempt would change.
-    """
-    try:
-        return repository.ensure()
-    except RefusedError as error:
-        raise ArgumentError(
-            f"The Hub refuses the repository `{repository.name}`: {error}. Set `hub_model_id` to `owner/name` and "
-            "`hub_token` to a token with write access (or run `hf auth login`), or set `push_to_hub=False`."
-        ) from None
-    except Exception as error:
-        logger.warning(
-            "The Hub cannot be reached (%s). Training goes on; each push will try to create `%s` again.",
-            repository.hide(_first_line(error)),
-            repository.name,
-        )
-        return None
+    def _command(self, upload: Upload) -> str:
+        return upload.command(self.repository.repo_id or self.repository.name)
 
 
 def within(seconds: float, call: Callable[[], T]) -> T:
@@ -306,13 +273,12 @@ def within(seconds: float, call: Callable[[], T]) -> T:
         except BaseException as error:
             future.set_exception(error)
 
-    threading.Thread(target=run, name="hub-call", daemon=True).start()
-    try:
-        return future.result(timeout=seconds)
-    except FutureTimeoutError:
-        if future.done():
-            raise
-        raise TimeoutError(f"no answer within {seconds:g} s") from None
+    thread = threading.Thread(target=run, name="hub-call", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not future.done():
+        raise TimeoutError(f"no answer within {seconds:g} s")
+    return future.result()
 
 
 @contextlib.contextmanager
@@ -327,8 +293,3 @@ def quiet_progress() -> Iterator[None]:
     finally:
         if not were_disabled:
             enable_progress_bars()
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.errors import ArgumentError
-from finetune.kernels.attention import backbone_of, base_model
+from finetune.kernels.attention import backbone_of, base_model, in_mode
 from finetune.kernels.packed_scores import REMEDY
 
 
@@ -46,31 +46,25 @@ def probe_isolation(model: nn.Module, *, lengths: Sequence[int] = (7, 5, 9), see
     other = (ids + torch.randint(1, table.shape[0], (1, total), generator=make)) % table.shape[0]
     batch = {name: value.to(table.device) for name, value in _packed_arguments(lengths, ends).items()}
     batch.update(max_length_q=max(lengths), max_length_k=max(lengths))  # pyright: ignore
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            before = _states(backbone, ids, batch)
-            limit = 1e-4 if before.dtype in (torch.float32, torch.float64) else 2e-2
-            scale = before.abs().max()
-            worst, pair = 0.0, (0, 0)
-            for changed in range(len(lengths)):
-                inside = slice(int(ends[changed]), int(ends[changed + 1]))
-                mixed = ids.clone()
-                mixed[:, inside] = other[:, inside]
-                moved = (_states(backbone, mixed, batch) - before).abs().amax(-1)[0] / scale  # (N,)
-                if not bool(moved[inside].max() > limit):
-                    raise ArgumentError(
-                        f"{type(backbone).__name__} gives the same hidden states for other tokens, so nothing can be "
-                        f"proven about packed rows (are its weights loaded?). {REMEDY}"
-                    )
-                moved[inside] = 0.0
-                if float(moved.max()) >= worst:
-                    worst = float(moved.max())
-                    pair = (changed, int(torch.searchsorted(ends, moved.argmax().cpu(), right=True)) - 1)
-    finally:
-        for module, training in modes:
-            module.training = training
+    with in_mode(model, training=False), torch.no_grad():
+        before = _states(backbone, ids, batch)
+        limit = 1e-4 if before.dtype in (torch.float32, torch.float64) else 2e-2
+        scale = before.abs().max()
+        worst, pair = 0.0, (0, 0)
+        for changed in range(len(lengths)):
+            inside = slice(int(ends[changed]), int(ends[changed + 1]))
+            mixed = ids.clone()
+            mixed[:, inside] = other[:, inside]
+            moved = (_states(backbone, mixed, batch) - before).abs().amax(-1)[0] / scale  # (N,)
+            if not bool(moved[inside].max() > limit):
+                raise ArgumentError(
+                    f"{type(backbone).__name__} gives the same hidden states for other tokens, so nothing can be "
+                    f"proven about packed rows (are its weights loaded?). {REMEDY}"
+                )
+            moved[inside] = 0.0
+            if float(moved.max()) >= worst:
+                worst = float(moved.max())
+                pair = (changed, int(torch.searchsorted(ends, moved.argmax().cpu(), right=True)) - 1)
     return Isolation(math.isfinite(worst) and worst <= limit, worst, limit, *pair)
 
 

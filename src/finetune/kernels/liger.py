@@ -129,7 +129,7 @@ def apply_liger(model: nn.Module, config: Mapping[str, bool] | None = None) -> L
             f"{model_type!r}).{nearest(model_type, functions)} Set `use_liger_kernel=False`; the fused loss and "
             "packed attention of this package need no kernels."
         )
-    _check_device(model)
+    _check_device()
     apply = functions[model_type]
     kernels = resolve_kernels(apply, config, model_type)
     watched = list(_watched(base))
@@ -246,7 +246,7 @@ def _functions() -> Mapping[str, Any]:
     return MODEL_TYPE_TO_APPLY_LIGER_FN
 
 
-def _check_device(model: nn.Module) -> None:
+def _check_device() -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         return
     kind = getattr(torch.accelerator.current_accelerator(), "type", None) if torch.accelerator.is_available() else None

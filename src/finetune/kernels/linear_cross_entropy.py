@@ -95,8 +95,7 @@ def linear_cross_entropy(
         ArgumentError: shapes or options that do not fit together.
     """
     _check(hidden, weight, labels, label_smoothing, dft, softcap)
-    flat_hidden, flat_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
-    flat_labels = flat_labels.to(hidden.device)
+    flat_hidden, flat_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1).to(hidden.device)
     if positions is None:
         positions = flat_labels.ne(ignore_index).nonzero().squeeze(1)
     targets = flat_labels.index_select(0, positions)

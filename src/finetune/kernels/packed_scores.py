@@ -75,7 +75,7 @@ def packed_attention(
     if backend == "buckets":
         return _by_buckets(query, key, value, _boundaries(cu_seq_lens_q), options)[None], None
     longest = max_length_q if max_length_q is not None else int(cu_seq_lens_q.diff().max())
-    return _BACKENDS[backend](query, key, value, cu_seq_lens_q, longest, options)[None], None
+    return (_flash if backend == "flash" else _varlen)(query, key, value, cu_seq_lens_q, longest, options)[None], None
 
 
 @dataclass(frozen=True)
@@ -209,11 +209,9 @@ def _plan(boundaries: tuple[int, ...]) -> _Plan:
     boundaries (0, 3, 4, 6), lengths 3, 1, 2: one bucket, padded to 3 each, longest first: tokens 0 1 2 | 4 5 5 | 3 3 3.
     `gather` = [0, 1, 2, 4, 5, 5, 3, 3, 3]; `scatter` = [0, 1, 2, 6, 3, 4].
     """
-    samples = sorted(itertools.pairwise(boundaries), key=lambda each: each[0] - each[1])
+    samples = [(start, stop) for start, stop in itertools.pairwise(boundaries) if start < stop]
     groups: list[list[tuple[int, int]]] = []
-    for start, stop in samples:
-        if start == stop:
-            break
+    for start, stop in sorted(samples, key=lambda each: each[0] - each[1]):
         longest = groups[-1][0][1] - groups[-1][0][0] if groups else 0
         if groups and (stop - start >= _BUCKET_SHARE * longest or longest <= _ALWAYS_TOGETHER):
             groups[-1].append((start, stop))
@@ -236,8 +234,7 @@ def _boundaries(cu_seq_lens: Tensor) -> tuple[int, ...]:
     """Returns the boundaries as numbers; read from the device once per batch, not once per layer."""
     cached = getattr(cu_seq_lens, "_boundaries", None)
     if cached is None:
-        cached = tuple(cu_seq_lens.tolist())
-        cu_seq_lens._boundaries = cached  # pyright: ignore[reportAttributeAccessIssue]
+        cached = cu_seq_lens._boundaries = tuple(cu_seq_lens.tolist())  # pyright: ignore[reportAttributeAccessIssue]
     return cached
 
 
@@ -263,9 +260,6 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, cu: Tensor, longest: int, 
         dropout_p=scores.dropout, softmax_scale=scores.scale, causal=scores.causal,
         window_size=(near, near), softcap=scores.softcap or 0.0,
     )  # fmt: skip
-
-
-_BACKENDS = {"varlen": _varlen, "flash": _flash}
 
 
 @functools.cache

@@ -26,6 +26,7 @@ from finetune.kernels.attention import (
     backbone_of,
     base_model,
     configs_of,
+    in_mode,
     packed_unsupported_reason,
     register_packed_attention,
 )
@@ -207,17 +208,12 @@ def why_not_unpadded(model: nn.Module, padding_side: str = "right") -> str | Non
         return reason
     if any(parameter.numel() == 0 or parameter.is_meta for parameter in model.parameters()):
         return "its weights are sharded while they load, so nothing can be tried"
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
-        with torch.no_grad():
+        with in_mode(model, training=False), torch.no_grad():
             return _compare(model, padding_side)
     except (ArgumentError, AssertionError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
         told = " ".join(str(error).split())[:200]
         return f"{type(base_model(model)).__name__} does not take such a batch ({type(error).__name__}: {told})"
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _compare(model: nn.Module, side: str, lengths: tuple[int, ...] = (7, 1, 9)) -> str | None:

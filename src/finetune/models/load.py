@@ -81,6 +81,15 @@ def _forget_unused_conversions(model: Any) -> None:
         model._weight_conversions = [each for each in known if each.was_used()]
 
 
+def refuse_load_options(model_init_kwargs: Mapping[str, Any] | None, quantization_config: Any) -> None:
+    """Raises `ArgumentError` if there are options of loading, for a trainer whose `model` is loaded already."""
+    if model_init_kwargs or quantization_config is not None:
+        raise ArgumentError(
+            "`model_init_kwargs` and `quantization_config` act when the model is loaded here, but a loaded `model` "
+            "was passed. Pass its name, or drop them."
+        )
+
+
 def load_config(model: str | os.PathLike[str], *, trust_remote_code: bool = False, **kwargs: Any) -> PretrainedConfig:
     """Returns the configuration of a model without its weights: the cheap first check of a path or id.
 

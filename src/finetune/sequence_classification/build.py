@@ -7,9 +7,9 @@ from torch import nn
 
 from finetune.errors import ArgumentError
 from finetune.models.adapters import add_adapters, prepare_quantized, unwrap
-from finetune.models.load import load_config, load_model
+from finetune.models.load import load_config, load_model, refuse_load_options
 from finetune.sequence_classification.config import SequenceClassificationConfig
-from finetune.sequence_classification.data import Task
+from finetune.sequence_classification.labels import Task
 
 
 def labels_of(model: Any, args: SequenceClassificationConfig) -> dict[int, str] | None:
@@ -45,11 +45,7 @@ def load_classifier(model: Any, args: SequenceClassificationConfig, task: Task, 
             trust_remote_code=args.trust_remote_code,
         )
         return prepare_quantized(model, activation_checkpointing=bool(args.gradient_checkpointing))
-    if init or quantization_config is not None:
-        raise ArgumentError(
-            "`model_init_kwargs` and `quantization_config` act when the model is loaded here, but a loaded `model` "
-            "was passed. Pass its name, or drop them."
-        )
+    refuse_load_options(init, quantization_config)
     config = getattr(unwrap(model), "config", None)
     if config is None:
         return model

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from finetune.engine.streaming import SumMetrics
-from finetune.sequence_classification.data import MULTI, SINGLE, Task
+from finetune.engine.streaming import ClassificationMetrics, SumMetrics
+from finetune.sequence_classification.labels import MULTI, SINGLE, Task
 
 
 def metrics_for(task: Task) -> Any:
@@ -26,21 +26,12 @@ def first_output(logits: Any, labels: Any = None) -> Any:
     return logits[0] if isinstance(logits, (tuple, list)) else logits
 
 
-class ClassMetrics:
+class ClassMetrics(ClassificationMetrics):
     """Accuracy, macro and weighted F1 and Matthews correlation of one class per row; with two classes F1 of class 1.
 
     Agrees with scikit-learn: macro F1 averages over the classes that occur as a label or a prediction. Labels
     [0, 0, 1, 1], predictions [0, 1, 1, 1]: accuracy 0.75, F1 0.8, macro F1 0.733, Matthews 0.577.
     """
-
-    def __init__(self, num_labels: int) -> None:
-        self.num_labels = num_labels
-
-    def batch_sums(self, logits: Any, labels: Any) -> dict[str, Tensor]:
-        """Returns the confusion matrix (label, prediction) of logits (B, C) and labels (B,)."""
-        cells = labels * self.num_labels + first_output(logits).argmax(-1)
-        counts = torch.bincount(cells.flatten(), minlength=self.num_labels**2)
-        return {"confusion": counts.view(self.num_labels, self.num_labels)}
 
     def from_sums(self, sums: dict[str, Tensor]) -> dict[str, float]:
         confusion = sums["confusion"]

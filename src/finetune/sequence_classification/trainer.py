@@ -21,16 +21,8 @@ from finetune.models.load import load_tokenizer
 from finetune.models.traits import takes_argument
 from finetune.sequence_classification.build import labels_of, load_classifier, with_adapters
 from finetune.sequence_classification.config import SequenceClassificationConfig
-from finetune.sequence_classification.data import (
-    MULTI,
-    SINGLE,
-    Task,
-    as_dataset,
-    balanced_weights,
-    find_columns,
-    prepare_rows,
-    read_task,
-)
+from finetune.sequence_classification.data import as_dataset, find_columns, prepare_rows
+from finetune.sequence_classification.labels import MULTI, SINGLE, Task, balanced_weights, read_task
 from finetune.sequence_classification.metrics import first_output, metrics_for
 from finetune.sequence_classification.padding import (
     longest_row,
@@ -51,7 +43,7 @@ class SequenceClassificationTrainer(RawRowMethods, Trainer):
     logits, the layers below the head leave the padding out (`padding_free`).
 
     The loss is a sum over rows divided by the rows of the whole step, so it does not depend on accumulation or the
-    number of processes. `class_weights` change how much a row counts, see `data.balanced_weights`.
+    number of processes. `class_weights` change how much a row counts, see `labels.balanced_weights`.
 
     With `peft_config`, the head is trained in full and saved with the adapter, beside the `config.json` that names the
     classes. Data given later to `evaluate` and `predict` may be raw rows.
@@ -86,7 +78,8 @@ class SequenceClassificationTrainer(RawRowMethods, Trainer):
         **old_names: Any,
     ) -> None:
         processing_class = setup.accept_old_names(old_names, processing_class, type(self))
-        args = _default_arguments(model) if args is None else args
+        if args is None:
+            args = SequenceClassificationConfig(setup.folder_for(model, "classification"))
         args = coerce_training_arguments(args, SequenceClassificationConfig)
         if train_dataset is None:
             raise ArgumentError("`train_dataset` is required.")
@@ -204,7 +197,7 @@ class SequenceClassificationTrainer(RawRowMethods, Trainer):
 def loss_sum(logits: Tensor, labels: Tensor, task: Task, weights: Tensor | None, label_smoothing: float) -> Tensor:
     """Returns the summed loss of logits (B, C): cross-entropy, binary cross-entropy of each label, or squared error.
 
-    `weights` (C,) are those of `data.balanced_weights`: of a row's class, or of a label's positives. Labels of -100
+    `weights` (C,) are those of `labels.balanced_weights`: of a row's class, or of a label's positives. Labels of -100
     (rows that only keep processes in step) count nothing.
     """
     logits = logits.float()
@@ -218,9 +211,3 @@ def loss_sum(logits: Tensor, labels: Tensor, task: Task, weights: Tensor | None,
     else:
         losses = functional.mse_loss(logits.view_as(labels), labels, reduction="none")
     return losses.masked_fill(~kept, 0.0).sum()
-
-
-def _default_arguments(model: Any) -> SequenceClassificationConfig:
-    """Returns the configuration for a trainer that was given none: the folder `<model name>-classification`."""
-    name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
-    return SequenceClassificationConfig(f"{(name or type(model).__name__).rstrip('/').split('/')[-1]}-classification")

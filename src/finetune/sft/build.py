@@ -10,7 +10,7 @@ from finetune.errors import ArgumentError
 from finetune.kernels.attention import packed_unsupported_reason, use_packed_attention
 from finetune.kernels.isolation import probe_isolation
 from finetune.models.adapters import add_adapters, prepare_quantized
-from finetune.models.load import load_model, load_tokenizer
+from finetune.models.load import load_model, load_tokenizer, refuse_load_options
 from finetune.models.tokens import choose_eos_token
 from finetune.sft.config import SFTConfig
 
@@ -44,11 +44,8 @@ def load_tokenizer_for_sft(args: SFTConfig, model: Any, processing_class: Any = 
 
 def check_model_options(args: SFTConfig, model: Any, quantization_config: Any) -> None:
     """Raises `ArgumentError` for options of loading when `model` is loaded already."""
-    if not isinstance(model, str) and (_init_kwargs(args) or quantization_config is not None):
-        raise ArgumentError(
-            "`model_init_kwargs` and `quantization_config` act when the model is loaded here, but a loaded `model` "
-            "was passed. Pass its name, or drop them."
-        )
+    if not isinstance(model, str):
+        refuse_load_options(_init_kwargs(args), quantization_config)
 
 
 def load_model_for_sft(

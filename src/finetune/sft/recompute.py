@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from finetune.data.packing import list_lengths
+from finetune.data.samplers import list_lengths
 from finetune.distributed.memory import free_bytes
-from finetune.kernels.attention import backbone_of, base_model
+from finetune.kernels.attention import backbone_of, base_model, in_mode
 from finetune.reporting.memory import format_bytes
 
 # Of the memory that is free beside gradients and moments. The rest is for what is not measured: the loss, the
@@ -108,19 +108,14 @@ def _kept_by_one_pass(model: nn.Module, length: int) -> int:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    modes = [(module, module.training) for module in model.modules()]
     devices = [device] if device.type == "cuda" else []
-    model.train()
-    try:
-        with (
-            torch.random.fork_rng(devices),
-            torch.enable_grad(),
-            torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor),
-        ):
-            ids = torch.ones((1, length), dtype=torch.long, device=device)
-            output = backbone(input_ids=ids, use_cache=False)
-    finally:
-        for module, training in modes:
-            module.training = training
+    with (
+        in_mode(model, training=True),
+        torch.random.fork_rng(devices),
+        torch.enable_grad(),
+        torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor),
+    ):
+        ids = torch.ones((1, length), dtype=torch.long, device=device)
+        output = backbone(input_ids=ids, use_cache=False)
     del output
     return sum(kept.values())

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from finetune.compat import TrainOutput, coerce_training_arguments
+from finetune.data import inspect
 from finetune.data.audit import SupervisionAudit
 from finetune.data.collate import DataCollatorForLanguageModeling
 from finetune.data.pipeline import first_row
@@ -23,7 +24,7 @@ from finetune.kernels.fused_head import LIGER_OWNS_HEAD, FusedHead, fuse_head, u
 from finetune.kernels.isolation import require_isolation
 from finetune.models.tokens import choose_pad_token
 from finetune.models.traits import max_positions
-from finetune.sft import inspection, recompute
+from finetune.sft import recompute
 from finetune.sft.build import (
     brings_packed_attention,
     can_be_padding_free,
@@ -77,7 +78,7 @@ class SFTTrainer(SFTRowMethods, Trainer):
         **old_names: Any,
     ) -> None:
         processing_class = setup.accept_old_names(old_names, processing_class, type(self))
-        args = self._default_arguments(model) if args is None else coerce_training_arguments(args, SFTConfig)
+        args = SFTConfig(setup.folder_for(model, "SFT")) if args is None else coerce_training_arguments(args, SFTConfig)
         if train_dataset is None:
             raise ArgumentError("`train_dataset` is required.")
         self._plan = DataPlan.resolve(args, first_row(train_dataset), formatting_func)
@@ -131,15 +132,9 @@ class SFTTrainer(SFTRowMethods, Trainer):
         self._metrics = {"train": MetricBag(), "eval": MetricBag()}
         self._tokens = TokenCounter()
         if self.is_world_process_zero() and args.get_process_log_level() <= logging.WARNING:
-            inspection.show(self._preview, self.audits)
+            inspect.show(self._preview, self.audits)
 
     # ---- Construction ----
-
-    @staticmethod
-    def _default_arguments(model: Any) -> SFTConfig:
-        """Returns the configuration for a trainer that was given none: the folder `<model name>-SFT`."""
-        name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
-        return SFTConfig(f"{(name or type(model).__name__).rstrip('/').split('/')[-1]}-SFT")
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
@@ -298,7 +293,7 @@ class SFTTrainer(SFTRowMethods, Trainer):
     ) -> TrainOutput:
         """As `Trainer.train`; the audit and the preview of the data go to the run folder first."""
         if self.args.should_save:
-            inspection.write(self.output_dir, self._preview, self.audits)
+            inspect.write(self.output_dir, self._preview, self.audits)
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

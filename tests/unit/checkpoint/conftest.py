@@ -71,7 +71,7 @@ class TinyRun:
 
     def save(self) -> manager.SaveReport:
         return manager.save_checkpoint(
-            self, run_dir=str(self.out), args=self.args, accelerator=self.accelerator, events=self.events,
+            self, run_dir=str(self.out), args=self.args, events=self.events,
             model=self.model, optimizer=self.optimizer, writer=self.writer, stateful={"counter": self.counter},
         )  # fmt: skip
 

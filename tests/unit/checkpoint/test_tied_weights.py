@@ -3,7 +3,7 @@
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from finetune.checkpoint.weights import without_tied_copies
+from finetune.checkpoint.gathered import without_tied_copies
 
 
 def llama(*, tied: bool) -> LlamaForCausalLM:

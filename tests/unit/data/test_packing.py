@@ -8,7 +8,8 @@ from datasets import Dataset, DatasetDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.data.packing import best_fit_decreasing, list_lengths, pack_dataset, packing_report, truncate_dataset
+from finetune.data.packing import best_fit_decreasing, pack_dataset, packing_report, truncate_dataset
+from finetune.data.samplers import list_lengths
 from finetune.errors import ArgumentError, DataFormatError
 
 ROWS = {"input_ids": [[1, 2, 3, 4, 5], [6, 7], [8, 9, 10], [11]], "labels": [[1, 1, 0, 0, 0], [1, 0], [1, 1, 0], [1]]}

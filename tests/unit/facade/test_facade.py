@@ -50,6 +50,13 @@ def test_the_old_name_of_the_tokenizer_is_accepted(tiny_bert: Any, chat_tokenize
     assert isinstance(trainer.data_collator, transformers.DataCollatorWithPadding)
 
 
+def test_only_a_tokenizer_pads(tiny_bert: Any, tmp_path: Path) -> None:
+    processor = SimpleNamespace(pad=None)  # image processors have a `pad` too, for images
+    args = finetune.TrainingArguments(str(tmp_path), **COMMON)
+    trainer = finetune.Trainer(model=tiny_bert(), args=args, processing_class=processor)
+    assert trainer.data_collator is transformers.default_data_collator
+
+
 def test_arguments_are_not_changed_by_a_run(trainer: finetune.Trainer) -> None:
     trainer.train_dataset = rows()
     before = trainer.args.to_dict()

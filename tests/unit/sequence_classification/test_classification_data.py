@@ -7,16 +7,14 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, List, Value
 
 from finetune.errors import ArgumentError, DataFormatError
-from finetune.sequence_classification.data import (
+from finetune.sequence_classification.data import Columns, find_columns, prepare_rows
+from finetune.sequence_classification.labels import (
     MULTI,
     REGRESSION,
     SINGLE,
-    Columns,
     Task,
     balanced_weights,
     encode_labels,
-    find_columns,
-    prepare_rows,
     read_task,
 )
 

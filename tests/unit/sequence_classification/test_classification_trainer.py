@@ -305,7 +305,7 @@ def test_mistakes_in_later_data_and_arguments_are_errors(bert: str, tmp_path: Pa
 
 @pytest.mark.parametrize("kind", ["single_label_classification", "multi_label_classification", "regression"])
 def test_rows_that_only_keep_processes_in_step_count_nothing(kind: str) -> None:
-    from finetune.sequence_classification.data import Task
+    from finetune.sequence_classification.labels import Task
     from finetune.sequence_classification.trainer import loss_sum
 
     single = kind == "single_label_classification"
