@@ -43,7 +43,7 @@ def test_a_configuration_is_found_by_name_by_trls_name_and_by_path(tmp_path: Pat
         launch.config_path("fsdp3")
     with pytest.raises(ArgumentError, match="does not exist"):
         launch.config_path("somewhere/own.yaml")
-    with pytest.raises(ArgumentError, match="'./own.yaml', which does not exist"):
+    with pytest.raises(ArgumentError, match=r"'\./own.yaml', which does not exist"):
         launch.config_path("./own.yaml")
 
 

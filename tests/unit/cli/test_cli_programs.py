@@ -64,7 +64,7 @@ def test_a_checkpoint_that_is_not_there_is_an_error_before_anything_is_loaded(tm
     for value in (True, "auto", str(tmp_path / "checkpoint-20")):
         programs.check_before_start(arguments(tmp_path, resume_from_checkpoint=value), "owner/name")
     wanted = str(tmp_path / "checkpoint-2")
-    with pytest.raises(CheckpointError, match="Did you mean `.*checkpoint-20`"):
+    with pytest.raises(CheckpointError, match=r"Did you mean `.*checkpoint-20`"):
         programs.check_before_start(arguments(tmp_path, resume_from_checkpoint=wanted), "owner/name")
 
 
