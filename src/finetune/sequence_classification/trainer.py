@@ -137,7 +137,8 @@ class SequenceClassificationTrainer(RawRowMethods, Trainer):
         self.model_accepts_loss_kwargs = True
         self._takes_use_cache = takes_argument(self.model, "use_cache")
         self._padding_free = settle_padding_free(args, self.model, processing_class)
-        say_on_main_process(f"train: text in {', '.join(self._columns.texts) or 'input_ids'}; {self.task.describe()}")
+        columns = " and ".join(f"`{column}`" for column in self._columns.texts or ("input_ids",))
+        say_on_main_process(f"train: text in {columns}; {self.task.describe()}")
 
     # ---- Data ----
 
