@@ -1,4 +1,4 @@
-"""Fine-tuning for sequence classification: one class, several classes, or a number for a text or a pair of texts.
+r"""Fine-tuning for sequence classification: one class, several classes, or a number for a text or a pair of texts.
 
 All weights:
 
@@ -26,19 +26,19 @@ from collections.abc import Sequence
 from typing import Any
 
 
-def parse(argv: Sequence[str] | None = None) -> tuple[Any, Any, Any]:
+def parse(argv: Sequence[str] | None = None, prog: str | None = None) -> tuple[Any, Any, Any]:
     """Returns (ScriptArguments, SequenceClassificationConfig, ModelConfig), checked without model and data set."""
     from finetune import ModelConfig, ScriptArguments, SequenceClassificationConfig, check_before_start, parse_arguments
 
     types = (ScriptArguments, SequenceClassificationConfig, ModelConfig)
-    script_args, training_args, model_args = parse_arguments(types, argv)
+    script_args, training_args, model_args = parse_arguments(types, argv, prog=prog, description=__doc__)
     check_before_start(training_args, model_args.model_name_or_path)
     return script_args, training_args, model_args
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Trains, evaluates if asked, and saves."""
-    script_args, training_args, model_args = parse(argv)
+    script_args, training_args, model_args = parse(argv, prog)
 
     from finetune import (
         SequenceClassificationTrainer,

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning of a causal language model.
+r"""Supervised fine-tuning of a causal language model.
 
 All weights:
 
@@ -27,18 +27,19 @@ from collections.abc import Sequence
 from typing import Any
 
 
-def parse(argv: Sequence[str] | None = None) -> tuple[Any, Any, Any]:
+def parse(argv: Sequence[str] | None = None, prog: str | None = None) -> tuple[Any, Any, Any]:
     """Returns (ScriptArguments, SFTConfig, ModelConfig), checked as far as that needs no model and no data set."""
     from finetune import ModelConfig, ScriptArguments, SFTConfig, check_before_start, parse_arguments
 
-    script_args, training_args, model_args = parse_arguments((ScriptArguments, SFTConfig, ModelConfig), argv)
+    types = (ScriptArguments, SFTConfig, ModelConfig)
+    script_args, training_args, model_args = parse_arguments(types, argv, prog=prog, description=__doc__)
     check_before_start(training_args, model_args.model_name_or_path)
     return script_args, training_args, model_args
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Trains and saves."""
-    script_args, training_args, model_args = parse(argv)
+    script_args, training_args, model_args = parse(argv, prog)
 
     from finetune import (
         SFTTrainer,

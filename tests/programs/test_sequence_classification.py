@@ -131,7 +131,7 @@ def test_an_adapter_with_its_head(folder: Path) -> None:
 
     with safe_open(output / "adapter_model.safetensors", "pt") as weights:
         assert any("classifier" in name for name in weights.keys())  # noqa: SIM118
-    assert json.loads((output / "config.json").read_text())["id2label"] == {"0": "bad", "1": "good"}
+    assert json.loads((output / "classifier_config.json").read_text())["id2label"] == {"0": "bad", "1": "good"}
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,10 @@ def make_parser(
 ) -> tuple[argparse.ArgumentParser, dict[str, Option], set[str]]:
     """Returns the argparse parser of the dataclasses, its options by field name, and the old names it accepts."""
     usage = f"%(prog)s [{config_key} FILE] [--argument VALUE ...]"
-    parser = argparse.ArgumentParser(prog=prog, description=description, usage=usage, allow_abbrev=False)
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog=prog, description=description, usage=usage, allow_abbrev=False, formatter_class=layout
+    )
     parser.add_argument(
         config_key, dest="_config_file", metavar="FILE", default=argparse.SUPPRESS, help="YAML file of arguments."
     )
@@ -103,7 +106,6 @@ def _group_title(cls: type, name: str) -> str:
 def _add_option(group: Any, field: dataclasses.Field[Any], hint: Any) -> Option:
     """Adds one field to the parser and returns its option."""
     option = option_of(field, hint)
-    spellings = [f"--{field.name}", *([f"--{field.name.replace('_', '-')}"] if "_" in field.name else [])]
     settings: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "type": option.read}
     settings["help"] = _help(field).replace("%", "%%")
     if option.choices:
@@ -114,7 +116,9 @@ def _add_option(group: Any, field: dataclasses.Field[Any], hint: Any) -> Option:
         settings |= {"nargs": "?", "const": True, "metavar": "BOOL"}
     elif option.many:
         settings |= {"nargs": "+", "action": _CollapseOne}
-    group.add_argument(*spellings, **settings)
+    group.add_argument(f"--{field.name}", **settings)
+    if "_" in field.name:  # hidden: the help would name everything twice
+        group.add_argument(f"--{field.name.replace('_', '-')}", **{**settings, "help": argparse.SUPPRESS})
     if option.boolean and field.default is True:
         negations = [f"--no_{field.name}", f"--no-{field.name.replace('_', '-')}"]
         group.add_argument(

@@ -268,7 +268,8 @@ def emergency_save(save: Any, error: BaseException, *, consistent: bool) -> None
         return
     try:
         save()
-        logger.error("Saved an emergency checkpoint after %s: %s", type(error).__name__, error)
+        what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__  # Ctrl-C says nothing
+        logger.error("Saved an emergency checkpoint after %s", what)
     except Exception as second:
         logger.error("The emergency checkpoint after %s failed too: %s", type(error).__name__, second)
 

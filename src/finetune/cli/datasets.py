@@ -205,7 +205,7 @@ def _read_error(name: str, split: str, argument: str, error: Exception) -> Finet
     said = said if len(said) <= 300 else said[:297] + "..."
     if "Unknown split" in said or ("split" in said.lower() and "not found" in said.lower()):
         return ArgumentError(f"`{argument}` is {split!r}, which {name!r} does not have: {said}")
-    if "corresponds to no data" in said:
+    if "corresponds to no data" in said or isinstance(cause, StopIteration):
         return _empty(name, split, argument)
     local = Path(name).expanduser().exists()
     remedy = (
@@ -213,4 +213,6 @@ def _read_error(name: str, split: str, argument: str, error: Exception) -> Finet
         if local
         else "It is no file or folder here, so it was taken for a Hub id. Check its spelling and the network."
     )
-    return DataFormatError(f"the data set {name!r} cannot be read: {type(cause).__name__}: {said} {remedy}")
+    return DataFormatError(
+        f"the data set {name!r} cannot be read: {type(cause).__name__}: {said.rstrip('.')}. {remedy}"
+    )

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from finetune.cli.programs import choose, load_program, program_path, run_program, shipped_folder
@@ -49,7 +50,7 @@ def config_path(name: str) -> Path:
     path = Path(name).expanduser()
     if path.is_file():
         return path
-    if path.suffix in (".yaml", ".yml", ".json") and path.parent != Path("."):
+    if path.suffix in (".yaml", ".yml", ".json") and os.sep in name:
         raise ArgumentError(f"`accelerate_config` is {name!r}, which does not exist.")
     stem = path.stem if path.suffix in (".yaml", ".yml") else name
     stem = choose(ALIASES.get(stem, stem), config_names(), "launch configuration and no file")
@@ -81,7 +82,7 @@ def split_arguments(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
 def run(name: str, argv: Sequence[str]) -> int:
     """Runs the program `name` and returns its exit code; several processes if a launcher argument is among `argv`."""
     if any(word in ("-h", "--help") for word in argv):
-        return run_program(load_program(name).main, argv)
+        return run_program(partial(load_program(name).main, prog=f"finetune {name}"), argv)
     launcher: dict[str, str] = {}
     program: list[str] = []
 
@@ -96,20 +97,21 @@ def run(name: str, argv: Sequence[str]) -> int:
     if code:
         return code
     if not launcher:
-        return run_program(load_program(name).main, program)
+        return run_program(partial(load_program(name).main, prog=f"finetune {name}"), program)
     return _launch(name, launcher, program)
 
 
 def _configuration(launcher: dict[str, str]) -> Path:
     """Returns the configuration file to use, and takes its name out of `launcher`."""
     asked = launcher.pop("accelerate_config", None) or launcher.pop("config_file", None)
+    number = launcher.get("num_processes", "1")
+    if not number.isdigit() or int(number) < 1:
+        raise ArgumentError(f"`--num_processes` is {number!r}; it must be a whole number, at least 1.")
     if asked:
         return config_path(asked)
     import torch
 
-    if not launcher.get("num_processes", "1").isdigit():
-        raise ArgumentError(f"`--num_processes` is {launcher['num_processes']!r}; it must be a whole number.")
-    several = int(launcher.get("num_processes", "1")) > 1
+    several = int(number) > 1
     if torch.accelerator.is_available():
         return config_path("ddp" if several else "single_gpu")
     return config_path("cpu")
@@ -120,7 +122,7 @@ def _launch(name: str, launcher: dict[str, str], program: list[str]) -> int:
         # accelerate's launcher starts one process for CPU configurations, so the file says MULTI_GPU.
         os.environ["ACCELERATE_USE_CPU"] = "true"
     # Here, once, what can be checked before processes start: each of them would print the same error.
-    code = run_program(load_program(name).parse, program)
+    code = run_program(partial(load_program(name).parse, prog=f"finetune {name}"), program)
     if code:
         return code
     flags = [word for key, value in launcher.items() for word in (f"--{key}", value)]

@@ -46,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     name, rest = words[0], words[1:]
     if name not in COMMANDS:
-        print(f"error: {name!r} is no command.{nearest(name, COMMANDS)} See `finetune --help`.", file=sys.stderr)
+        there = f"there are {', '.join(COMMANDS)}.{nearest(name, COMMANDS)}"
+        print(f"error: {name!r} is no command; {there} See `finetune --help`.", file=sys.stderr)
         return 2
     if name in ("sft", "classify"):
         from finetune.cli.launch import run

@@ -7,7 +7,6 @@ from itertools import islice
 from typing import Any
 
 from finetune.arguments import arg
-from finetune.data.rows import IGNORE_INDEX
 
 _TRAINED, _GIVEN, _END = "\033[32m", "\033[2m", "\033[0m"
 
@@ -33,12 +32,16 @@ def run_preview(argv: Sequence[str] | None = None) -> None:
 
     types = (PreviewArguments, ScriptArguments, SFTConfig, ModelConfig)
     options, script_args, args, model_args = parse_arguments(types, argv, prog="finetune preview")
+    for name in ("rows", "counted_rows"):
+        if (number := getattr(options, name)) < 1:
+            raise ArgumentError(f"`{name}` is {number}; it must be at least 1.")
     if not model_args.model_name_or_path:
         raise ArgumentError("no model was named. Give a folder or a Hub id: `--model_name_or_path`.")
     from datasets import Dataset
 
     from finetune.data.audit import audit_table
     from finetune.data.pipeline import prepare_split
+    from finetune.data.rows import IGNORE_INDEX
     from finetune.data.settings import DataSettings
     from finetune.sft.build import load_tokenizer_for_sft
 
@@ -71,6 +74,8 @@ def stretches(input_ids: Sequence[int], labels: Sequence[int]) -> Iterator[tuple
     >>> list(stretches([5, 6, 7], [-100, 6, 7]))
     [(False, [5]), (True, [6, 7])]
     """
+    from finetune.data.rows import IGNORE_INDEX
+
     run: list[int] = []
     for index, token in enumerate(input_ids):
         if run and (labels[index] == IGNORE_INDEX) != (labels[index - 1] == IGNORE_INDEX):

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from finetune.errors import ArgumentError, FinetuneError, nearest
+from finetune.errors import ArgumentError, CheckpointError, FinetuneError, nearest
 
 PACKAGE = Path(__file__).resolve().parents[1]
 PROGRAMS = {"sft": "sft.py", "classify": "sequence_classification.py"}
@@ -116,14 +116,28 @@ def check_before_start(args: Any, model: str | None) -> None:
 
     Raises:
         ArgumentError: no model was named, or `output_dir` cannot be written or holds a finished run.
+        CheckpointError: there is no folder where training should go on.
         ModelLoadError: the model folder is none.
     """
     if not model:
         raise ArgumentError("no model was named. Give a folder or a Hub id: `--model_name_or_path`.")
     check_output_dir(args)
+    check_resume(args.resume_from_checkpoint)
     from finetune.models.load import check_model_path
 
     check_model_path(model)
+
+
+def check_resume(value: Any) -> None:
+    """Raises `CheckpointError` when a folder is named to resume from and there is none."""
+    folder = Path(str(value))
+    if str(value).lower() in ("none", "false", "", "true", "auto") or folder.is_dir():
+        return
+    beside = [str(each) for each in folder.parent.glob("checkpoint-*")]
+    raise CheckpointError(
+        f"`resume_from_checkpoint` is {str(value)!r}, which is no folder.{nearest(str(folder), beside)} Name a "
+        "checkpoint, or say `auto` for the newest in `output_dir`."
+    )
 
 
 def check_output_dir(args: Any) -> None:

@@ -8,7 +8,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from finetune.arguments import arg
+from finetune.arguments import arg, replace_arguments
 from finetune.errors import ArgumentError, ModelLoadError, nearest
 
 if TYPE_CHECKING:
@@ -175,4 +175,4 @@ def with_model_options(args: Arguments, model_args: ModelConfig) -> Arguments:
         "dtype": model_args.dtype,
     }
     given = {name: value for name, value in options.items() if value is not None}
-    return dataclasses.replace(args, model_init_kwargs={**given, **(args.model_init_kwargs or {})})
+    return replace_arguments(args, model_init_kwargs={**given, **(args.model_init_kwargs or {})})

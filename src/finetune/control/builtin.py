@@ -54,6 +54,7 @@ class ProgressCallback(TrainerCallback):
     def __init__(self, max_str_len: int = 100) -> None:
         self.training_bar: Any = None
         self.prediction_bar: Any = None
+        self._handlers: list[logging.Handler] = []
         self.max_str_len = max_str_len
         self.current_step = 0
 
@@ -64,6 +65,7 @@ class ProgressCallback(TrainerCallback):
         self.current_step = state.global_step
         if state.is_world_process_zero:
             self._close_prediction_bar()
+            self._watch_messages(True)
             self.training_bar = tqdm(total=state.max_steps, initial=self.current_step, dynamic_ncols=True, unit="step")
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -114,6 +116,21 @@ class ProgressCallback(TrainerCallback):
         if self.training_bar is not None:
             self.training_bar.close()
             self.training_bar = None
+        self._watch_messages(False)
+
+    def _watch_messages(self, watch: bool) -> None:
+        for handler in self._handlers:
+            handler.removeFilter(self._clear_bars)
+        self._handlers = _handlers() if watch else []
+        for handler in self._handlers:
+            handler.addFilter(self._clear_bars)
+
+    def _clear_bars(self, record: logging.LogRecord) -> bool:
+        """Takes the bars off the screen until their next update: a message would continue their line."""
+        for bar in (self.prediction_bar, self.training_bar):
+            if bar is not None:
+                bar.clear()
+        return True
 
     def _shorten(self, value: Any) -> Any:
         if isinstance(value, str) and len(value) > self.max_str_len:
@@ -211,6 +228,16 @@ class EarlyStoppingCallback(TrainerCallback, ExportableState):
             },
             "attributes": {"early_stopping_patience_counter": self.early_stopping_patience_counter},
         }
+
+
+def _handlers() -> list[logging.Handler]:
+    """Returns the handlers that this package's messages go through."""
+    found: list[logging.Handler] = []
+    each: logging.Logger | None = logger
+    while each is not None:
+        found += each.handlers
+        each = each.parent if each.propagate else None
+    return found or ([logging.lastResort] if logging.lastResort else [])
 
 
 def _length(loader: Any) -> int | None:

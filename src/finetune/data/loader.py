@@ -125,7 +125,8 @@ def build_dataloader(
     """
     params: dict[str, Any] = {
         "num_workers": args.dataloader_num_workers,
-        "pin_memory": args.dataloader_pin_memory,
+        # torch would warn at every loader that it cannot pin without an accelerator.
+        "pin_memory": args.dataloader_pin_memory and torch.accelerator.is_available(),
         "persistent_workers": args.dataloader_persistent_workers,
         "multiprocessing_context": args.dataloader_multiprocessing_context,
         "prefetch_factor": args.dataloader_prefetch_factor,

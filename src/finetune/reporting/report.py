@@ -81,8 +81,8 @@ def write_report(
 def report_from_run(run_dir: str | os.PathLike[str], extra: Mapping[str, Any] | None = None) -> Path:
     """Writes the report of a finished or running `output_dir` from its files and returns its path.
 
-    Reads `trainer_state.json` (or the newest checkpoint's), and if present `all_results.json`, `memory_ledger.json`
-    and `resolved_config.yaml`.
+    Reads `trainer_state.json` (or the newest checkpoint's), and if present `all_results.json`, `data_audit.json`,
+    `memory_ledger.json` and `resolved_config.yaml`.
 
     Raises:
         ArgumentError: there is no state of a trainer in `run_dir`.
@@ -95,12 +95,33 @@ def report_from_run(run_dir: str | os.PathLike[str], extra: Mapping[str, Any] | 
         from finetune.reporting.run_ledger import ledger_rows
 
         found["memory"] = ledger_rows(json.loads((folder / "memory_ledger.json").read_text(encoding="utf-8")))
+    if (folder / "data_audit.json").is_file():
+        found["data_audit"] = _audit_rows(json.loads((folder / "data_audit.json").read_text(encoding="utf-8")))
     config: Mapping[str, Any] | None = None
     if (folder / "resolved_config.yaml").is_file():
         import yaml
 
-        config = yaml.safe_load((folder / "resolved_config.yaml").read_text(encoding="utf-8"))
+        config = _fields(yaml.safe_load((folder / "resolved_config.yaml").read_text(encoding="utf-8")))
     return write_report(folder, read_history(folder), config, {**found, **(extra or {})})
+
+
+def _audit_rows(splits: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Returns `data_audit.json` as a table with a column per split; what nothing is known about is left out."""
+    names = dict.fromkeys(name for split in splits.values() for name in split if name != "name")
+    rows = [
+        {"": name.removeprefix("num_").replace("_", " "), **{split: splits[split].get(name) for split in splits}}
+        for name in names
+    ]
+    return [row for row in rows if any(value not in (None, []) for key, value in row.items() if key)]
+
+
+def _fields(resolved: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of `resolved_config.yaml` without the classes over them."""
+    fields: dict[str, Any] = {}
+    for name, entry in resolved.items():
+        is_class = isinstance(entry, Mapping) and "value" not in entry
+        fields.update(entry if is_class else {name: entry})
+    return fields
 
 
 def _key_figures(history: History) -> list[tuple[str, str]]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +33,9 @@ from finetune.sequence_classification.padding import (
 )
 from finetune.trainer import Trainer
 
+# Not `config.json`: transformers takes a folder with one for a whole model, and looks for its weights there.
+ADAPTED_CONFIG = "classifier_config.json"
+
 
 class SequenceClassificationTrainer(RawRowMethods, Trainer):
     """Fine-tunes a model to classify texts or pairs of texts, or to predict numbers from them.
@@ -45,8 +49,10 @@ class SequenceClassificationTrainer(RawRowMethods, Trainer):
     The loss is a sum over rows divided by the rows of the whole step, so it does not depend on accumulation or the
     number of processes. `class_weights` change how much a row counts, see `labels.balanced_weights`.
 
-    With `peft_config`, the head is trained in full and saved with the adapter, beside the `config.json` that names the
-    classes. Data given later to `evaluate` and `predict` may be raw rows.
+    With `peft_config`, the head is trained in full and saved with the adapter, beside the `classifier_config.json` that
+    names the classes: `AutoModelForSequenceClassification.from_pretrained(folder, config=AutoConfig.from_pretrained(
+    f"{folder}/classifier_config.json"))` is the trained model. Data given later to `evaluate` and `predict` may be raw
+    rows.
 
     Attributes:
         task: what the labels mean: `problem_type`, `names`, `counts`.
@@ -124,7 +130,8 @@ class SequenceClassificationTrainer(RawRowMethods, Trainer):
         self.model_accepts_loss_kwargs = True
         self._takes_use_cache = takes_argument(self.model, "use_cache")
         self._padding_free = settle_padding_free(args, self.model, processing_class)
-        say_on_main_process(f"train: text in {', '.join(self._columns.texts) or 'input_ids'}; {self.task.describe()}")
+        columns = " and ".join(f"`{column}`" for column in self._columns.texts or ("input_ids",))
+        say_on_main_process(f"train: text in {columns}; {self.task.describe()}")
 
     # ---- Data ----
 
@@ -187,11 +194,11 @@ class SequenceClassificationTrainer(RawRowMethods, Trainer):
     # ---- Saving ----
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """As `Trainer._save`; an adapter's folder also gets the `config.json` with the names of the classes."""
+        """As `Trainer._save`; an adapter's folder also gets `ADAPTED_CONFIG`, with the names of the classes."""
         super()._save(output_dir, state_dict)
         if is_peft_model(unwrap(self.model, keep_adapters=True)):
             inner: Any = unwrap(self.model)
-            inner.config.save_pretrained(output_dir or self.output_dir)
+            inner.config.to_json_file(Path(output_dir or self.output_dir, ADAPTED_CONFIG))
 
 
 def loss_sum(logits: Tensor, labels: Tensor, task: Task, weights: Tensor | None, label_smoothing: float) -> Tensor:

@@ -396,7 +396,11 @@ class TestErrors:
         manager.emergency_save(lambda: saved.append(1), ValueError("x"), consistent=True)
         manager.emergency_save(lambda: saved.append(2), ValueError("x"), consistent=False)
         manager.emergency_save(lambda: 1 / 0, ValueError("x"), consistent=True)
-        assert saved == [1] and "failed too: division" in caplog.text and "middle of an optimizer step" in caplog.text
+        manager.emergency_save(lambda: saved.append(3), KeyboardInterrupt(), consistent=True)
+        assert "after ValueError: x" in caplog.messages[0] and caplog.messages[-1].endswith("after KeyboardInterrupt")
+        assert (
+            saved == [1, 3] and "failed too: division" in caplog.text and "middle of an optimizer step" in caplog.text
+        )
 
 
 def test_writer_without_background_runs_at_once() -> None:

@@ -103,8 +103,11 @@ def test_each_mistake_names_the_argument_and_a_remedy(tmp_path: Path) -> None:
     assert ".parquet" in failure(DataFormatError, str(tmp_path / "rows.docx"))
     (tmp_path / "empty.csv").write_text("prompt,completion\n")
     assert "no rows" in failure(DataFormatError, str(tmp_path / "empty.csv"))
+    (tmp_path / "empty.jsonl").touch()
+    assert "no rows" in failure(DataFormatError, str(tmp_path / "empty.jsonl"))
     (tmp_path / "broken.jsonl").write_text('{"prompt": "a"\n{"prom')
-    assert "broken.jsonl" in failure(DataFormatError, str(tmp_path / "broken.jsonl"))
+    assert "broken.jsonl" in (said := failure(DataFormatError, str(tmp_path / "broken.jsonl")))
+    assert said.endswith(". Check that every line or row has the same columns.")
     (tmp_path / "nothing").mkdir()
     assert "no data file" in failure(DataFormatError, str(tmp_path / "nothing"))
 

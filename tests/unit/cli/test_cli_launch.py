@@ -43,6 +43,17 @@ def test_a_configuration_is_found_by_name_by_trls_name_and_by_path(tmp_path: Pat
         launch.config_path("fsdp3")
     with pytest.raises(ArgumentError, match="does not exist"):
         launch.config_path("somewhere/own.yaml")
+    with pytest.raises(ArgumentError, match=r"'\./own.yaml', which does not exist"):
+        launch.config_path("./own.yaml")
+
+
+@pytest.mark.parametrize("number", ["0", "-1", "two"])
+@pytest.mark.parametrize("others", [[], ["--accelerate_config", "cpu"]])
+def test_a_number_of_processes_that_cannot_be_is_one_line(
+    number: str, others: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert launch.run("sft", [f"--num_processes={number}", *others]) == 2
+    assert f"`--num_processes` is {number!r}" in capsys.readouterr().err
 
 
 def test_trls_own_names_are_accepted() -> None:

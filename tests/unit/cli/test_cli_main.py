@@ -1,5 +1,8 @@
 """The command itself: help, version, unknown commands, and the small commands."""
 
+import subprocess
+import sys
+
 import pytest
 
 import finetune
@@ -22,12 +25,38 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_an_unknown_command_brings_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["stf"]) == 2
     assert "Did you mean `sft`" in capsys.readouterr().err
+    assert main(["sequence-classification"]) == 2
+    assert "there are sft, classify, demo," in capsys.readouterr().err
 
 
 def test_every_command_has_its_own_help(capsys: pytest.CaptureFixture[str]) -> None:
     for name in COMMANDS:
         assert main([name, "--help"]) == 0, name
-        assert "usage" in capsys.readouterr().out
+        shown = capsys.readouterr().out
+        assert shown.startswith(f"usage: finetune {name} ")
+        assert "--output-dir" not in shown, "each argument is listed once"
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_help_is_quick_because_it_imports_nothing_heavy(command: str) -> None:
+    code = (
+        f"import sys; from finetune.cli.main import main; main([{command!r}, '--help'])\n"
+        "print([name for name in ('torch', 'transformers', 'datasets', 'numpy') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_the_help_of_a_program_begins_with_its_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sft", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "    python trainers/sft.py \\\n        --model_name_or_path" in shown
+    assert "finetune sft --accelerate_config ddp --num_processes 4" in shown
+
+
+def test_an_error_names_the_command_and_the_argument_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sft", "--learning-rate", "abc"]) == 2
+    assert "finetune sft: error: argument --learning-rate: 'abc' is not a number" in capsys.readouterr().err
 
 
 def test_env_names_the_versions(capsys: pytest.CaptureFixture[str]) -> None:

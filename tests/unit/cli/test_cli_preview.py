@@ -4,12 +4,21 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from finetune.cli.preview import run_preview
+from finetune.errors import ArgumentError
 
 TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'assistant' %}[A]{% generation %}{{ m['content'] }}<|im_end|>"
     "{% endgeneration %}{% else %}[Q]{{ m['content'] }}{% endif %}{% endfor %}"
 )
+
+
+@pytest.mark.parametrize("argument", ["rows", "counted_rows"])
+def test_a_number_below_one_is_an_error(argument: str) -> None:
+    with pytest.raises(ArgumentError, match=f"`{argument}` is -1"):
+        run_preview(["--model_name_or_path", "x", f"--{argument}", "-1"])
 
 
 def make(tmp_path: Path, tiny_llama: Any, tokenizer: Any) -> list[str]:

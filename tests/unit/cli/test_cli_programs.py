@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from finetune.cli import programs
-from finetune.errors import ArgumentError, DataFormatError
+from finetune.errors import ArgumentError, CheckpointError, DataFormatError
 
 
 def arguments(folder: Path, **changes: object) -> SimpleNamespace:
@@ -57,6 +57,15 @@ def test_a_defect_keeps_its_traceback() -> None:
 
     with pytest.raises(RuntimeError):
         programs.run_program(main)
+
+
+def test_a_checkpoint_that_is_not_there_is_an_error_before_anything_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-20").mkdir()
+    for value in (True, "auto", str(tmp_path / "checkpoint-20")):
+        programs.check_before_start(arguments(tmp_path, resume_from_checkpoint=value), "owner/name")
+    wanted = str(tmp_path / "checkpoint-2")
+    with pytest.raises(CheckpointError, match=r"Did you mean `.*checkpoint-20`"):
+        programs.check_before_start(arguments(tmp_path, resume_from_checkpoint=wanted), "owner/name")
 
 
 def test_an_output_folder_that_cannot_be_made_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:

@@ -1,3 +1,5 @@
+import io
+import logging
 from types import SimpleNamespace
 
 import pytest
@@ -152,3 +154,20 @@ def test_early_stopping_names_the_metrics_there_are(caplog):
     callback.on_evaluate(stop_args(), TrainerState(), control, metrics={"eval_accuracy": 1.0})
     assert "`eval_loss`" in caplog.text and "eval_accuracy" in caplog.text
     assert not control.should_training_stop and callback.early_stopping_patience_counter == 0
+
+
+def test_messages_do_not_continue_the_line_of_a_bar(monkeypatch):
+    screen = io.StringIO()
+    monkeypatch.setattr("sys.stderr", screen)
+    ours = logging.getLogger("finetune")
+    monkeypatch.setattr(ours, "handlers", [handler := logging.StreamHandler(screen)])
+    callback, state, control = ProgressCallback(), TrainerState(max_steps=4), TrainerControl()
+    callback.on_train_begin(None, state, control)
+    ours.warning("After the first step")
+    state.global_step = 1
+    callback.on_step_end(None, state, control)
+    ours.warning("Trained")
+    callback.on_train_end(None, state, control)
+    last_on_their_lines = [line.split("\r")[-1] for line in screen.getvalue().split("\n")]
+    assert last_on_their_lines[:2] == ["After the first step", "Trained"]
+    assert "1/4" in screen.getvalue() and handler.filters == []

@@ -1,4 +1,5 @@
 import random
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -90,6 +91,15 @@ def build(dataset, sampler="random", batch_size=3, rank=0, world_size=1, drop_la
 
 def rows(loader):
     return [batch["x"].tolist() for batch in loader]
+
+
+def test_memory_is_pinned_only_where_an_accelerator_can_read_it(monkeypatch):
+    monkeypatch.setattr(ARGS, "dataloader_pin_memory", True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loader = build(Rows(4))
+        assert len(rows(loader)) == 2
+    assert loader.pin_memory is torch.accelerator.is_available()
 
 
 KINDS = ["random", "sequential", "grouped", "rebalanced"]

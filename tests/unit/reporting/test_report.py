@@ -4,6 +4,8 @@ from html.parser import HTMLParser
 
 import pytest
 
+from finetune import ModelConfig, SFTConfig, parse_arguments, with_model_options
+from finetune.arguments import write_resolved_config
 from finetune.errors import ArgumentError
 from finetune.reporting.report import number_or_text, report_from_run, write_report
 
@@ -103,6 +105,18 @@ def test_report_of_a_run_folder(tmp_path):
         assert text in page.text
     with pytest.raises(ArgumentError):
         report_from_run(tmp_path / "nowhere")
+
+
+def test_a_run_of_a_program_shows_what_was_chosen_and_from_where_and_its_data(tmp_path):
+    (config,) = parse_arguments(SFTConfig, ["--output_dir", str(tmp_path), "--learning_rate", "0.25"])
+    write_resolved_config(tmp_path / "resolved_config.yaml", with_model_options(config, ModelConfig()))
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": HISTORY}))
+    audit = {"name": "train", "num_rows": 20, "packing_efficiency": None, "first_dropped_rows": []}
+    (tmp_path / "data_audit.json").write_text(json.dumps({"train": audit, "eval": {**audit, "num_rows": 7}}))
+    page = report_from_run(tmp_path).read_text()
+    assert "<tr><td>learning_rate</td><td>0.25</td><td>flag --learning_rate</td></tr>" in page
+    assert "<td>adam_beta1</td>" in page[page.index("<details>") :] and "SFTConfig" not in page
+    assert "<tr><td>rows</td><td>20</td><td>7</td></tr>" in page and "packing" not in page[: page.index("<h2>Conf")]
 
 
 @pytest.mark.parametrize(

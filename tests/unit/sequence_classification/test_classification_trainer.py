@@ -257,14 +257,18 @@ def test_lora_trains_and_saves_the_head(tmp_path: Path, chat_tokenizer: Any, kin
     trainer.save_model()
     predicted = torch.tensor(trainer.predict(Dataset.from_dict({"text": TEXTS})).predictions)
 
-    labels = AutoConfig.from_pretrained(tmp_path / "out")
+    labels = AutoConfig.from_pretrained(tmp_path / "out" / "classifier_config.json")
     assert labels.id2label == {0: "x", 1: "y", 2: "z"}
-    base = AutoModelForSequenceClassification.from_pretrained(folder, config=labels, ignore_mismatched_sizes=True)
-    loaded = PeftModel.from_pretrained(base, tmp_path / "out").eval()
+    options: Any = {"ignore_mismatched_sizes": True}
+    base = AutoModelForSequenceClassification.from_pretrained(folder, config=labels, **options)
     padded = chat_tokenizer(TEXTS, padding=True, return_tensors="pt")
-    with torch.no_grad():
-        elsewhere = loaded(input_ids=padded["input_ids"], attention_mask=padded["attention_mask"]).logits
-    assert torch.allclose(predicted, elsewhere, atol=1e-5)
+    for loaded in (
+        PeftModel.from_pretrained(base, tmp_path / "out"),
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", config=labels, **options),
+    ):
+        with torch.no_grad():
+            elsewhere = loaded.eval()(**{name: padded[name] for name in ("input_ids", "attention_mask")}).logits
+        assert torch.allclose(predicted, elsewhere, atol=1e-5)
 
 
 def test_resuming_gives_the_same_losses(bert: str, tmp_path: Path) -> None:
