@@ -141,7 +141,8 @@ def skip_batches(loader: Any, num_batches: int) -> Any:
     from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
 
     plain = getattr(loader, "base_dataloader", loader)
-    if getattr(loader, "batch_sampler", None) is None or isinstance(plain.sampler, BatchSampler):
+    unknown = getattr(loader, "batch_sampler", None) is None or isinstance(plain.sampler, BatchSampler)
+    if unknown or is_stream(getattr(loader, "dataset", None)):
         return skip_first_batches(loader, num_batches)
     kwargs = {name: getattr(plain, name) for name in _LOADER_PARAMS}
     accelerates: dict[str, Any] = {name: getattr(loader, name, None) for name in ("_drop_last", "_non_blocking")}
