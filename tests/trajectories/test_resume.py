@@ -207,6 +207,30 @@ def test_checkpoints_cross_over_both_ways(at: int, tiny_llama: Any, padded_datas
         assert torch.equal(into_theirs.model.state_dict()[name], tensor), name
 
 
+class Stream(torch.utils.data.IterableDataset):
+    """Rows in order, without a state, as most hand-written streams are."""
+
+    def __init__(self, rows: Any) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Any:
+        return iter(self.rows)
+
+
+@pytest.mark.parametrize(("first", "second"), [("ours", "ours"), ("theirs", "ours"), ("ours", "theirs")])
+def test_a_stream_without_state_goes_on_where_it_was(
+    first: str, second: str, tiny_llama: Any, padded_dataset: Any, tmp_path: Path
+) -> None:
+    """transformers' checkpoints do not say where a stream was; the batches up to the step are read again."""
+    make, stream = {"ours": build, "theirs": theirs}, Stream(padded_dataset(40))
+    whole = make[first](tiny_llama, stream, tmp_path / "whole", max_steps=6)
+    whole.train()
+    resumed = make[second](tiny_llama, stream, tmp_path / "resumed", max_steps=6)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], tensor), name
+
+
 class SignalAt(finetune.TrainerCallback):
     """Sends this process the signal a scheduler sends before it takes the machine away."""
 

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from finetune.arguments.readers import read_text
 from finetune.errors import ArgumentError, nearest
 
 # Takes the value given under the old name and the keyword arguments of the call, which it may extend. Returns what
@@ -59,18 +60,10 @@ def require_positive(name: str, value: Any, *, zero: bool = False) -> None:
         raise ArgumentError(f"`{name}={value!r}` must be {bound}.")
 
 
-def parse_bool(name: str, value: Any) -> bool:
-    """Returns the truth value of `yes`, `on`, `1`, `true`, ... and of their opposites."""
-    word = str(value).strip().lower()
-    if word in ("y", "yes", "t", "true", "on", "1"):
-        return True
-    if word in ("n", "no", "f", "false", "off", "0"):
-        return False
-    raise ArgumentError(f"`{name}={value!r}` must be true or false.")
-
-
 class ArgumentsMeta(type):
-    """Reads a constructor call: translates old names with one warning each and refuses unknown names.
+    """Reads a constructor call: translates old names with one warning each, refuses unknown names, reads texts.
+
+    A number or a truth value given as text, as a YAML file may (`1e-4` is a text there), is read as on a command line.
 
     It is a metaclass because a dataclass writes its own `__init__`: only the call itself sees every keyword, also for
     subclasses that users declare with a plain `@dataclass`. The signature stays that of `__init__`.
@@ -100,6 +93,9 @@ class ArgumentsMeta(type):
         sources = {name: "code" for name, value in given.items() if _chosen(cls, name, value)}
         for name in set(by_position) - set(kwargs):
             del given[name]
+        for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+            if isinstance(given.get(field.name), str):
+                given[field.name] = read_text(field, given[field.name])
         instance: Any = cls.__new__(cls, *args, **given)  # pyright: ignore[reportCallIssue, reportArgumentType]
         instance.__dict__["_sources"] = sources
         instance.__init__(*args, **given)

@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from finetune.arguments.base import ArgumentGroup, arg, parse_bool, require, require_choice, require_positive
+from finetune.arguments.base import ArgumentGroup, arg, require, require_choice, require_positive
+from finetune.arguments.readers import parse_bool
 from finetune.compat import FSDPOption
 from finetune.errors import ArgumentError, nearest
 

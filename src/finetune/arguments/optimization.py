@@ -36,7 +36,7 @@ class BatchingArguments(ArgumentGroup):
     )
     num_train_epochs: float = arg(3.0, "Passes over the training data; a fraction stops inside the last pass.")
     max_steps: int = arg(
-        -1, "Optimizer steps to train; if above 0 it overrides `num_train_epochs`. Needed for data without a length."
+        -1, "Optimizer steps to train; from 0 on it overrides `num_train_epochs`. Needed for data without a length."
     )
     average_tokens_across_devices: bool = arg(
         True, "Divide the loss by the tokens of all devices together, so that every token weighs the same."
@@ -49,8 +49,8 @@ class BatchingArguments(ArgumentGroup):
         require_positive("per_device_train_batch_size", self.per_device_train_batch_size)
         require_positive("gradient_accumulation_steps", self.gradient_accumulation_steps)
         require(
-            self.max_steps > 0 or self.num_train_epochs >= 0,
-            f"`num_train_epochs={self.num_train_epochs}` must be at least 0, unless `max_steps` is above 0.",
+            self.max_steps >= 0 or self.num_train_epochs >= 0,
+            f"`num_train_epochs={self.num_train_epochs}` must be at least 0, unless `max_steps` is.",
         )
 
 

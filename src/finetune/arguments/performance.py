@@ -6,7 +6,8 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from finetune.arguments.base import ArgumentGroup, arg, parse_bool, require
+from finetune.arguments.base import ArgumentGroup, arg, require
+from finetune.arguments.readers import parse_bool
 from finetune.errors import ArgumentError
 
 

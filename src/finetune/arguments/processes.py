@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from finetune.arguments.base import parse_bool
 from finetune.arguments.distributed import DistributedArguments
 from finetune.arguments.evaluation import EvaluationArguments
 from finetune.arguments.optimization import BatchingArguments
 from finetune.arguments.performance import PrecisionArguments
+from finetune.arguments.readers import parse_bool
 from finetune.arguments.reporting import LoggingArguments
 from finetune.arguments.saving import SavingArguments
 from finetune.compat import LOG_LEVELS, ParallelMode, library_verbosity

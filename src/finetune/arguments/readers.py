@@ -10,10 +10,19 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union
 
-from finetune.arguments.base import parse_bool
 from finetune.errors import ArgumentError
 
 Read = Callable[[str], Any]
+
+
+def parse_bool(name: str, value: Any) -> bool:
+    """Returns the truth value of `yes`, `on`, `1`, `true`, ... and of their opposites."""
+    word = str(value).strip().lower()
+    if word in ("y", "yes", "t", "true", "on", "1"):
+        return True
+    if word in ("n", "no", "f", "false", "off", "0"):
+        return False
+    raise ArgumentError(f"`{name}={value!r}` must be true or false.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,9 +52,8 @@ class Option:
 
 def option_of(field: dataclasses.Field[Any], hint: Any) -> Option:
     """Returns how a field of type `hint` is read from text."""
-    union = typing.get_origin(hint) in (Union, UnionType)
-    members = [member for member in (typing.get_args(hint) if union else (hint,)) if member is not NoneType]
-    optional = union and NoneType in typing.get_args(hint)
+    members = [member for member in _members(hint) if member is not NoneType]
+    optional = NoneType in _members(hint)
     choices = field.metadata.get("choices")
     choices = list(choices) if choices is not None else None
     lists = [member for member in members if member is list or typing.get_origin(member) is list]
@@ -57,6 +65,24 @@ def option_of(field: dataclasses.Field[Any], hint: Any) -> Option:
         return Option(field.name, read, field, many=True)
     read = _reader(members, optional, field.name)
     return Option(field.name, read, field, boolean=members == [bool], choices=choices)
+
+
+def read_text(field: dataclasses.Field[Any], text: str) -> Any:
+    """Returns the number or truth value that `text` says, for a field that takes nothing else; else `text` itself.
+
+    Raises `ArgumentError` when it says neither.
+    """
+    members = [member for member in _members(field.type) if member is not NoneType]
+    if not members or not set(members) <= {bool, int, float}:
+        return text
+    try:
+        return option_of(field, field.type).read(text)
+    except argparse.ArgumentTypeError as error:
+        raise ArgumentError(f"`{field.name}`: {error}.") from None
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) in (Union, UnionType) else (hint,)
 
 
 def _reader(members: list[Any], optional: bool, name: str) -> Any:

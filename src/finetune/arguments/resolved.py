@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any, TypeVar
 
-from finetune.arguments.base import parse_bool
+from finetune.arguments.readers import parse_bool
 from finetune.arguments.serialize import plain
 from finetune.errors import ArgumentError
 

@@ -7,7 +7,7 @@ import warnings
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
-from finetune.arguments.base import ArgumentGroup, ArgumentsMeta, Translation, parse_bool, require
+from finetune.arguments.base import ArgumentGroup, ArgumentsMeta, Translation, require
 from finetune.arguments.data import DataLoaderArguments
 from finetune.arguments.distributed import (
     AcceleratorConfig,
@@ -30,6 +30,7 @@ from finetune.arguments.performance import (
     set_tf32,
 )
 from finetune.arguments.processes import ProcessView
+from finetune.arguments.readers import parse_bool
 from finetune.arguments.reporting import LoggingArguments, TrackingArguments
 from finetune.arguments.saving import HubArguments, OutputArguments, ProgramArguments, SavingArguments
 from finetune.arguments.serialize import Serialization

@@ -17,6 +17,14 @@ logger = logging.getLogger(__name__)
 
 OPTIMIZER_LAYOUT = "optimizer_layout.json"
 
+# The settings of an optimizer that arguments have names for, by the name in its parameter groups.
+_ARGUMENT_OF = {
+    "initial_lr": "`learning_rate`",
+    "weight_decay": "`weight_decay`",
+    "betas": "`adam_beta1`, `adam_beta2`",
+    "eps": "`adam_epsilon`",
+}
+
 
 def save_optimizer_and_scheduler(
     output_dir: str | os.PathLike[str],
@@ -77,8 +85,11 @@ def load_optimizer_and_scheduler(
 def load_optimizer(folder: Path, model: nn.Module, optimizer: Any) -> None:
     """Restores `optimizer` from `optimizer.pt` and compares every tensor it then holds with the file.
 
+    The settings in the file, such as the learning rate, replace those of the arguments, as in PyTorch and
+    transformers; a warning names those that differ.
+
     Raises:
-        CheckpointError: other parameters, other shapes, or a tensor that arrived changed.
+        CheckpointError: another kind of optimizer, other parameters, other shapes, or a tensor that arrived changed.
     """
     names = folder / OPTIMIZER_LAYOUT
     if names.is_file():
@@ -90,9 +101,10 @@ def load_optimizer(folder: Path, model: nn.Module, optimizer: Any) -> None:
                 f"The optimizer state in `{folder}` is of other parameters: {_first_difference(saved, here)}. Resume "
                 "with the same model, adapters, frozen layers and `optim`, or start without `resume_from_checkpoint`."
             )
-    state = files.load_plain(folder / layout.OPTIMIZER)
+    state, asked = files.load_plain(folder / layout.OPTIMIZER), [dict(group) for group in optimizer.param_groups]
     with backends.restoring(folder / layout.OPTIMIZER):
         optimizer.load_state_dict(state)
+    _compare_settings(folder, asked, optimizer)
     # `state` may share memory with the optimizer now; equality of a tensor with itself is what is wanted then.
     difference = _difference(state.get("state", {}), optimizer.state_dict().get("state", {}), "state")
     if difference:
@@ -100,6 +112,35 @@ def load_optimizer(folder: Path, model: nn.Module, optimizer: Any) -> None:
             f"The optimizer did not take over its state from `{folder}`: {difference}. Resume with the same `optim` "
             "and the same data type of the weights as before."
         )
+
+
+def _compare_settings(folder: Path, asked: list[dict[str, Any]], optimizer: Any) -> None:
+    """Raises where the loaded settings are of another kind of optimizer, warns where they are not those asked for."""
+    needed = getattr(optimizer, "defaults", {})
+    for before, now in zip(asked, optimizer.param_groups, strict=True):
+        missing = [f"`{name}`" for name in needed if name in before and name not in now]
+        if missing:
+            raise CheckpointError(
+                f"The optimizer state in `{folder}` is of another kind of optimizer, without {', '.join(missing)}. "
+                "Resume with the same `optim`, or train the checkpoint's weights without `resume_from_checkpoint`."
+            )
+    changed: dict[str, None] = {}
+    for before, now in zip(asked, optimizer.param_groups, strict=True):
+        # Schedules that cycle momentum, or betas in its place, move what was asked for.
+        fixed = (name for name in _ARGUMENT_OF if name != "betas" or "max_momentum" not in now)
+        for name in fixed:
+            if name in before and name in now and _plain(before[name]) != _plain(now[name]):
+                changed[f"{_ARGUMENT_OF[name]} {now[name]} instead of {before[name]}"] = None
+    if changed:
+        logger.warning(
+            "The optimizer goes on with the settings of the checkpoint, not with those of the arguments: %s. To change "
+            "them, train the checkpoint's weights without `resume_from_checkpoint`.",
+            "; ".join(changed),
+        )
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def parameter_layout(model: nn.Module, optimizer: Any) -> list[list[list[Any]]]:

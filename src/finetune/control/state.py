@@ -153,8 +153,8 @@ class TrainerState:
         self.stateful_callbacks = {**self.stateful_callbacks, **export_states(candidates)}
 
     def save_to_json(self, json_path: str | os.PathLike[str]) -> None:
-        """Writes this state to `json_path`. NumPy and tensor scalars are written as plain numbers."""
-        text = json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True, default=_plain) + "\n"
+        """Writes this state to `json_path`. NumPy and tensor scalars become numbers, arrays lists."""
+        text = json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True, default=as_json) + "\n"
         with open(json_path, "w", encoding="utf-8") as file:
             file.write(text)
 
@@ -220,9 +220,11 @@ class TrainerState:
         self.is_world_process_zero = trainer.is_world_process_zero()
 
 
-def _plain(value: Any) -> Any:
-    """Returns the Python number in a NumPy or tensor scalar; anything else is not JSON."""
-    item = getattr(value, "item", None)
-    if callable(item) and getattr(value, "size", None) is not None:
-        return item()
-    raise TypeError(f"`{type(value).__name__}` cannot be written to `trainer_state.json`; log numbers and strings.")
+def as_json(value: Any) -> Any:
+    """Returns the number in a NumPy or tensor scalar, and nested lists for an array; anything else is not JSON.
+
+    Raises `TypeError`, as `json.dumps(default=as_json)` wants it.
+    """
+    if callable(getattr(value, "item", None)) and callable(getattr(value, "tolist", None)):
+        return value.item() if math.prod(value.shape) == 1 else value.tolist()
+    raise TypeError(f"`{type(value).__name__}` cannot be written as JSON; log numbers, strings, lists and arrays.")

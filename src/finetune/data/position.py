@@ -130,18 +130,16 @@ def _order(sampler: Any) -> np.ndarray | None:
 
 
 def skip_batches(loader: Any, num_batches: int) -> Any:
-    """Returns a loader for the rest of the current epoch, without its first `num_batches`; reads no row.
+    """Returns a loader for the rest of the current epoch, without its first `num_batches`; reads no row of a map.
 
-    The given loader is not changed and serves the following epochs. A loader of a kind not known here goes through
-    `accelerate.skip_first_batches`. Raises `CheckpointError` for a stream: its place is `load_loader_state`.
+    The given loader is not changed and serves the following epochs. A stream that `load_loader_state` did not put at
+    its place reads the batches again. A loader of a kind not known here goes through `accelerate.skip_first_batches`.
     """
     if num_batches == 0:
         return loader
-    if is_stream(getattr(loader, "dataset", None)):
-        raise CheckpointError(
-            f"A stream cannot skip {num_batches} batches without reading them. Resume it from its saved state, or "
-            "use `ignore_data_skip=True` to start the epoch anew."
-        )
+    if isinstance(loader, StreamLoader):
+        loader.skip(num_batches)
+        return loader
     from accelerate import skip_first_batches
     from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
 
@@ -152,7 +150,8 @@ def skip_batches(loader: Any, num_batches: int) -> Any:
         DataLoaderDispatcher: ("_drop_last", "_non_blocking", "split_batches", "slice_fn", "torch_device_mesh"),
     }
     plain = getattr(loader, "base_dataloader", loader)
-    if kind not in own_params or loader.batch_sampler is None or isinstance(plain.sampler, BatchSampler):
+    known = kind in own_params and loader.batch_sampler is not None and not is_stream(loader.dataset)
+    if not known or isinstance(plain.sampler, BatchSampler):
         return skip_first_batches(loader, num_batches)
     params = {name: getattr(plain, name) for name in _LOADER_PARAMS}
     params |= {name: getattr(loader, name, None) for name in own_params[kind]}
@@ -256,14 +255,13 @@ def loader_state(loader: Any) -> dict[str, Any]:
     }
 
 
-def load_loader_state(loader: Any, state: Mapping[str, Any], *, verify: bool = True, reiterate: bool = False) -> None:
+def load_loader_state(loader: Any, state: Mapping[str, Any], *, verify: bool = True) -> None:
     """Puts a stream at its saved position; checks that a map-style loader has the saved order.
 
-    Raises `CheckpointError` naming what differs. `verify=False` accepts changed data; `reiterate=True` lets a stream
-    without state of its own be read again up to the position.
+    Raises `CheckpointError` naming what differs. `verify=False` accepts changed data.
     """
     if isinstance(loader, StreamLoader) and state.get("kind") == "stream":
-        loader.load_state_dict(state, verify=verify, reiterate=reiterate)
+        loader.load_state_dict(state, verify=verify)
         return
     now = loader_state(loader)
     if now["kind"] == "stream_without_state":

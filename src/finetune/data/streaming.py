@@ -23,7 +23,7 @@ from finetune.errors import CheckpointError
 
 from .digest import digest
 from .randomness import FetchRandomness
-from .stream_source import explained_rows, has_shuffle_buffer, why_not_resumable
+from .stream_source import explained_rows, why_not_resumable
 
 logger = logging.getLogger(__name__)
 
@@ -152,6 +152,7 @@ class StreamLoader(DataLoader[Any]):
         self._position: dict[str, Any] = self._at_start()
         self._next_batch: Any = None
         self._expected: str | None = None
+        self._num_dropped = 0
 
     @property
     def fetches(self) -> FetchRandomness | None:
@@ -202,6 +203,11 @@ class StreamLoader(DataLoader[Any]):
         pending = next(packets, None)  # by now every worker has its starting point
         self._batches.start, self._batches.num_skipped_workers = None, 0
         self._verify(pending)
+        num_dropped, self._num_dropped = self._num_dropped, 0
+        for _ in range(num_dropped):
+            if pending is not None:
+                self._advance(*pending)
+                pending = next(packets, None)
         while pending is not None:
             (slot, packet), pending = pending, next(packets, None)
             self._advance(slot, packet)
@@ -253,12 +259,12 @@ class StreamLoader(DataLoader[Any]):
             "next_digest": None if self._next_batch is None else digest(self._next_batch),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any], *, verify: bool = True, reiterate: bool = False) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], *, verify: bool = True) -> None:
         """Makes the next iteration start at `state`, and check its first batch against the stored hash.
 
-        Raises `CheckpointError` when the number of workers differs, or when the stream has no state of its own and
-        `reiterate` is false. A stream whose state leaves out its shuffle buffer is read again from the start of the
-        epoch up to the position (rows are not collated), which is said in the log.
+        A stream without state of its own, or whose state leaves out its shuffle buffer, is read again from the start
+        of the epoch up to the position (rows are not collated), which is said in the log.
+        Raises `CheckpointError` when the number of workers differs.
         """
         num_workers = len(self._position["workers"])
         if len(state["workers"]) != num_workers:
@@ -270,11 +276,6 @@ class StreamLoader(DataLoader[Any]):
         workers = [dict(worker) for worker in state["workers"]]
         reason = why_not_resumable(self.dataset)
         if reason is not None and state["batches"]:
-            if not reiterate and not has_shuffle_buffer(self.dataset):
-                raise CheckpointError(
-                    f"The stream cannot be resumed at batch {state['batches']}: {reason}. Give the data set "
-                    "`state_dict` and `load_state_dict`, or use `ignore_data_skip=True` to start the epoch anew."
-                )
             num_rows = sum(worker["rows"] for worker in workers)
             logger.warning("Reading %d rows of the stream again to resume exactly: %s.", num_rows, reason)
             for worker in workers:
@@ -286,6 +287,16 @@ class StreamLoader(DataLoader[Any]):
         self._batches.num_skipped_workers = state["turn"] % num_workers
         same_layout = list(state["layout"]) == [self.rank, self.batch_size, self.world_size]
         self._expected = state["next_digest"] if verify and same_layout else None
+
+    def skip(self, num_batches: int) -> None:
+        """Makes the next iteration start behind `num_batches`, which are read again and dropped.
+
+        Does nothing where `load_state_dict` already found the place. For checkpoints without a saved position, as
+        transformers writes them.
+        """
+        if self._batches.start is None:
+            logger.warning("Reading %d batches of the stream again: the checkpoint has no position.", num_batches)
+            self._num_dropped = num_batches
 
     def _verify(self, pending: tuple[int, _Packet] | None) -> None:
         expected, self._expected = self._expected, None

@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from typing import Any
 
 from finetune.control.callbacks import Events
-from finetune.data.position import is_stream
 from finetune.engine.plan import ResumePoint
 from finetune.engine.run import TrainingRun
 from finetune.hooks import LoopHooks
@@ -66,9 +65,7 @@ def _run_epoch(run: TrainingRun, epoch: int, hooks: LoopHooks, events: Events) -
 def _epoch_loader(run: TrainingRun, epoch: int, done: ResumePoint) -> Iterable[Any]:
     """Returns the loader of `epoch`, starting behind the batches a resumed run has already seen."""
     run.set_epoch(epoch)
-    if done.batches_done and not is_stream(getattr(run.loader, "dataset", None)):
-        return run.skip_batches(run.loader, done.batches_done)
-    return run.loader
+    return run.skip_batches(run.loader, done.batches_done) if done.batches_done else run.loader
 
 
 def _run_window(run: TrainingRun, batches: list[Any], num_items: Any, hooks: LoopHooks, events: Events) -> None:

@@ -67,9 +67,14 @@ class StepPlan:
         """Returns the plan for a loader of `num_batches` micro-batches (None: not known).
 
         Raises:
-            ArgumentError: the loader has no length and `max_steps` does not give one.
+            ArgumentError: the loader has no batch, or no length while `max_steps` does not give one.
         """
-        if not num_batches:
+        if num_batches == 0:
+            raise ArgumentError(
+                f"The training data has {num_examples or 0} rows and gives no batch. Pass more rows, or lower "
+                "`per_device_train_batch_size` where `dataloader_drop_last` drops all of them."
+            )
+        if num_batches is None:
             if max_steps <= 0:
                 raise ArgumentError(
                     f"The training data set has no known length and `max_steps` is {max_steps}. "
@@ -88,7 +93,7 @@ class StepPlan:
             )
         updates = max(math.ceil(num_batches / accumulation), 1)
         rows = num_examples if num_examples is not None else num_batches * total_batch_size
-        if max_steps > 0:
+        if max_steps >= 0:
             epochs, samples = math.ceil(max_steps / updates), max_steps * total_batch_size
         else:
             epochs, samples = math.ceil(num_train_epochs), rows * num_train_epochs

@@ -157,8 +157,8 @@ def hyperparameters(args: Any) -> dict[str, Any]:
         "max_grad_norm": args.max_grad_norm,
         "lr_scheduler_type": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
         "warmup_steps": args.warmup_steps or None,
-        "training_steps": args.max_steps if args.max_steps > 0 else None,
-        "num_epochs": args.num_train_epochs if args.max_steps <= 0 else None,
+        "training_steps": args.max_steps if args.max_steps >= 0 else None,
+        "num_epochs": args.num_train_epochs if args.max_steps < 0 else None,
         "mixed_precision_training": "bf16" if args.bf16 else "fp16" if args.fp16 else None,
         "label_smoothing_factor": args.label_smoothing_factor or None,
     }

@@ -180,7 +180,7 @@ def _batch_text(plan: Any, world: int) -> str:
 
 
 def _length_text(plan: Any, state: Any, args: Any) -> str:
-    epochs = args.num_train_epochs if args.max_steps <= 0 else plan.max_steps / max(plan.updates_per_epoch, 1)
+    epochs = args.num_train_epochs if args.max_steps < 0 else plan.max_steps / max(plan.updates_per_epoch, 1)
     text = f"{plan.max_steps:,} steps, {epochs:.4g} epochs, {plan.num_examples:,} rows"
     return text + (f", continuing at step {state.global_step:,}" if state.global_step else "")
 

@@ -9,6 +9,8 @@ import os
 from pathlib import Path
 from typing import Any, Protocol
 
+from finetune.control.state import as_json
+
 
 class MetricsOwner(Protocol):
     """What these functions read of a trainer."""
@@ -83,7 +85,7 @@ def save_state(self: MetricsOwner) -> None:
 
 def _write(path: Path, content: dict[str, Any]) -> None:
     """Writes JSON as transformers formats it; the old file stays if the content cannot be written."""
-    text = json.dumps(content, indent=4, sort_keys=True, default=lambda value: value.item())
+    text = json.dumps(content, indent=4, sort_keys=True, default=as_json)
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)

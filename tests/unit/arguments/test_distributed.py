@@ -7,7 +7,7 @@ import transformers
 from transformers.trainer_pt_utils import AcceleratorConfig as TransformersConfig
 
 from finetune.arguments import AcceleratorConfig, TrainingArguments
-from finetune.arguments.base import parse_bool
+from finetune.arguments.readers import parse_bool
 from finetune.errors import ArgumentError
 
 FSDP = [

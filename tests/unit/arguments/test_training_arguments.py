@@ -72,6 +72,39 @@ def test_kubeflow_is_added_inside_its_job(monkeypatch):
     assert TrainingArguments("out").report_to == []
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("learning_rate", "1e-4", 1e-4),
+        ("num_train_epochs", "3", 3.0),
+        ("max_steps", "10", 10),
+        ("logging_steps", "0.1", 0.1),
+        ("save_total_limit", "2", 2),
+        ("neftune_noise_alpha", "none", None),
+        ("bf16", "false", False),
+        ("remove_unused_columns", "False", False),
+        ("gradient_checkpointing", "yes", True),
+    ],
+)
+def test_numbers_and_truth_values_in_texts_are_read_as_on_a_command_line(name, text, value):
+    """YAML takes `1e-4` for a text, and every text but the empty one is true."""
+    read = getattr(TrainingArguments("o", **{name: text}), name)
+    assert (read, type(read)) == (value, type(value))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("learning_rate", "fast", "`learning_rate`: 'fast' is not a number"),
+        ("max_steps", "1.5", "`max_steps`: '1.5' is not a whole number"),
+        ("bf16", "maybe", "`bf16`: 'maybe' is not true or false"),
+    ],
+)
+def test_texts_that_say_no_number_are_refused(name, text, message):
+    with pytest.raises(ArgumentError, match=message):
+        TrainingArguments("o", **{name: text})
+
+
 def test_json_texts_become_dicts():
     args = TrainingArguments("out", lr_scheduler_kwargs='{"num_cycles": "3", "flag": "true", "x": {"y": "0.5"}}')
     assert args.lr_scheduler_kwargs == {"num_cycles": 3, "flag": True, "x": {"y": 0.5}}

@@ -152,6 +152,33 @@ class TestWrongRun:
         with pytest.raises(CheckpointError, match=r"did not take over its state.*`state\.0` is missing"):
             load(saved, model, optim, SCHEDULES["lambda"](optim))
 
+    @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.RMSprop, torch.optim.Adagrad])
+    def test_another_kind_of_optimizer(self, saved: Path, kind: Any) -> None:
+        """PyTorch takes the settings over as they are; the first update then fails with `KeyError`."""
+        model, optim = build(optim=kind)
+        with pytest.raises(CheckpointError, match=r"another kind of optimizer, without `.*same `optim`"):
+            load(saved, model, optim, SCHEDULES["lambda"](optim))
+
+    def test_settings_that_do_not_act_are_named(self, saved: Path, caplog: pytest.LogCaptureFixture) -> None:
+        model, optim = build(weight_decay=0.5)
+        optim.param_groups[0]["lr"] = 0.3
+        load(saved, model, optim, SCHEDULES["lambda"](optim))
+        assert "`learning_rate` 0.1 instead of 0.3; `weight_decay` 0.01 instead of 0.5. To change" in caplog.text
+        assert optim.param_groups[0]["weight_decay"] == 0.01
+
+    @pytest.mark.parametrize("name", SCHEDULES)
+    def test_nothing_is_said_of_the_same_settings(
+        self, name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        model, optim = build()
+        schedule = SCHEDULES[name](optim)
+        for _ in range(3):
+            step(model, optim, schedule, 1.0 if name == "plateau" else None)
+        save(tmp_path, model, optim, schedule)
+        model, optim = build()
+        load(tmp_path, model, optim, SCHEDULES[name](optim))
+        assert "settings" not in caplog.text
+
     def test_weights_of_another_type(self, saved: Path) -> None:
         model, optim = build()
         model.bfloat16()

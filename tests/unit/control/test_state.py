@@ -66,6 +66,14 @@ def test_numpy_and_tensor_scalars_become_numbers(tmp_path):
     assert TrainerState.load_from_json(tmp_path / "s.json").log_history == [{"a": 0.5, "b": 3, "c": 2.5}]
 
 
+def test_arrays_become_lists(tmp_path):
+    """A confusion matrix among the metrics must not end a run at its first checkpoint."""
+    logs = {"matrix": np.eye(2, dtype=int), "per_class": torch.tensor([0.5, 0.25]), "one": np.array([3])}
+    TrainerState(log_history=[logs]).save_to_json(tmp_path / "s.json")
+    expected = [{"matrix": [[1, 0], [0, 1]], "per_class": [0.5, 0.25], "one": 3}]
+    assert TrainerState.load_from_json(tmp_path / "s.json").log_history == expected
+
+
 def test_what_is_not_json_is_refused_and_leaves_the_old_file(tmp_path):
     path = tmp_path / "s.json"
     TrainerState(global_step=1).save_to_json(path)

@@ -168,19 +168,21 @@ def test_samplers_and_loaders_of_ones_own_are_skipped_by_drawing_indices():
     assert rows(loaders.skip_batches(DataLoader(Rows(5), batch_size=2, collate_fn=collate), 1)) == [[2, 3], [4]]
 
 
-def test_skipping_a_stream_is_refused():
+def test_skipping_in_a_stream_reads_the_batches_again():
     class Stream(IterableDataset):
         def __iter__(self):
             return iter(range(9))
 
     loader = loaders.build_dataloader(Stream(), args=ARGS, accelerator=Accelerator(), collate_fn=collate, batch_size=2)
     assert isinstance(loader, loaders.StreamLoader) and loaders.is_stream(loader.dataset)
-    with pytest.raises(CheckpointError, match="ignore_data_skip"):
-        loaders.skip_batches(loader, 2)
+    whole = rows(loader)
+    assert rows(loaders.skip_batches(loader, 2)) == whole[2:]
+    assert rows(loader) == whole, "the next epoch is whole again"
     dispatched = loaders.build_dataloader(
         Stream(), args=ARGS, accelerator=Accelerator(dispatch_batches=True), collate_fn=collate, batch_size=2
     )
     assert not isinstance(dispatched, loaders.StreamLoader)
+    assert rows(loaders.skip_batches(dispatched, 2)) == whole[2:]
     with pytest.raises(CheckpointError, match="dispatch_batches"):
         loaders.load_loader_state(dispatched, loaders.loader_state(loader))
 

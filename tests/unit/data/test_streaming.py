@@ -170,19 +170,40 @@ def test_a_position_of_another_epoch_is_dropped():
     assert rows(second) == rows(first)
 
 
-def test_stream_without_state_is_refused_unless_told_to_read_again(caplog):
+def test_a_stream_without_state_is_read_again(caplog):
     first = loader(Plain(20), batch_size=4)
     batches = iter(first)
     for _ in range(3):
         next(batches)
     state = first.state_dict()
     second = loader(Plain(20), batch_size=4)
-    with pytest.raises(CheckpointError, match=r"batch 3: `Plain` has no `state_dict`.*ignore_data_skip"):
-        second.load_state_dict(state)
     with caplog.at_level(logging.WARNING):
-        second.load_state_dict(state, reiterate=True)
-    assert "Reading 12 rows" in caplog.text
+        second.load_state_dict(state)
+    assert "Reading 12 rows" in caplog.text and "`Plain` has no `state_dict`" in caplog.text
     assert rows(second) == rows(loader(Plain(20), batch_size=4))[3:]
+
+
+def test_a_stream_without_state_that_changed_is_noticed():
+    first = loader(Plain(20))
+    batches = iter(first)
+    next(batches)
+    shorter = loader(Plain(5))
+    shorter.load_state_dict(first.state_dict())
+    with pytest.raises(CheckpointError, match="does not continue with the batch"):
+        rows(shorter)
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_batches_are_skipped_where_no_position_was_saved(workers, caplog):
+    """Workers of `Plain` run dry at different times, so the skipped batches are counted, not calculated."""
+    whole = rows(loader(Plain(11), num_workers=workers))
+    for skipped in (1, len(whole) - 1, len(whole) + 5):
+        caplog.clear()
+        later = loader(Plain(11), num_workers=workers)
+        later.skip(skipped)
+        assert f"Reading {skipped} batches" in caplog.text
+        assert [rows(later), rows(loader(Plain(11), num_workers=workers))] == [whole[skipped:], whole]
+    assert later.state_dict()["batches"] == len(whole)
 
 
 def test_reading_a_shuffled_stream_again_is_said(caplog):

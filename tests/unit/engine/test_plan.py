@@ -44,6 +44,18 @@ def test_max_steps_beats_epochs() -> None:
     assert (plan.num_train_epochs, plan.max_steps, plan.num_train_samples) == (3, 7, 56)
 
 
+def test_no_steps_are_no_steps() -> None:
+    """Neither all epochs, as if the argument were unset, nor one step, as in transformers."""
+    plan = make(max_steps=0)
+    assert (plan.num_train_epochs, plan.max_steps, plan.num_train_samples) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("rows", [0, 7])
+def test_data_without_a_batch_is_an_error_that_says_so(rows: int) -> None:
+    with pytest.raises(ArgumentError, match=rf"has {rows} rows and gives no batch.*dataloader_drop_last"):
+        make(num_batches=0, num_examples=rows, max_steps=5)
+
+
 def test_a_stream_is_one_endless_epoch() -> None:
     plan = make(num_batches=None, max_steps=5)
     assert (plan.updates_per_epoch, plan.batches_per_epoch, plan.num_examples) == (5, 20, 40)

@@ -69,11 +69,12 @@ def test_same_files_as_transformers(tmp_path):
 
 def test_numpy_values_are_written_and_the_old_file_survives_what_cannot_be(tmp_path):
     owner = Owner(tmp_path)
-    owner.save_metrics("eval", {"eval_accuracy": np.float32(0.5)})
-    with pytest.raises(AttributeError):
+    owner.save_metrics("eval", {"eval_accuracy": np.float32(0.5), "eval_matrix": np.eye(2)})
+    with pytest.raises(TypeError, match="`object` cannot be written"):
         owner.save_metrics("eval", {"eval_accuracy": object()})
-    assert json.loads((tmp_path / "all_results.json").read_text()) == {"eval_accuracy": 0.5}
-    assert json.loads((tmp_path / "eval_results.json").read_text()) == {"eval_accuracy": 0.5}
+    expected = {"eval_accuracy": 0.5, "eval_matrix": [[1, 0], [0, 1]]}
+    assert json.loads((tmp_path / "all_results.json").read_text()) == expected
+    assert json.loads((tmp_path / "eval_results.json").read_text()) == expected
 
 
 def test_other_processes_are_silent(tmp_path, capsys):
