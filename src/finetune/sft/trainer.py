@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor, nn
@@ -94,7 +94,9 @@ class SFTTrainer(SFTRowMethods, Trainer):
         model = load_model_for_sft(args, model, tokenizer, quantization_config, peft_config)
         self._router_coefficient = router_coefficient(model, args.router_aux_loss_coef)
         wants_logits = compute_metrics or preprocess_logits_for_metrics or compute_loss_func
-        ours = data_collator is None and not wants_logits and not self._plan.packing
+        # Code of the user's expects a row per sample with its `attention_mask`, as every other trainer hands it over.
+        reads_batches = wants_logits or self._overrides("compute_loss", "prediction_step", "training_step")
+        ours = data_collator is None and not reads_batches and not self._plan.packing
         compiles = args.torch_compile_backend is not None
         # Compiled layers want few different shapes, which rows without padding do not have.
         self._plan = self._plan.settle(padding_free=ours and not compiles and can_be_padding_free(model))
@@ -140,6 +142,10 @@ class SFTTrainer(SFTRowMethods, Trainer):
         """Returns the configuration for a trainer that was given none: the folder `<model name>-SFT`."""
         name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
         return SFTConfig(f"{(name or type(model).__name__).rstrip('/').split('/')[-1]}-SFT")
+
+    def _overrides(self, *methods: str) -> bool:
+        """Returns whether a subclass, or this object, has one of these methods of its own."""
+        return any(getattr(getattr(self, name), "__func__", None) is not getattr(SFTTrainer, name) for name in methods)
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
@@ -201,9 +207,9 @@ class SFTTrainer(SFTRowMethods, Trainer):
         if self._why_not_fused() is None:
             options = {"label_smoothing": self.args.label_smoothing_factor, "dft": self.args.loss_type == "dft"}
             self._head = stack.enter_context(fuse_head(self.model, entropy=True, **options))
+            # Whoever else calls the model meanwhile (an overridden `compute_loss`, a callback) gets its logits.
+            stack.enter_context(self._head.suspended())
             stack.callback(setattr, self, "_head", None)
-            stack.callback(setattr, self, "label_smoother", self.label_smoother)
-            self.label_smoother = None
 
     _recomputation: recompute.Recomputation | None = None
     _isolation_is_proven = False
@@ -224,14 +230,18 @@ class SFTTrainer(SFTRowMethods, Trainer):
             inputs["output_router_logits"] = self._router_coefficient != 0
         if mode == "train":
             self._tokens.add(_num_tokens(inputs))
-        wants_logits = return_outputs and not self._loss_only
-        with self._head.suspended() if self._head is not None and wants_logits else nullcontext():
-            if self._head is None or wants_logits:
-                loss, outputs = self._loss_from_logits(model, inputs, num_items_in_batch)
-                sums = output_sums(outputs, inputs["labels"]) if "labels" in inputs else None
-            else:
-                loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-                sums = self._head.last
+        wants_logits = return_outputs and not (self._loss_only and not self._overrides("compute_loss"))
+        if self._head is None or wants_logits:
+            loss, outputs = self._loss_from_logits(model, inputs, num_items_in_batch)
+            sums = output_sums(outputs, inputs["labels"]) if "labels" in inputs else None
+        else:
+            smoother, self.label_smoother = self.label_smoother, None  # the head smooths
+            try:
+                with self._head.resumed():
+                    loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            finally:
+                self.label_smoother = smoother
+            sums = self._head.last
         if sums is not None:
             self._metrics[mode].add("mean_token_accuracy", sums.correct, sums.count)
             if sums.entropy is not None:
