@@ -110,6 +110,15 @@ def prepare_split(
 
 def first_row(dataset: Any, name: str = "train") -> dict[str, Any]:
     """Returns the first row of a data set or stream without consuming it. Raises `DataFormatError` if there is none."""
+    if isinstance(dataset, Mapping):
+        splits = ", ".join(map(repr, dataset))
+        raise DataFormatError(
+            f"The {name} data set is a dictionary of {splits}. Pass the rows under one of these keys."
+        )
+    if isinstance(dataset, str | os.PathLike):
+        raise DataFormatError(
+            f"The {name} data set is {os.fspath(dataset)!r}, a name. Load it first: `datasets.load_dataset(...)`."
+        )
     try:
         row = next(iter(dataset), None)
     except UnicodeDecodeError as error:

@@ -85,7 +85,7 @@ class SequenceClassificationTrainer(RawRowMethods, Trainer):
         peft_config: Any = None,
         **old_names: Any,
     ) -> None:
-        processing_class = setup.accept_old_names(old_names, processing_class, type(self))
+        processing_class = setup.accept_old_names(old_names, processing_class, type(self), SequenceClassificationConfig)
         args = _default_arguments(model) if args is None else args
         args = coerce_training_arguments(args, SequenceClassificationConfig)
         if train_dataset is None:

@@ -1,6 +1,7 @@
 """`SFTTrainer`: supervised fine-tuning of causal language models, with TRL's constructor and behaviour."""
 
 import logging
+import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -28,6 +29,7 @@ from finetune.sft.build import (
     brings_packed_attention,
     can_be_padding_free,
     check_model_options,
+    check_vocabulary,
     load_model_for_sft,
     load_tokenizer_for_sft,
     uses_virtual_tokens,
@@ -76,7 +78,9 @@ class SFTTrainer(SFTRowMethods, Trainer):
         formatting_func: Callable[[dict[str, Any]], Any] | None = None,
         **old_names: Any,
     ) -> None:
-        processing_class = setup.accept_old_names(old_names, processing_class, type(self))
+        processing_class = setup.accept_old_names(old_names, processing_class, type(self), SFTConfig)
+        if isinstance(model, os.PathLike):
+            model = os.fspath(model)
         args = self._default_arguments(model) if args is None else coerce_training_arguments(args, SFTConfig)
         if train_dataset is None:
             raise ArgumentError("`train_dataset` is required.")
@@ -92,6 +96,7 @@ class SFTTrainer(SFTRowMethods, Trainer):
         eval_dataset = self._prepare_eval(eval_dataset, processing_class, args)
         setup.seed_everything(args)
         model = load_model_for_sft(args, model, tokenizer, quantization_config, peft_config)
+        check_vocabulary(model, processing_class, train_dataset, eval_dataset)
         self._router_coefficient = router_coefficient(model, args.router_aux_loss_coef)
         wants_logits = compute_metrics or preprocess_logits_for_metrics or compute_loss_func
         # Code of the user's expects a row per sample with its `attention_mask`, as every other trainer hands it over.
