@@ -1,9 +1,11 @@
 """Mistakes that people make with `SFTTrainer`, and what they are told."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from datasets import Dataset, DatasetDict
 
 import finetune
@@ -77,3 +79,47 @@ def test_an_adapter_that_was_loaded_for_inference(tiny_llama: Any, chat_tokenize
     model = PeftModel.from_pretrained(tiny_llama(vocab_size=512), str(tmp_path / "adapter"))
     with pytest.raises(ArgumentError, match="is_trainable=True"):
         make(model, chat_tokenizer, tmp_path).train()
+
+
+def test_rows_of_another_kind_of_data_set(tiny_llama: Any, chat_tokenizer: Any, tmp_path: Path) -> None:
+    class Rows(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return 4
+
+        def __getitem__(self, index: int) -> dict[str, str]:
+            return ROWS[index]
+
+    with pytest.raises(DataFormatError, match=r"is a `Rows`, expected a `datasets.Dataset`"):
+        make(tiny_llama(vocab_size=512), chat_tokenizer, tmp_path, Rows())
+
+
+CHAT = [
+    {"role": "user", "content": "what is"},
+    {"role": "ipython", "content": "4"},
+    {"role": "assistant", "content": "red"},
+]
+
+
+@pytest.mark.parametrize(
+    ("rows", "options"),
+    [
+        ([{"messages": json.dumps(CHAT)}], {}),
+        ([{"talk": CHAT}], {"options": {"dataset_text_field": "talk"}}),
+        ([{"question": "what is"}], {"formatting_func": lambda row: CHAT}),
+    ],
+    ids=["JSON", "named column", "formatting_func"],
+)
+def test_every_way_to_give_messages_trains_the_assistant_alone(
+    rows: Any, options: dict[str, Any], tiny_llama: Any, chat_tokenizer: Any, tmp_path: Path
+) -> None:
+    options = {**options, "options": {**options.get("options", {}), "assistant_only_loss": True}}
+    trainer = make(tiny_llama(vocab_size=512), chat_tokenizer, tmp_path, Dataset.from_list(rows), **options)
+    trained = [label for label in trainer.train_dataset[0]["labels"] if label != -100]
+    assert chat_tokenizer.decode(trained) == "red<|im_end|>"
+
+
+def test_token_ids_may_be_tensors(tiny_llama: Any, chat_tokenizer: Any, tmp_path: Path) -> None:
+    rows = Dataset.from_dict({"input_ids": [[5, 6, 7]], "labels": [[-100, 6, 7]]}).with_format("torch")
+    trainer = make(tiny_llama(vocab_size=512), chat_tokenizer, tmp_path, rows, eval_dataset=rows)
+    assert trainer.train_dataset[0]["labels"] == [-100, 6, 7]
+    trainer.train()
