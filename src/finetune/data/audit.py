@@ -138,7 +138,7 @@ class SupervisionAudit:
         return (
             "The token that ends an answer is trained in none of its rows, so the model will not learn to stop. If the "
             "chat template has `{% generation %}` blocks, move the end-of-turn token into them; else set `eos_token` "
-            "to the token the template ends a turn with."
+            "to the token the template ends a turn with, or have the template write `{{ eos_token }}` there."
         )
 
     def warnings(self) -> list[str]:
@@ -245,6 +245,15 @@ def count_rows(dataset: Any) -> tuple[np.ndarray, np.ndarray]:
         lengths.append(np.diff(offsets).astype(np.int32))
         supervised.append(count_supervised(values, offsets))
     return np.concatenate(lengths), np.concatenate(supervised)
+
+
+def highest_token_id(dataset: Any) -> int:
+    """Returns the largest value of `input_ids` in a map-style data set; -1 for one that cannot be read by column."""
+    if "input_ids" not in (getattr(dataset, "column_names", None) or ()) or not hasattr(dataset, "data"):
+        return -1
+    columns = dataset.with_format("arrow", columns=["input_ids"])
+    batches = (table["input_ids"].combine_chunks().flatten() for table in columns.iter(batch_size=10_000))
+    return max((int(ids.to_numpy(zero_copy_only=False).max()) for ids in batches if len(ids)), default=-1)
 
 
 def audit_table(audits: Mapping[str, SupervisionAudit]) -> str:

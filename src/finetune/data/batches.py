@@ -14,6 +14,7 @@ from finetune.data.formats import (
     RowFormat,
     apply_formatting,
     detect_format,
+    formatted_row,
     read_conversations,
     read_texts,
 )
@@ -52,14 +53,8 @@ class BatchProcessor:
         self.tokenizer = getattr(processing_class, "tokenizer", processing_class)
         self.settings = settings
         self.name = name
-        sample: Columns = {key: [value] for key, value in first_row.items()}
         self.formats = settings.formatting_func is not None and "input_ids" not in first_row
-        field = settings.dataset_text_field
-        if self.formats:
-            assert settings.formatting_func is not None
-            sample = apply_formatting(sample, [0], settings.formatting_func)
-            field = "text" if "text" in sample else field
-        row = {key: values[0] for key, values in sample.items()}
+        row, field = formatted_row(first_row, settings.formatting_func, settings.dataset_text_field)
         self.format: RowFormat = detect_format(row, field, name)
         self._check_row(row)
         self.assistant_only = settings.assistant_only_loss or self._has_flags(row, ("train", "weight"))

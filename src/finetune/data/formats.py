@@ -24,7 +24,7 @@ ROLE_ALIASES = {
     "observation": "tool",
     "function_response": "tool",
 }
-KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool")
+KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 _CHAT_COLUMNS = ("messages", "conversations", "prompt", "completion")
 _CUSTOM_PAIRS = (("instruction", "output"), ("instruction", "response"), ("question", "answer"), ("query", "response"))
 
@@ -189,6 +189,16 @@ def apply_formatting(batch: Columns, rows: Sequence[int], function: Callable[[di
                 "return text, a list of messages, or a dictionary."
             )
     return {key: [row.get(key) for row in made] for key in (made[0] if made else {})}
+
+
+def formatted_row(
+    row: Mapping[str, Any], function: Callable[[dict[str, Any]], Any] | None, text_field: str
+) -> tuple[dict[str, Any], str]:
+    """Returns what `formatting_func` makes of one row, and the column of its text. Rows with `input_ids` stay."""
+    if function is None or "input_ids" in row:
+        return dict(row), text_field
+    made = apply_formatting({key: [value] for key, value in row.items()}, [0], function)
+    return {key: values[0] for key, values in made.items()}, "text" if "text" in made else text_field
 
 
 def _read_messages(value: Any, column: str, row: int, name: str) -> tuple[list[dict[str, Any]], list[float] | None]:

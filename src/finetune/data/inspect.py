@@ -17,7 +17,7 @@ import numpy as np
 from finetune.data.audit import SupervisionAudit, audit_table
 from finetune.data.batches import BatchProcessor
 from finetune.data.labels import truncate
-from finetune.data.pipeline import first_row, is_stream
+from finetune.data.pipeline import first_row, is_stream, plain_rows
 from finetune.data.rows import IGNORE_INDEX
 from finetune.data.settings import DataSettings
 from finetune.data.tokenize import NOTHING_TRAINED, TokenBatch
@@ -111,6 +111,8 @@ def preview(
 
     Raises `DataFormatError` like `prepare_split`.
     """
+    if not is_stream(dataset):
+        dataset = plain_rows(dataset, name)
     processor = BatchProcessor(processing_class, settings, first_row(dataset, name), name)
     raw = (
         list(dataset.take(num_rows)) if is_stream(dataset) else [dataset[i] for i in range(min(num_rows, len(dataset)))]

@@ -87,14 +87,11 @@ def prepare_split(
     """
     say = say or say_on_main_process
     row = first_row(dataset, name)
-    columns = list(row)
     if is_stream(dataset):
         return _prepare_stream(dataset, processing_class, settings, row, name, say)
-    if dataset.format["type"] == "custom":
-        raise DataFormatError(
-            f"The {name} data set uses `set_transform`, which would be run once and frozen into the tokens. Apply it "
-            "with `map` first, or pass `dataset_kwargs={'skip_prepare_dataset': True}`."
-        )
+    dataset = plain_rows(dataset, name)
+    row = first_row(dataset, name)
+    columns = list(row)
     ready = _already_prepared(dataset, columns, settings, name)
     if ready is not None:
         return ready
@@ -109,6 +106,15 @@ def prepare_split(
 
 def first_row(dataset: Any, name: str = "train") -> dict[str, Any]:
     """Returns the first row of a data set or stream without consuming it. Raises `DataFormatError` if there is none."""
+    if isinstance(dataset, Mapping):
+        splits = ", ".join(map(repr, dataset))
+        raise DataFormatError(
+            f"The {name} data set is a dictionary of {splits}. Pass the rows under one of these keys."
+        )
+    if isinstance(dataset, str | os.PathLike):
+        raise DataFormatError(
+            f"The {name} data set is {os.fspath(dataset)!r}, a name. Load it first: `datasets.load_dataset(...)`."
+        )
     try:
         row = next(iter(dataset), None)
     except UnicodeDecodeError as error:
@@ -118,6 +124,24 @@ def first_row(dataset: Any, name: str = "train") -> dict[str, Any]:
     if not isinstance(row, Mapping):
         raise DataFormatError(f"The rows of the {name} data set are `{type(row).__name__}`, expected dictionaries.")
     return dict(row)
+
+
+def plain_rows(dataset: Any, name: str) -> Any:
+    """Returns a map-style data set whose rows are Python values, whatever format it was set to."""
+    from datasets import Dataset
+
+    if not isinstance(dataset, Dataset):
+        raise DataFormatError(
+            f"The {name} data set is a `{type(dataset).__name__}`, expected a `datasets.Dataset`, `IterableDataset` or "
+            "a list of rows. Convert it (`Dataset.from_list(list(rows))`), or give rows with `input_ids` and `labels` "
+            "and set `dataset_kwargs={'skip_prepare_dataset': True}`."
+        )
+    if dataset.format["type"] == "custom":
+        raise DataFormatError(
+            f"The {name} data set uses `set_transform`, which would be run once and frozen into the tokens. Apply it "
+            "with `map` first, or pass `dataset_kwargs={'skip_prepare_dataset': True}`."
+        )
+    return dataset if dataset.format["type"] is None else dataset.with_format(None)
 
 
 def is_stream(dataset: Any) -> bool:

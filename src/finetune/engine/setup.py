@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from finetune.arguments.base import old_names_of
 from finetune.engine.step import LabelSmoother
 from finetune.errors import ArgumentError, nearest
 from finetune.models.adapters import unwrap
@@ -149,8 +150,10 @@ def token_counter(
     return count
 
 
-def accept_old_names(given: dict[str, Any], processing_class: Any, constructor: Callable[..., Any]) -> Any:
-    """Returns the processing class, from its old name `tokenizer` too.
+def accept_old_names(
+    given: dict[str, Any], processing_class: Any, constructor: Callable[..., Any], config: type
+) -> Any:
+    """Returns the processing class, from its old name `tokenizer` too. `config` is the class of the trainer's `args`.
 
     Raises:
         ArgumentError: any other unknown keyword, or both names at once.
@@ -160,6 +163,12 @@ def accept_old_names(given: dict[str, Any], processing_class: Any, constructor: 
     if given:
         allowed = [name for name in inspect.signature(constructor).parameters if name != "old_names"]
         unknown = next(iter(given))
+        if unknown in {*config.__dataclass_fields__, *old_names_of(config)}:  # pyright: ignore
+            names = ", ".join(f"{name}=..." for name in given)
+            raise ArgumentError(
+                f"`{unknown}` is an argument of the configuration, not of the trainer: "
+                f"`args={config.__name__}({names})`."
+            )
         raise ArgumentError(f"Unknown argument `{unknown}`.{nearest(unknown, allowed)} Allowed: {', '.join(allowed)}.")
     if tokenizer is None:
         return processing_class

@@ -108,7 +108,7 @@ class TrainerBase:
         preprocess_logits_for_metrics: Callable[[Any, Any], Any] | None = None,
         **old_names: Any,
     ) -> None:
-        processing_class = setup.accept_old_names(old_names, processing_class, type(self))
+        processing_class = setup.accept_old_names(old_names, processing_class, type(self), TrainingArguments)
         self.args = args = coerce_training_arguments(args, TrainingArguments)
         setup.set_log_level(args)
         checks.warn_of_idle_devices(args)

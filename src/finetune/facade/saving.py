@@ -111,7 +111,7 @@ class SavingMethods(TrainerBase):
 
     def _load_best_model(self) -> None:
         """Loads the best checkpoint's weights. Called at the end of `train` with `load_best_model_at_end`."""
-        self._writer.settle()
+        self._writer.wait()  # it may be the one being written
         checkpoints.load_best_model(
             self.state, accelerator=self.accelerator, model=self.model, model_wrapped=self.model_wrapped
         )

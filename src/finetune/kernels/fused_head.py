@@ -103,14 +103,30 @@ class FusedHead:
     @contextmanager
     def suspended(self) -> Iterator[None]:
         """Inside the block the model returns logits as ever: for `compute_metrics`, `return_outputs` and debugging."""
-        before, self._active = self._active, False
-        self._model.__dict__.pop("_loss_function", None)
+        with self._switched(on=False):
+            yield
+
+    @contextmanager
+    def resumed(self) -> Iterator[None]:
+        """Inside the block, within one of `suspended`, the model computes its loss without logits again."""
+        with self._switched(on=True):
+            yield
+
+    @contextmanager
+    def _switched(self, *, on: bool) -> Iterator[None]:
+        before = self._active
+        self._switch(on)
         try:
             yield
         finally:
-            self._active = before
-            if before:
-                self._model._loss_function = self._loss
+            self._switch(before)
+
+    def _switch(self, on: bool) -> None:
+        self._active = on
+        if on:
+            self._model._loss_function = self._loss
+        else:
+            self._model.__dict__.pop("_loss_function", None)
 
     def __enter__(self) -> FusedHead:
         return self

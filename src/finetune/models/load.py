@@ -220,7 +220,9 @@ def _load_error(what: str, name: str, error: Exception) -> ModelLoadError:
     """Returns one error for the dozen ways in which transformers, safetensors and the Hub client can fail."""
     cause = " ".join(str(error).split())
     cause = cause if len(cause) <= 300 else cause[:297] + "..."
-    if Path(name).expanduser().is_dir():
+    if isinstance(error, TypeError) and "unexpected keyword argument" in cause:
+        remedy = "Check the spelling of the options it is loaded with (`model_init_kwargs`)."
+    elif Path(name).expanduser().is_dir():
         files = ", ".join(sorted(each.name for each in Path(name).expanduser().iterdir()))
         remedy = f"The folder holds: {files}. Save it again with `save_pretrained`, or copy it again if it was cut off."
     else:

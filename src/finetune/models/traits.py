@@ -80,10 +80,12 @@ def check_trainable(model: nn.Module) -> None:
     if getattr(base, "is_quantized", False):
         _check_quantized(kept, base, quantizer)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ArgumentError(
-            f"every parameter of `model` ({name}) is frozen, so there is nothing to train. Unfreeze some with "
-            "`requires_grad_(True)` or pass `peft_config`."
+        remedy = (
+            "Load the adapter for training: `PeftModel.from_pretrained(..., is_trainable=True)`."
+            if is_peft_model(kept)
+            else "Unfreeze some with `requires_grad_(True)` or pass `peft_config`."
         )
+        raise ArgumentError(f"every parameter of `model` ({name}) is frozen, so there is nothing to train. {remedy}")
 
 
 def takes_argument(model: nn.Module, name: str) -> bool:

@@ -1,5 +1,6 @@
 """`SequenceClassificationTrainer`: classes, several classes per row, or numbers from text, on the common trainer."""
 
+import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -83,7 +84,9 @@ class SequenceClassificationTrainer(RawRowMethods, Trainer):
         peft_config: Any = None,
         **old_names: Any,
     ) -> None:
-        processing_class = setup.accept_old_names(old_names, processing_class, type(self))
+        processing_class = setup.accept_old_names(old_names, processing_class, type(self), SequenceClassificationConfig)
+        if isinstance(model, os.PathLike):
+            model = os.fspath(model)
         if args is None:
             args = SequenceClassificationConfig(setup.folder_for(model, "classification"))
         args = coerce_training_arguments(args, SequenceClassificationConfig)

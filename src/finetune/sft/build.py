@@ -1,15 +1,17 @@
 """Tokenizer and model of an SFT run: the tokenizer first, so that rows are prepared and checked before weights load."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from finetune.data.audit import highest_token_id
 from finetune.data.templates import adopt_chat_template, fit_vocabulary
 from finetune.errors import ArgumentError
 from finetune.kernels.attention import packed_unsupported_reason, use_packed_attention
 from finetune.kernels.isolation import probe_isolation
-from finetune.models.adapters import add_adapters, prepare_quantized
+from finetune.models.adapters import add_adapters, prepare_quantized, unwrap
 from finetune.models.load import load_model, load_tokenizer, refuse_load_options
 from finetune.models.tokens import choose_eos_token
 from finetune.sft.config import SFTConfig
@@ -78,6 +80,26 @@ def load_model_for_sft(
 def _init_kwargs(args: SFTConfig) -> dict[str, Any]:
     assert not isinstance(args.model_init_kwargs, str)  # parsed when the arguments were made
     return {**(args.model_init_kwargs or {})}
+
+
+def check_vocabulary(model: nn.Module, processing_class: Any, train_dataset: Any, eval_dataset: Any) -> None:
+    """Raises `ArgumentError` for token ids in prepared rows that the model's embedding has no row for.
+
+    Data sets are read only if the tokenizer has more tokens than the embedding has rows; streams are not.
+    """
+    embedding = getattr(unwrap(model), "get_input_embeddings", None)
+    rows = 0 if embedding is None else embedding().weight.shape[0]
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    if not 0 < rows < len(tokenizer):  # no row at all: sharded while loading
+        return
+    splits = eval_dataset.values() if isinstance(eval_dataset, Mapping) else [eval_dataset]
+    highest = max(map(highest_token_id, [train_dataset, *splits]))
+    if highest >= rows:
+        raise ArgumentError(
+            f"The data has the token {tokenizer.convert_ids_to_tokens(highest)!r} (id {highest}), and the model's "
+            f"embedding has {rows} rows. Tokens that were added to the tokenizer need rows of their own: call "
+            "`model.resize_token_embeddings(len(tokenizer))` before you make the trainer."
+        )
 
 
 def brings_packed_attention(model: nn.Module) -> bool:

@@ -4,7 +4,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from finetune.errors import ArgumentError
+from finetune.data.formats import Kind, detect_format, formatted_row
+from finetune.errors import ArgumentError, DataFormatError
 
 if TYPE_CHECKING:
     from finetune.sft.config import SFTConfig
@@ -54,7 +55,7 @@ class DataPlan:
             packing_strategy=args.packing_strategy,
             completion_only_loss=bool(completion_only),
             assistant_only_loss=bool(args.assistant_only_loss),
-            conversational=_is_conversational(sample),
+            conversational=_is_conversational(sample, args.dataset_text_field, formatting_func),
             skip_prepare=bool(options.get("skip_prepare_dataset")),
         )
         broken = [message for applies, message in RULES if applies(args, plan, sample, formatting_func)]
@@ -67,13 +68,15 @@ class DataPlan:
         return replace(self, padding_free=padding_free) if self.padding_free is None else self
 
 
-def _is_conversational(sample: Mapping[str, Any]) -> bool:
-    """Returns whether any of the row's text columns holds a list of messages."""
-    for column in ("messages", "conversations", "prompt", "completion"):
-        value = sample.get(column)
-        if isinstance(value, list) and value and isinstance(value[0], Mapping):
-            return True
-    return False
+def _is_conversational(
+    sample: Mapping[str, Any], text_field: str, formatting_func: Callable[[dict[str, Any]], Any] | None
+) -> bool:
+    """Returns whether rows like `sample` are read as messages; false for rows that cannot be read at all."""
+    try:
+        row_format = detect_format(*formatted_row(sample, formatting_func, text_field))
+    except DataFormatError:
+        return False  # said with all it takes when the rows are prepared
+    return row_format.kind in (Kind.CHAT, Kind.CHAT_PROMPT_COMPLETION)
 
 
 Rule = tuple[Callable[["SFTConfig", DataPlan, Mapping[str, Any], Any], bool], str]

@@ -1,8 +1,9 @@
 """`SFTTrainer`: supervised fine-tuning of causal language models, with TRL's constructor and behaviour."""
 
 import logging
+import os
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ from finetune.sft.build import (
     brings_packed_attention,
     can_be_padding_free,
     check_model_options,
+    check_vocabulary,
     load_model_for_sft,
     load_tokenizer_for_sft,
     uses_virtual_tokens,
@@ -77,7 +79,9 @@ class SFTTrainer(SFTRowMethods, Trainer):
         formatting_func: Callable[[dict[str, Any]], Any] | None = None,
         **old_names: Any,
     ) -> None:
-        processing_class = setup.accept_old_names(old_names, processing_class, type(self))
+        processing_class = setup.accept_old_names(old_names, processing_class, type(self), SFTConfig)
+        if isinstance(model, os.PathLike):
+            model = os.fspath(model)
         args = SFTConfig(setup.folder_for(model, "SFT")) if args is None else coerce_training_arguments(args, SFTConfig)
         if train_dataset is None:
             raise ArgumentError("`train_dataset` is required.")
@@ -93,9 +97,12 @@ class SFTTrainer(SFTRowMethods, Trainer):
         eval_dataset = self._prepare_eval(eval_dataset, processing_class, args)
         setup.seed_everything(args)
         model = load_model_for_sft(args, model, tokenizer, quantization_config, peft_config)
+        check_vocabulary(model, processing_class, train_dataset, eval_dataset)
         self._router_coefficient = router_coefficient(model, args.router_aux_loss_coef)
         wants_logits = compute_metrics or preprocess_logits_for_metrics or compute_loss_func
-        ours = data_collator is None and not wants_logits and not self._plan.packing
+        # Code of the user's expects a row per sample with its `attention_mask`, as every other trainer hands it over.
+        reads_batches = wants_logits or self._overrides("compute_loss", "prediction_step", "training_step")
+        ours = data_collator is None and not reads_batches and not self._plan.packing
         compiles = args.torch_compile_backend is not None
         # Compiled layers want few different shapes, which rows without padding do not have.
         self._plan = self._plan.settle(padding_free=ours and not compiles and can_be_padding_free(model))
@@ -135,6 +142,10 @@ class SFTTrainer(SFTRowMethods, Trainer):
             inspect.show(self._preview, self.audits)
 
     # ---- Construction ----
+
+    def _overrides(self, *methods: str) -> bool:
+        """Returns whether a subclass, or this object, has one of these methods of its own."""
+        return any(getattr(getattr(self, name), "__func__", None) is not getattr(SFTTrainer, name) for name in methods)
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
@@ -196,9 +207,9 @@ class SFTTrainer(SFTRowMethods, Trainer):
         if self._why_not_fused() is None:
             options = {"label_smoothing": self.args.label_smoothing_factor, "dft": self.args.loss_type == "dft"}
             self._head = stack.enter_context(fuse_head(self.model, entropy=True, **options))
+            # Whoever else calls the model meanwhile (an overridden `compute_loss`, a callback) gets its logits.
+            stack.enter_context(self._head.suspended())
             stack.callback(setattr, self, "_head", None)
-            stack.callback(setattr, self, "label_smoother", self.label_smoother)
-            self.label_smoother = None
 
     _recomputation: recompute.Recomputation | None = None
     _isolation_is_proven = False
@@ -219,14 +230,18 @@ class SFTTrainer(SFTRowMethods, Trainer):
             inputs["output_router_logits"] = self._router_coefficient != 0
         if mode == "train":
             self._tokens.add(_num_tokens(inputs))
-        wants_logits = return_outputs and not self._loss_only
-        with self._head.suspended() if self._head is not None and wants_logits else nullcontext():
-            if self._head is None or wants_logits:
-                loss, outputs = self._loss_from_logits(model, inputs, num_items_in_batch)
-                sums = output_sums(outputs, inputs["labels"]) if "labels" in inputs else None
-            else:
-                loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-                sums = self._head.last
+        wants_logits = return_outputs and not (self._loss_only and not self._overrides("compute_loss"))
+        if self._head is None or wants_logits:
+            loss, outputs = self._loss_from_logits(model, inputs, num_items_in_batch)
+            sums = output_sums(outputs, inputs["labels"]) if "labels" in inputs else None
+        else:
+            smoother, self.label_smoother = self.label_smoother, None  # the head smooths
+            try:
+                with self._head.resumed():
+                    loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            finally:
+                self.label_smoother = smoother
+            sums = self._head.last
         if sums is not None:
             self._metrics[mode].add("mean_token_accuracy", sums.correct, sums.count)
             if sums.entropy is not None:

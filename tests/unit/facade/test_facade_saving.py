@@ -24,7 +24,8 @@ COMMON: dict[str, Any] = {"report_to": "none", "disable_tqdm": True, "use_cpu": 
 def make(tiny_bert: Any, out: Path, cls: Any = finetune.Trainer, callbacks: Any = None, **options: Any) -> Any:
     rows = Dataset.from_dict({"input_ids": [[3 + i] * 6 for i in range(24)], "labels": [0, 1, 2] * 8})
     args = finetune.TrainingArguments(str(out), **{**COMMON, **options})
-    return cls(model=tiny_bert(), args=args, train_dataset=rows, callbacks=callbacks)
+    evaluated = None if args.eval_strategy == "no" else rows
+    return cls(model=tiny_bert(), args=args, train_dataset=rows, eval_dataset=evaluated, callbacks=callbacks)
 
 
 class Reader(transformers.TrainerCallback):
@@ -64,6 +65,22 @@ def test_what_reads_a_checkpoint_at_once_finds_it(tiny_bert: Any, tmp_path: Path
     make(tiny_bert, tmp_path / "a", callbacks=[reader]).train()
     assert reader.found == [True] * 3
     make(tiny_bert, tmp_path / "b", cls=Copies).train()
+
+
+def test_the_best_checkpoint_may_be_the_one_still_being_written(
+    tiny_bert: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = CheckpointStore.commit
+
+    def slow(self: Any, staging: Any, **kwargs: Any) -> Any:
+        time.sleep(0.5)
+        return commit(self, staging, **kwargs)
+
+    monkeypatch.setattr(CheckpointStore, "commit", slow)
+    trainer = make(tiny_bert, tmp_path, async_save=True, eval_steps=1, eval_strategy="steps", max_steps=1,
+                   load_best_model_at_end=True)  # fmt: skip
+    trainer.train()
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-1")
 
 
 def fail_at(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:

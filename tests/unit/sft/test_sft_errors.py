@@ -1,0 +1,125 @@
+"""Mistakes that people make with `SFTTrainer`, and what they are told."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+
+import finetune
+from finetune.errors import ArgumentError, DataFormatError, ModelLoadError
+
+ROWS = [{"text": "the cat sat on a mat"}] * 4
+
+
+def make(model: Any, tokenizer: Any, out: Path, rows: Any = None, **kwargs: Any) -> finetune.SFTTrainer:
+    options = {"report_to": "none", "use_cpu": True, "max_steps": 1, "disable_tqdm": True, **kwargs.pop("options", {})}
+    return finetune.SFTTrainer(
+        model=model,
+        args=finetune.SFTConfig(str(out), **options),
+        train_dataset=Dataset.from_list(ROWS) if rows is None else rows,
+        processing_class=tokenizer,
+        **kwargs,
+    )
+
+
+def test_tokens_without_a_row_in_the_embedding_are_named(tiny_llama: Any, chat_tokenizer: Any, tmp_path: Path) -> None:
+    model = tiny_llama(vocab_size=len(chat_tokenizer))
+    chat_tokenizer.add_tokens(["<tool>", "<end>"])
+    make(model, chat_tokenizer, tmp_path)  # a token that no row has does no harm
+    rows = Dataset.from_list([*ROWS, {"text": "the <tool> sat"}])
+    with pytest.raises(ArgumentError, match=r"'<tool>'.*resize_token_embeddings"):
+        make(model, chat_tokenizer, tmp_path, rows)
+    with pytest.raises(ArgumentError, match="'<tool>'"):
+        make(model, chat_tokenizer, tmp_path, eval_dataset={"a": Dataset.from_list(ROWS), "b": rows})
+    model.resize_token_embeddings(len(chat_tokenizer))
+    make(model, chat_tokenizer, tmp_path, rows).train()
+
+
+def test_arguments_that_moved_to_the_configuration(tiny_llama: Any, chat_tokenizer: Any, tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match=r"args=SFTConfig\(max_seq_length=\.\.\., packing=\.\.\.\)"):
+        make(tiny_llama(vocab_size=512), chat_tokenizer, tmp_path, max_seq_length=128, packing=True)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (
+            DatasetDict({"train": Dataset.from_list(ROWS), "test": Dataset.from_list(ROWS)}),
+            "dictionary of 'train', 'test'",
+        ),
+        ("owner/name", "Load it first"),
+    ],
+)
+def test_rows_that_are_no_data_set(
+    rows: Any, message: str, tiny_llama: Any, chat_tokenizer: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(DataFormatError, match=message):
+        make(tiny_llama(vocab_size=512), chat_tokenizer, tmp_path, rows)
+
+
+def test_a_folder_may_be_a_path_and_its_options_are_blamed_for_themselves(
+    tiny_llama: Any, chat_tokenizer: Any, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    tiny_llama(vocab_size=512).save_pretrained(folder)
+    chat_tokenizer.save_pretrained(folder)
+    assert make(folder, None, tmp_path).processing_class.eos_token == chat_tokenizer.eos_token
+    with pytest.raises(ModelLoadError, match=r"'atn_implementation' Check .*`model_init_kwargs`"):
+        make(folder, None, tmp_path, options={"model_init_kwargs": {"atn_implementation": "eager"}})
+
+
+def test_an_adapter_that_was_loaded_for_inference(tiny_llama: Any, chat_tokenizer: Any, tmp_path: Path) -> None:
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    adapter = get_peft_model(tiny_llama(vocab_size=512), LoraConfig(task_type="CAUSAL_LM"))
+    adapter.save_pretrained(tmp_path / "adapter")
+    model = PeftModel.from_pretrained(tiny_llama(vocab_size=512), str(tmp_path / "adapter"))
+    with pytest.raises(ArgumentError, match="is_trainable=True"):
+        make(model, chat_tokenizer, tmp_path).train()
+
+
+def test_rows_of_another_kind_of_data_set(tiny_llama: Any, chat_tokenizer: Any, tmp_path: Path) -> None:
+    class Rows(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return 4
+
+        def __getitem__(self, index: int) -> dict[str, str]:
+            return ROWS[index]
+
+    with pytest.raises(DataFormatError, match=r"is a `Rows`, expected a `datasets.Dataset`"):
+        make(tiny_llama(vocab_size=512), chat_tokenizer, tmp_path, Rows())
+
+
+CHAT = [
+    {"role": "user", "content": "what is"},
+    {"role": "ipython", "content": "4"},
+    {"role": "assistant", "content": "red"},
+]
+
+
+@pytest.mark.parametrize(
+    ("rows", "options"),
+    [
+        ([{"messages": json.dumps(CHAT)}], {}),
+        ([{"talk": CHAT}], {"options": {"dataset_text_field": "talk"}}),
+        ([{"question": "what is"}], {"formatting_func": lambda row: CHAT}),
+    ],
+    ids=["JSON", "named column", "formatting_func"],
+)
+def test_every_way_to_give_messages_trains_the_assistant_alone(
+    rows: Any, options: dict[str, Any], tiny_llama: Any, chat_tokenizer: Any, tmp_path: Path
+) -> None:
+    options = {**options, "options": {**options.get("options", {}), "assistant_only_loss": True}}
+    trainer = make(tiny_llama(vocab_size=512), chat_tokenizer, tmp_path, Dataset.from_list(rows), **options)
+    trained = [label for label in trainer.train_dataset[0]["labels"] if label != -100]
+    assert chat_tokenizer.decode(trained) == "red<|im_end|>"
+
+
+def test_token_ids_may_be_tensors(tiny_llama: Any, chat_tokenizer: Any, tmp_path: Path) -> None:
+    rows = Dataset.from_dict({"input_ids": [[5, 6, 7]], "labels": [[-100, 6, 7]]}).with_format("torch")
+    trainer = make(tiny_llama(vocab_size=512), chat_tokenizer, tmp_path, rows, eval_dataset=rows)
+    assert trainer.train_dataset[0]["labels"] == [-100, 6, 7]
+    trainer.train()
