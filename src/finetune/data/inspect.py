@@ -164,6 +164,8 @@ def _preview_row(tokenizer: Any, batch: TokenBatch, kept: np.ndarray, i: int, dr
     ids = batch.ids[start:end].tolist()
     states = np.where(batch.labels[start:end] != IGNORE_INDEX, "trained", "not trained")
     states = np.where(kept[start:end], states, "truncated")
+    # The first token that is left is read only: nothing stands before it that could predict it.
+    states[np.flatnonzero(kept[start:end])[:1]] = "not trained"
     border = -1
     if batch.completion_mask is not None and batch.completion_mask[start:end].any():
         border = int(batch.completion_mask[start:end].argmax())

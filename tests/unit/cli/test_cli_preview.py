@@ -38,7 +38,7 @@ def test_the_template_of_a_file_is_used(tmp_path: Path, tiny_llama: Any, chat_to
     assert "<|im_start|>user\nthe cat" in capsys.readouterr().out
     (tmp_path / "own.jinja").write_text(TEMPLATE)
     run_preview([*argv, "--chat_template_path", str(tmp_path / "own.jinja")])
-    assert "[Q]the cat[A]⟦sat on a mat<|im_end|>⟧" in capsys.readouterr().out
+    assert "[Q]the cat[A]«sat on a mat<|im_end|>»" in capsys.readouterr().out
 
 
 def test_the_template_and_tokens_of_another_tokenizer_are_used(
@@ -49,4 +49,4 @@ def test_the_template_and_tokens_of_another_tokenizer_are_used(
     chat_tokenizer.eos_token, chat_tokenizer.chat_template = "<|done|>", TEMPLATE.replace("<|im_end|>", "<|done|>")
     chat_tokenizer.save_pretrained(tmp_path / "other")
     run_preview([*argv, "--chat_template_path", str(tmp_path / "other")])
-    assert "[A]⟦sat on a mat<|done|>⟧" in capsys.readouterr().out
+    assert "[A]«sat on a mat<|done|>»" in capsys.readouterr().out

@@ -25,13 +25,21 @@ def test_states_of_the_tokens(chat_tokenizer: Any) -> None:
     assert made.mask_method == "completion"
 
 
+def test_the_first_token_of_a_row_is_no_target(chat_tokenizer: Any) -> None:
+    """As the audit counts: nothing stands before it that could predict it."""
+    row = preview(Dataset.from_dict({"text": ["the cat"]}), chat_tokenizer, DataSettings()).rows[0]
+    assert [(p.text, p.state) for p in row.pieces] == [("the", "not trained"), (" cat<|im_end|>", "trained")]
+    assert row.describe() == "row 0: 3 tokens, 2 trained, 0 truncated"
+
+
 def test_keep_end_and_rows_left_out(chat_tokenizer: Any) -> None:
     rows = Dataset.from_dict(ROWS)
     end = preview(rows, chat_tokenizer, DataSettings(max_length=3, truncation_mode="keep_end"), num_rows=1)
     assert [(p.text, p.state) for p in end.rows[0].pieces] == [
         ("the cat", "truncated"),
         (" sat on", "truncated"),
-        (" a mat<|im_end|>", "trained"),
+        (" a", "not trained"),
+        (" mat<|im_end|>", "trained"),
     ]
     cut = preview(rows, chat_tokenizer, DataSettings(max_length=2), num_rows=1)
     assert cut.rows[0].dropped
@@ -53,7 +61,7 @@ def test_control_characters_and_markup_in_the_data_are_harmless(chat_tokenizer: 
     rows = Dataset.from_dict({"text": ["a\033[2Jb <script>x</script>\nnext"]})
     made = preview(rows, chat_tokenizer, DataSettings(), num_rows=5)
     assert "\033[2J" not in made.to_terminal()
-    assert r"a\x1b[2Jb" in made.to_terminal(color=False)
+    assert r"a«\x1b[2Jb" in made.to_terminal(color=False)
     page = made.to_html()
     assert "<script>" not in page
     assert "&lt;script&gt;" in page
