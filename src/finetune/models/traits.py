@@ -155,3 +155,14 @@ def max_positions(model: Any) -> int | None:
     if not positions or positions < 0:
         return None
     return positions - (2 if "roberta" in str(getattr(config, "model_type", "")) else 0)
+
+
+def learned_positions(model: Any) -> int | None:
+    """Returns the tokens that a row may have for a model with a learned vector per position (GPT-2, OPT), else None.
+
+    Rotary positions have no such end.
+    """
+    tables = ("wpe", "embed_positions", "position_embeddings")
+    modules = unwrap(model).named_modules()
+    learned = any(isinstance(each, nn.Embedding) and name.rpartition(".")[2] in tables for name, each in modules)
+    return max_positions(model) if learned else None

@@ -14,7 +14,9 @@ from finetune.kernels.isolation import probe_isolation
 from finetune.models.adapters import add_adapters, prepare_quantized, unwrap
 from finetune.models.load import load_model, load_tokenizer, refuse_load_options
 from finetune.models.tokens import choose_eos_token
+from finetune.models.traits import learned_positions
 from finetune.sft.config import SFTConfig
+from finetune.sft.recompute import longest_row
 
 
 @dataclass(frozen=True)
@@ -82,18 +84,31 @@ def _init_kwargs(args: SFTConfig) -> dict[str, Any]:
     return {**(args.model_init_kwargs or {})}
 
 
-def check_vocabulary(model: nn.Module, processing_class: Any, train_dataset: Any, eval_dataset: Any) -> None:
-    """Raises `ArgumentError` for token ids in prepared rows that the model's embedding has no row for.
+def check_rows(
+    model: nn.Module, processing_class: Any, train_dataset: Any, eval_dataset: Any, *, packing: bool
+) -> None:
+    """Raises `ArgumentError` for prepared rows that do not fit the model's tables of tokens and of positions.
 
-    Data sets are read only if the tokenizer has more tokens than the embedding has rows; streams are not.
+    Tokens are read only if the tokenizer has more of them than the embedding has rows; streams are not. Rows of several
+    samples (`packing`) are longer than what takes positions.
     """
+    splits = [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, Mapping) else [eval_dataset])]
+    _check_vocabulary(model, getattr(processing_class, "tokenizer", processing_class), splits)
+    positions = None if packing else learned_positions(model)
+    longest = max(longest_row(split, None) or 0 for split in splits)
+    if positions is not None and longest > positions:
+        raise ArgumentError(
+            f"The longest row has {longest} tokens, and {type(unwrap(model)).__name__} has {positions} positions. Set "
+            f"`max_length={positions}`."
+        )
+
+
+def _check_vocabulary(model: nn.Module, tokenizer: Any, splits: list[Any]) -> None:
     embedding = getattr(unwrap(model), "get_input_embeddings", None)
     rows = 0 if embedding is None else embedding().weight.shape[0]
-    tokenizer = getattr(processing_class, "tokenizer", processing_class)
     if not 0 < rows < len(tokenizer):  # no row at all: sharded while loading
         return
-    splits = eval_dataset.values() if isinstance(eval_dataset, Mapping) else [eval_dataset]
-    highest = max(map(highest_token_id, [train_dataset, *splits]))
+    highest = max(map(highest_token_id, splits))
     if highest >= rows:
         raise ArgumentError(
             f"The data has the token {tokenizer.convert_ids_to_tokens(highest)!r} (id {highest}), and the model's "

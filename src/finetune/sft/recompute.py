@@ -65,7 +65,7 @@ def decide(
     try:
         with autocast:
             kept = kept_bytes(model)
-    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
         return Recomputation(True, f"what they take could not be measured ({type(error).__name__}: {error})")
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     free = free_bytes(torch.device(args.device)) - _TRAINED_BYTES * trained

@@ -30,7 +30,7 @@ from finetune.sft.build import (
     brings_packed_attention,
     can_be_padding_free,
     check_model_options,
-    check_vocabulary,
+    check_rows,
     load_model_for_sft,
     load_tokenizer_for_sft,
     uses_virtual_tokens,
@@ -97,7 +97,7 @@ class SFTTrainer(SFTRowMethods, Trainer):
         eval_dataset = self._prepare_eval(eval_dataset, processing_class, args)
         setup.seed_everything(args)
         model = load_model_for_sft(args, model, tokenizer, quantization_config, peft_config)
-        check_vocabulary(model, processing_class, train_dataset, eval_dataset)
+        check_rows(model, processing_class, train_dataset, eval_dataset, packing=self._plan.packing)
         self._router_coefficient = router_coefficient(model, args.router_aux_loss_coef)
         wants_logits = compute_metrics or preprocess_logits_for_metrics or compute_loss_func
         # Code of the user's expects a row per sample with its `attention_mask`, as every other trainer hands it over.

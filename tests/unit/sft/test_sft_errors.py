@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import finetune
 from finetune.errors import ArgumentError, DataFormatError, ModelLoadError
@@ -36,6 +37,19 @@ def test_tokens_without_a_row_in_the_embedding_are_named(tiny_llama: Any, chat_t
         make(model, chat_tokenizer, tmp_path, eval_dataset={"a": Dataset.from_list(ROWS), "b": rows})
     model.resize_token_embeddings(len(chat_tokenizer))
     make(model, chat_tokenizer, tmp_path, rows).train()
+
+
+def test_rows_longer_than_a_model_s_learned_positions_are_refused(chat_tokenizer: Any, tmp_path: Path) -> None:
+    """torch would end the run with `index out of range in self`; rotary positions have no such end."""
+    settings = {"vocab_size": 512, "n_positions": 16, "n_embd": 32, "n_layer": 1, "n_head": 2}
+    model = GPT2LMHeadModel(GPT2Config(**settings))
+    rows = Dataset.from_list([*ROWS, {"text": "the cat sat on a mat " * 5}])
+    with pytest.raises(ArgumentError, match=r"longest row has \d+ tokens, and GPT2LMHeadModel has 16 positions.*=16`"):
+        make(model, chat_tokenizer, tmp_path, rows)
+    with pytest.raises(ArgumentError, match="16 positions"):
+        make(model, chat_tokenizer, tmp_path, eval_dataset={"few": Dataset.from_list(ROWS), "long": rows})
+    make(model, chat_tokenizer, tmp_path, rows, options={"max_length": 16}).train()
+    make(model, chat_tokenizer, tmp_path, rows.to_iterable_dataset())
 
 
 def test_arguments_that_moved_to_the_configuration(tiny_llama: Any, chat_tokenizer: Any, tmp_path: Path) -> None:
