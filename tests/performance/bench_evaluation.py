@@ -74,7 +74,6 @@ def main() -> None:
         shared: dict[str, Any] = {"rows": rows, "metrics": metrics, "shape": "small"}
         case = bench.case(name, {"trl": shared, "finetune": shared}, settings=shared)
         case.ratio("cpu_seconds", "trl")
-        case.ratio("peak_mib", "trl")
         case.losses_agree(1e-3, "trl")
         case.bar(f"rows/s against TRL, {rows} rows, {name}", case.ratios("seconds", "trl"), at_least=2.0)
     if bench.wanted("memory"):
