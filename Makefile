@@ -2,7 +2,7 @@
 #   make demo       fine-tune the embedded model and show what changed   make check      style, types, layers
 #   make test       the tests                                            make test-slow  the slow tests too
 #   make test-floor the tests with the oldest supported versions         make bench      the benchmarks
-#   make bench-growth  how the cost grows (4 minutes); bench-galore: GaLore's largest matrix (2); bench-full: all, at length
+#   make bench-growth  how the cost grows (4 minutes); bench-galore: GaLore's refreshes (3); bench-full: all, at length
 #   make clean      remove what was made here
 # PYTHON=... chooses the interpreter, WORKERS=... the number of parallel test processes (2).
 
@@ -71,7 +71,7 @@ bench-growth: $(VENV)/.installed-all
 	$(BENCH) --only growth
 
 bench-galore: $(VENV)/.installed-all
-	$(BENCH) --only galore_refresh_large
+	$(BENCH) --only galore_refresh galore_refresh_large
 
 bench-full: $(VENV)/.installed-all
 	$(BENCH) --full
