@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from finetune.arguments.readers import read_text
+from finetune.arguments.readers import read_text, written_types
 from finetune.errors import ArgumentError, nearest
 
 # Takes the value given under the old name and the keyword arguments of the call, which it may extend. Returns what
@@ -95,7 +95,7 @@ class ArgumentsMeta(type):
             del given[name]
         for field in dataclasses.fields(cls):  # type: ignore[arg-type]
             if isinstance(given.get(field.name), str):
-                given[field.name] = read_text(field, given[field.name])
+                given[field.name] = read_text(field, written_types(cls)[field.name], given[field.name])
         instance: Any = cls.__new__(cls, *args, **given)  # pyright: ignore[reportCallIssue, reportArgumentType]
         instance.__dict__["_sources"] = sources
         instance.__init__(*args, **given)

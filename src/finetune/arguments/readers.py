@@ -2,6 +2,8 @@
 
 import argparse
 import dataclasses
+import functools
+import inspect
 import json
 import typing
 from collections.abc import Callable, Sequence
@@ -67,16 +69,25 @@ def option_of(field: dataclasses.Field[Any], hint: Any) -> Option:
     return Option(field.name, read, field, boolean=members == [bool], choices=choices)
 
 
-def read_text(field: dataclasses.Field[Any], text: str) -> Any:
+@functools.cache
+def written_types(cls: type) -> dict[str, Any]:
+    """Returns the types of a class's fields as they were written.
+
+    Not those in `dataclasses.fields`: transformers' `HfArgumentParser` takes the None out of them, for good.
+    """
+    return {name: hint for base in reversed(cls.__mro__) for name, hint in inspect.get_annotations(base).items()}
+
+
+def read_text(field: dataclasses.Field[Any], hint: Any, text: str) -> Any:
     """Returns the number or truth value that `text` says, for a field that takes nothing else; else `text` itself.
 
     Raises `ArgumentError` when it says neither.
     """
-    members = [member for member in _members(field.type) if member is not NoneType]
+    members = [member for member in _members(hint) if member is not NoneType]
     if not members or not set(members) <= {bool, int, float}:
         return text
     try:
-        return option_of(field, field.type).read(text)
+        return option_of(field, hint).read(text)
     except argparse.ArgumentTypeError as error:
         raise ArgumentError(f"`{field.name}`: {error}.") from None
 

@@ -72,6 +72,13 @@ def test_kubeflow_is_added_inside_its_job(monkeypatch):
     assert TrainingArguments("out").report_to == []
 
 
+def test_texts_are_read_after_the_parser_of_transformers_changed_the_fields() -> None:
+    from transformers import HfArgumentParser
+
+    HfArgumentParser(TrainingArguments)  # type: ignore[arg-type]
+    assert TrainingArguments("o", neftune_noise_alpha="none").neftune_noise_alpha is None  # pyright: ignore
+
+
 @pytest.mark.parametrize(
     ("name", "text", "value"),
     [
