@@ -81,6 +81,8 @@ def _finish(commands: list[list[str]], environment: dict[str, str], timeout: flo
         text = errors.read()
     codes = [process.returncode for process in started]
     if any(codes):
-        told = [line for line in text.splitlines() if not re.search(r"\[rank1\]|(it|examples)/s\]", line)]
-        raise RuntimeError(f"exit codes {codes} within {timeout} s\n" + "\n".join(told)[-6000:])
+        lines = [line for line in text.splitlines() if not re.search(r"(it|examples)/s\]", line)]
+        # Whoever fails first takes the others down, who say only that their peer is gone.
+        told = ["\n".join(line for line in lines if ("[rank1]" in line) == second)[-6000:] for second in (False, True)]
+        raise RuntimeError(f"exit codes {codes} within {timeout} s\n" + "\n".join(told))
     return text

@@ -199,7 +199,8 @@ class SequenceClassificationTrainer(RawRowMethods, Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """As `Trainer._save`; an adapter's folder also gets `ADAPTED_CONFIG`, with the names of the classes."""
         super()._save(output_dir, state_dict)
-        if is_peft_model(unwrap(self.model, keep_adapters=True)):
+        # Under FSDP every process comes here, and one writes.
+        if self.args.should_save and is_peft_model(unwrap(self.model, keep_adapters=True)):
             inner: Any = unwrap(self.model)
             inner.config.to_json_file(Path(output_dir or self.output_dir, ADAPTED_CONFIG))
 
