@@ -58,6 +58,7 @@ _EXPORTS: dict[str, str] = {
     "maybe_extract_prompt": "data.chat",
     "clone_chat_template": "data.templates",
     "get_training_chat_template": "data.templates",
+    "is_chat_template_stop_token_trained": "data.templates",
     "mix_datasets": "data.mixtures",
     "SFTConfig": "sft.config",
     "SFTTrainer": "sft.trainer",

@@ -37,6 +37,7 @@ from finetune.data.packing import pack_dataset as pack_dataset
 from finetune.data.packing import truncate_dataset as truncate_dataset
 from finetune.data.templates import clone_chat_template as clone_chat_template
 from finetune.data.templates import get_training_chat_template as get_training_chat_template
+from finetune.data.templates import is_chat_template_stop_token_trained as is_chat_template_stop_token_trained
 from finetune.engine.streaming import ClassificationMetrics as ClassificationMetrics
 from finetune.engine.streaming import SumMetrics as SumMetrics
 from finetune.engine.streaming import TokenMetrics as TokenMetrics

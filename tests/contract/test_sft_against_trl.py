@@ -86,6 +86,8 @@ def test_the_same_run(kind: str, options: dict[str, Any], tiny_llama: Any, chat_
     expected = theirs.model.state_dict()
     for name, tensor in ours.model.state_dict().items():
         assert torch.allclose(tensor, expected[name], atol=1e-5), name
+    assert ours.completion_only_loss == theirs.completion_only_loss
+    assert ours.padding_free or not theirs.padding_free
 
 
 def test_the_constructor_has_trls_parameters() -> None:

@@ -62,6 +62,7 @@ def test_the_auxiliary_loss_is_trls(family: str, coefficient: Any, chat_tokenize
     for mine, trls in zip(ours.state.log_history[:-1], theirs.state.log_history[:-1], strict=True):
         for name in ("loss", "grad_norm", "aux_loss"):
             assert mine[name] == pytest.approx(trls[name], rel=2e-5, abs=1e-5), (name, mine, trls)
+    assert (ours.router_aux_loss_coef, ours.aux_loss_enabled) == (theirs.router_aux_loss_coef, theirs.aux_loss_enabled)
     assert model.router_aux_loss_coef == before
 
 

@@ -17,7 +17,7 @@ OPTIONAL = {
     "bitsandbytes": "8-bit optimizers, 4-bit models: pip install 'finetune[8bit]'",
     "liger_kernel": "Liger kernels: pip install 'finetune[liger]'",
     "deepspeed": "ZeRO: pip install 'finetune[deepspeed]'",
-    "matplotlib": "plots in reports: pip install 'finetune[plots]'",
+    "matplotlib": "curves as PNG: pip install 'finetune[plots]'",
     "tensorboard": "TensorBoard logs: pip install 'finetune[tracking]'",
     "sklearn": "classification metrics: pip install 'finetune[glue]'",
 }
@@ -36,13 +36,17 @@ def demo(argv: Sequence[str] | None = None) -> None:
 
 
 def report(argv: Sequence[str] | None = None) -> None:
-    """Writes report.html into a run folder."""
+    """Writes report.html, and on request the curves as pictures, into a run folder."""
     parser = argparse.ArgumentParser(prog="finetune report", description="Write report.html from trainer_state.json.")
     parser.add_argument("run_folder", type=Path, help="a folder given as --output_dir, or one of its checkpoints")
+    parser.add_argument("--plots", choices=("svg", "png"), help="write each curve to RUN_FOLDER/plots too")
     options = parser.parse_args(argv)
+    from finetune.reporting.plots import save_plots
     from finetune.reporting.report import report_from_run
 
     print(report_from_run(options.run_folder))
+    for path in save_plots(options.run_folder, format=options.plots) if options.plots else ():
+        print(path)
 
 
 def env(argv: Sequence[str] | None = None) -> None:

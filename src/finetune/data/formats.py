@@ -25,7 +25,6 @@ ROLE_ALIASES = {
     "function_response": "tool",
 }
 KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
-_CHAT_COLUMNS = ("messages", "conversations", "prompt", "completion")
 _CUSTOM_PAIRS = (("instruction", "output"), ("instruction", "response"), ("question", "answer"), ("query", "response"))
 
 
@@ -147,26 +146,6 @@ def read_conversations(batch: Columns, column: str, rows: Sequence[int], name: s
         row_kwargs = parse_json_column(row_kwargs, "chat_template_kwargs", where)
         read.template_kwargs.append(_drop_none(row_kwargs) if row_kwargs else None)
     return read
-
-
-def has_other_weights(dataset: Any) -> bool | None:
-    """Returns whether any message of a `datasets.Dataset` has a `weight` other than 0, 1 and None.
-
-    Read from Arrow, without making rows. None when it cannot tell: no column is a list of messages (JSON text is not).
-    """
-    import pyarrow as pa
-
-    answer: bool | None = None
-    for name in (column for column in dataset.column_names if column in _CHAT_COLUMNS):
-        kind = dataset.data.schema.field(name).type
-        if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not pa.types.is_struct(kind.value_type):
-            continue
-        answer = bool(answer)
-        if kind.value_type.get_field_index("weight") >= 0:
-            answer = answer or any(
-                _other_weights(chunk.flatten().field("weight")) for chunk in dataset.data.column(name).chunks
-            )
-    return answer
 
 
 def apply_formatting(batch: Columns, rows: Sequence[int], function: Callable[[dict[str, Any]], Any]) -> Columns:
@@ -298,12 +277,3 @@ def _fail(row: int, name: str, found: str, remedy: str) -> NoReturn:
 
 def _type_name(value: Any) -> str:
     return "None" if value is None else f"`{type(value).__name__}`"
-
-
-def _other_weights(weights: Any) -> bool:
-    import pyarrow as pa
-
-    if not (pa.types.is_integer(weights.type) or pa.types.is_floating(weights.type)):
-        return False  # none at all, or no numbers, which reading the rows will say
-    known = set(weights.unique().to_pylist())  # a data set has a handful of different weights
-    return bool(known - {0, 1, None})

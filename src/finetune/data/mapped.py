@@ -18,6 +18,7 @@ LENGTH = "length"
 SOURCE_LENGTH, SUPERVISED, FLAGS = "_source_length", "_supervised", "_flags"
 COUNT_COLUMNS = (SOURCE_LENGTH, SUPERVISED, FLAGS)
 """Per-row numbers that are stored with the prepared rows for the audit, and taken off before training."""
+_CHAT_COLUMNS = ("messages", "conversations", "prompt", "completion")
 
 
 class MapFunction:
@@ -114,3 +115,32 @@ def kept_columns(settings: DataSettings, columns: Iterable[str]) -> list[str]:
     """Returns which of the raw columns are passed on."""
     made = ("input_ids", "labels", LENGTH, "completion_mask", "assistant_masks", WEIGHTS, *COUNT_COLUMNS)
     return [c for c in columns if c not in made and (settings.keep_columns == "all" or c in settings.keep_columns)]
+
+
+def has_other_weights(dataset: Any) -> bool | None:
+    """Returns whether any message of a `datasets.Dataset` has a `weight` other than 0, 1 and None.
+
+    Read from Arrow, without making rows. None when it cannot tell: no column is a list of messages (JSON text is not).
+    """
+    import pyarrow as pa
+
+    answer: bool | None = None
+    for name in (column for column in dataset.column_names if column in _CHAT_COLUMNS):
+        kind = dataset.data.schema.field(name).type
+        if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not pa.types.is_struct(kind.value_type):
+            continue
+        answer = bool(answer)
+        if kind.value_type.get_field_index("weight") >= 0:
+            answer = answer or any(
+                _other_weights(chunk.flatten().field("weight")) for chunk in dataset.data.column(name).chunks
+            )
+    return answer
+
+
+def _other_weights(weights: Any) -> bool:
+    import pyarrow as pa
+
+    if not (pa.types.is_integer(weights.type) or pa.types.is_floating(weights.type)):
+        return False  # none at all, or no numbers, which reading the rows will say
+    known = set(weights.unique().to_pylist())  # a data set has a handful of different weights
+    return bool(known - {0, 1, None})

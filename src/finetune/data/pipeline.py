@@ -11,7 +11,7 @@ Columns of the result: `input_ids` and `labels` (lists of int32, half the memory
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ import numpy as np
 from finetune.data import cache
 from finetune.data.audit import SupervisionAudit, audit_rows, count_rows
 from finetune.data.batches import BatchProcessor
-from finetune.data.formats import Kind, has_other_weights
+from finetune.data.formats import Kind
 from finetune.data.mapped import (
     COUNT_COLUMNS,
     FLAGS,
@@ -28,6 +28,7 @@ from finetune.data.mapped import (
     SUPERVISED,
     MapFunction,
     StreamFunction,
+    has_other_weights,
     kept_columns,
     output_features,
 )
@@ -51,27 +52,6 @@ class PreparedSplit:
     dataset: Any
     audit: SupervisionAudit
     cache: str
-
-
-def prepare_dataset(
-    dataset: Any,
-    processing_class: Any,
-    settings: DataSettings,
-    *,
-    name: str = "train",
-    num_proc: int | None = None,
-    say: Say | None = None,
-) -> Any:
-    """Returns `prepare_split(...).dataset`; of a dictionary of data sets, the same dictionary prepared."""
-    if num_proc is not None:
-        settings = replace(settings, num_proc=num_proc)
-    if isinstance(dataset, Mapping):
-        kind: Any = type(dataset)  # `dict`, `DatasetDict` or `IterableDatasetDict`
-        prepared = {
-            key: prepare_split(split, processing_class, settings, name=key, say=say) for key, split in dataset.items()
-        }
-        return kind({key: split.dataset for key, split in prepared.items()})
-    return prepare_split(dataset, processing_class, settings, name=name, say=say).dataset
 
 
 def prepare_split(

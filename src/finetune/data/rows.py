@@ -60,7 +60,7 @@ class PromptCompletionRow(TypedDict):
 
 
 class TokenizedRow(TypedDict):
-    """What `pipeline.prepare_dataset` returns, each list of length T.
+    """A row that `pipeline.prepare_split` makes, each list of length T.
 
     >>> TokenizedRow(input_ids=[5, 6, 7, 2], labels=[-100, -100, 7, 2])["labels"]
     [-100, -100, 7, 2]

@@ -10,113 +10,20 @@ handed out.
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader
 
 from finetune.errors import CheckpointError
 
 from .digest import digest
 from .randomness import FetchRandomness
-from .stream_source import explained_rows, why_not_resumable
+from .stream_batches import Batches, Packet
+from .stream_source import why_not_resumable
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class _Packet:
-    """What travels from a worker: one batch of this process and the stream's state after it."""
-
-    batch: Any
-    state: Any
-    num_rows: int  # rows of all processes in this batch, before any was repeated to fill it up
-    filled_up: bool = False
-    done: bool = False
-    skipped: bool = False
-
-    def pin_memory(self) -> _Packet:
-        """Called by the pinning thread of `DataLoader`, which does not look into classes it does not know."""
-        from torch.utils.data._utils.pin_memory import pin_memory
-
-        self.batch = pin_memory(self.batch)
-        return self
-
-
-class _Batches(IterableDataset):
-    """The packets of one worker. `start[w]` tells worker `w` where to begin, once."""
-
-    def __init__(
-        self,
-        rows: Any,
-        collate: Callable[[list[Any]], Any],
-        batch_size: int,
-        rank: int,
-        world_size: int,
-        drop_last: bool,
-    ) -> None:
-        self.rows, self.collate = rows, collate
-        self.batch_size, self.rank, self.world_size, self.drop_last = batch_size, rank, world_size, drop_last
-        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # seen by workers that are already running
-        self.start: list[dict[str, Any]] | None = None
-        self.fetches: FetchRandomness | None = None
-        self.first_number = 0
-        self.num_skipped_workers = 0  # workers below this number had their turn in the interrupted round
-
-    def __iter__(self) -> Iterator[_Packet]:
-        info = get_worker_info()
-        worker = info.id if info is not None else 0
-        start, self.start = self.start[worker] if self.start else None, None
-        behind, self.num_skipped_workers = worker < self.num_skipped_workers, 0
-        self._set_epoch(int(self.epoch))
-        if behind:
-            yield _Packet(None, None, 0, skipped=True)
-        yield from self._packets(start)
-        while True:
-            yield _Packet(None, None, 0, done=True)
-
-    def _packets(self, start: dict[str, Any] | None) -> Iterator[_Packet]:
-        num_replayed = 0
-        if start is not None and start["dataset"] is not None:
-            self.rows.load_state_dict(start["dataset"])
-        elif start is not None:
-            num_replayed = start["rows"]
-        rows = explained_rows(self.rows)
-        deque(islice(rows, num_replayed), maxlen=0)
-        per_round = self.batch_size * self.world_size
-        number, self.first_number = self.first_number, 0
-        if self.fetches is not None:
-            self.fetches.start_epoch()
-        while True:
-            if self.fetches is not None:
-                self.fetches.before_fetch(number)
-            if not (group := list(islice(rows, per_round))):
-                return
-            number += 1
-            if len(group) == per_round or not self.drop_last:
-                yield self._packet(group, per_round)
-
-    def _packet(self, group: list[Any], per_round: int) -> _Packet:
-        num_rows = len(group)
-        own = self.batch_size if num_rows == per_round else -(-num_rows // self.world_size)
-        # The processes must stay in step, so a short last batch is shared out and filled up with its own first rows.
-        for i in range(own * self.world_size - num_rows):
-            group.append(group[i % num_rows])
-        batch = self.collate(group[self.rank * own : (self.rank + 1) * own])
-        state = self.rows.state_dict() if callable(getattr(self.rows, "state_dict", None)) else None
-        return _Packet(batch, state, num_rows, filled_up=len(group) > num_rows)
-
-    def _set_epoch(self, epoch: int) -> None:
-        if callable(getattr(self.rows, "set_epoch", None)):
-            # `datasets` shares its epoch between processes and adds the difference: setting it twice at once is a race.
-            if getattr(self.rows, "epoch", None) != epoch:
-                self.rows.set_epoch(epoch)
-        elif isinstance(generator := getattr(self.rows, "generator", None), torch.Generator):
-            generator.manual_seed(epoch)  # the agreement of transformers' IterableDatasetShard
 
 
 class StreamLoader(DataLoader[Any]):
@@ -146,8 +53,8 @@ class StreamLoader(DataLoader[Any]):
         self.device, self.non_blocking, self.gradient_state = device, non_blocking, gradient_state
         self.iteration = 0
         self.end_of_dataloader, self.remainder = False, -1
-        self._batches = _Batches(dataset, collate_fn, batch_size, rank, world_size, drop_last)
-        # Batching happens in `_Batches`, where the state after each batch is known.
+        self._batches = Batches(dataset, collate_fn, batch_size, rank, world_size, drop_last)
+        # Batching happens in `Batches`, where the state after each batch is known.
         self._inner = DataLoader(self._batches, batch_size=None, collate_fn=_identity, **params)
         self._position: dict[str, Any] = self._at_start()
         self._next_batch: Any = None
@@ -180,7 +87,7 @@ class StreamLoader(DataLoader[Any]):
             self._batches.first_number = 0
             self._position = self._at_start()
         self._batches.epoch.fill_(epoch)
-        self._batches._set_epoch(epoch)
+        self._batches.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
         self.set_epoch(self.iteration)
@@ -217,7 +124,7 @@ class StreamLoader(DataLoader[Any]):
             self.remainder = packet.num_rows if self.end_of_dataloader else -1
             yield self._to_device(packet.batch)
 
-    def _turns(self, packets: Iterator[_Packet]) -> Iterator[tuple[int, _Packet]]:
+    def _turns(self, packets: Iterator[Packet]) -> Iterator[tuple[int, Packet]]:
         """Yields `(turn, packet)` in the workers' turns, until all have run dry."""
         num_workers = len(self._position["workers"])
         dry: set[int] = set()
@@ -231,7 +138,7 @@ class StreamLoader(DataLoader[Any]):
                 yield turn, packet
             turn += 1
 
-    def _advance(self, turn: int, packet: _Packet) -> None:
+    def _advance(self, turn: int, packet: Packet) -> None:
         worker = self._position["workers"][turn % len(self._position["workers"])]
         worker["dataset"] = packet.state
         worker["rows"] += packet.num_rows
@@ -298,7 +205,7 @@ class StreamLoader(DataLoader[Any]):
             logger.warning("Reading %d batches of the stream again: the checkpoint has no position.", num_batches)
             self._num_dropped = num_batches
 
-    def _verify(self, pending: tuple[int, _Packet] | None) -> None:
+    def _verify(self, pending: tuple[int, Packet] | None) -> None:
         expected, self._expected = self._expected, None
         if expected is not None and (pending is None or digest(pending[1].batch) != expected):
             raise CheckpointError(

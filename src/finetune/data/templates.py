@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.data.training_templates import find_training_template
-from finetune.errors import ArgumentError, DataFormatError, ModelLoadError
+from finetune.errors import DataFormatError, ModelLoadError
 
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -189,16 +189,6 @@ def is_chat_template_stop_token_trained(processing_class: Any, chat_template: st
     marked = [i for i, mask in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True) if mask]
     stops = stop_token_ids(processing_class, template)
     return next((i in stops for i in reversed(marked) if tokenizer.decode([i]).strip()), False)
-
-
-def set_eos_token(tokenizer: Any, eos_token: str) -> None:
-    """Sets the tokenizer's EOS. Raises `ArgumentError` when the vocabulary does not have it."""
-    if eos_token not in tokenizer.get_vocab():
-        raise ArgumentError(
-            f"`eos_token` is `{eos_token}`, which the vocabulary of the tokenizer ({type(tokenizer).__name__}) does "
-            "not have. Choose one of its tokens, or add it to the tokenizer first."
-        )
-    tokenizer.eos_token = eos_token
 
 
 def _render_with(tokenizer: Any, original: str) -> Callable[..., str]:

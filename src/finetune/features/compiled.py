@@ -102,8 +102,3 @@ def length_bucket(max_length: int | None, positions: int | None = None) -> int:
     while positions is not None and bucket > 1 and -(-longest // bucket) * bucket > max(positions, longest):
         bucket //= 2
     return bucket
-
-
-def is_compiled(module: nn.Module) -> bool:
-    """Returns whether a call of `module` is compiled."""
-    return module.__dict__.get(_CALL) is not None or isinstance(module, torch._dynamo.OptimizedModule)

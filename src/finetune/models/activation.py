@@ -74,11 +74,6 @@ def use_cache(model: nn.Module, value: bool) -> Iterator[None]:
                 delattr(each, "use_cache")
 
 
-def is_checkpointing(model: nn.Module) -> bool:
-    """Returns whether any layer of `model` recomputes its activations."""
-    return any(getattr(module, _FLAG, False) for module in model.modules())
-
-
 def _enable(target: Any, kwargs: dict[str, Any]) -> None:
     placement = {name: kwargs.pop(name) for name in ("every_n_layers", "offload") if name in kwargs}
     checkpoint_kwargs = kwargs or None

@@ -262,7 +262,7 @@ def _save_png(chart: Chart, path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise ArgumentError(
-            "`format` is `png`, which needs matplotlib. Run `pip install finetune[plots]`, or choose `svg`."
+            "PNG pictures need matplotlib. Run `pip install finetune[plots]`, or choose `svg`."
         ) from None
     figure = Figure(figsize=(7, 3.6), layout="constrained")
     axes = figure.subplots()

@@ -2,11 +2,11 @@
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from finetune.compat import TrainOutput, coerce_training_arguments
 from finetune.data import inspect
@@ -21,7 +21,7 @@ from finetune.features.compiled import length_bucket
 from finetune.features.offload import offload_activations
 from finetune.hub.card import create_sft_model_card
 from finetune.kernels.attention import use_packed_attention
-from finetune.kernels.fused_head import LIGER_OWNS_HEAD, FusedHead, fuse_head, unsupported_reason
+from finetune.kernels.fused_head import fuse_head
 from finetune.kernels.isolation import require_isolation
 from finetune.models.tokens import choose_pad_token
 from finetune.models.traits import max_positions
@@ -36,14 +36,13 @@ from finetune.sft.build import (
     uses_virtual_tokens,
 )
 from finetune.sft.config import SFTConfig
-from finetune.sft.experts import auxiliary_loss, own_weight_is_zero, router_coefficient, without_router_outputs
-from finetune.sft.losses import output_sums, token_sums
+from finetune.sft.experts import own_weight_is_zero, router_coefficient
+from finetune.sft.loss_methods import SFTLossMethods
 from finetune.sft.plan import DataPlan
 from finetune.sft.preparation import SFTRowMethods
-from finetune.trainer import Trainer
 
 
-class SFTTrainer(SFTRowMethods, Trainer):
+class SFTTrainer(SFTRowMethods, SFTLossMethods):
     """Fine-tunes a causal language model on text, prompt-completion or chat rows.
 
     `SFTTrainer(model="path-or-id", train_dataset=rows).train()` is enough: the model and its tokenizer are loaded, the
@@ -56,9 +55,14 @@ class SFTTrainer(SFTRowMethods, Trainer):
         ArgumentError: arguments that contradict each other or the rows; every broken rule in one message.
         DataFormatError: rows that cannot be trained on.
         ModelLoadError: the model or the tokenizer cannot be read.
+
+    Attributes of TRL's trainer that can be read here too: `padding_free`, `completion_only_loss`,
+    `router_aux_loss_coef` and `aux_loss_enabled`.
     """
 
     create_model_card = create_sft_model_card
+    _recomputation: recompute.Recomputation | None = None
+    _isolation_is_proven = False
 
     def __init__(
         self,
@@ -141,11 +145,15 @@ class SFTTrainer(SFTRowMethods, Trainer):
         if self.is_world_process_zero() and args.get_process_log_level() <= logging.WARNING:
             inspect.show(self._preview, self.audits)
 
-    # ---- Construction ----
+    @property
+    def padding_free(self) -> bool:
+        """Whether a batch is one row of concatenated samples."""
+        return bool(self._plan.padding_free)
 
-    def _overrides(self, *methods: str) -> bool:
-        """Returns whether a subclass, or this object, has one of these methods of its own."""
-        return any(getattr(getattr(self, name), "__func__", None) is not getattr(SFTTrainer, name) for name in methods)
+    @property
+    def completion_only_loss(self) -> bool:
+        """Whether the tokens of prompts are not trained."""
+        return self._plan.completion_only_loss
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
@@ -162,20 +170,7 @@ class SFTTrainer(SFTRowMethods, Trainer):
                 *([self.args.length_column_name] if self._collator_is_ours else []),
             ]
 
-    # ---- Loss ----
-
-    def _why_not_fused(self) -> str | None:
-        """Returns why the loss needs the full logits (Liger may own the head), or None."""
-        if self.compute_loss_func is not None:
-            return "`compute_loss_func` takes the model's outputs"
-        return unsupported_reason(self.model)
-
-    def describe_loss(self) -> str:
-        """Returns on one line who computes the loss from the hidden states: this package, Liger, or the model."""
-        if self._head is not None:
-            return "fused with the head, without logits"
-        reason = self._why_not_fused() or ""
-        return "Liger's fused head" if reason == LIGER_OWNS_HEAD else f"from all logits: {reason}"
+    # ---- Training ----
 
     def describe_activations(self) -> str:
         """Returns on one line whether this run keeps its activations, and why; empty before training starts."""
@@ -211,95 +206,6 @@ class SFTTrainer(SFTRowMethods, Trainer):
             stack.enter_context(self._head.suspended())
             stack.callback(setattr, self, "_head", None)
 
-    _recomputation: recompute.Recomputation | None = None
-    _isolation_is_proven = False
-    _loss_only = False
-    _head: FusedHead | None = None
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
-    ) -> Any:
-        """Returns the loss, or (loss, outputs with logits), and counts tokens, accuracy and entropy on the device."""
-        mode = "train" if self.model.training else "eval"
-        inputs = {**inputs, "use_cache": False}
-        if self._router_coefficient is not None:
-            inputs["output_router_logits"] = self._router_coefficient != 0
-        if mode == "train":
-            self._tokens.add(_num_tokens(inputs))
-        wants_logits = return_outputs and not (self._loss_only and not self._overrides("compute_loss"))
-        if self._head is None or wants_logits:
-            loss, outputs = self._loss_from_logits(model, inputs, num_items_in_batch)
-            sums = output_sums(outputs, inputs["labels"]) if "labels" in inputs else None
-        else:
-            smoother, self.label_smoother = self.label_smoother, None  # the head smooths
-            try:
-                with self._head.resumed():
-                    loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-            finally:
-                self.label_smoother = smoother
-            sums = self._head.last
-        if sums is not None:
-            self._metrics[mode].add("mean_token_accuracy", sums.correct, sums.count)
-            if sums.entropy is not None:
-                self._metrics[mode].add("entropy", sums.entropy, sums.count)
-        if self._router_coefficient and self._features_are_on and self.compute_loss_func is None:
-            loss = loss + self._weighted_auxiliary(outputs, mode, num_items_in_batch)
-        if self._router_coefficient is not None:
-            outputs = without_router_outputs(outputs)
-        return (loss, outputs) if return_outputs else loss
-
-    def _weighted_auxiliary(self, outputs: Any, mode: str, num_items_in_batch: Any) -> Tensor | float:
-        """Returns the load-balancing loss as it enters this micro-batch's loss, and logs it unweighted."""
-        found = auxiliary_loss(outputs)
-        if found is None:
-            return 0.0
-        self._metrics[mode].add("aux_loss", found, 1)
-        assert self._router_coefficient is not None
-        divide = mode == "train" and num_items_in_batch is not None  # then nobody else divides by the micro-batches
-        return self._router_coefficient * found / (self.current_gradient_accumulation_steps if divide else 1)
-
-    def _loss_from_logits(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any
-    ) -> tuple[Tensor, Any]:
-        """Returns the loss and the model's outputs on the plain path."""
-        weights, dft = inputs.get(WEIGHTS), self.args.loss_type == "dft"
-        if weights is not None and self.compute_loss_func is not None:
-            raise ArgumentError(
-                f"The rows give tokens weights (`weight` in messages, or `{WEIGHTS}`), and `compute_loss_func` "
-                "computes the loss without them. Drop `compute_loss_func`, or take the weights out of the rows."
-            )
-        if (weights is None and not dft) or self.compute_loss_func is not None or "labels" not in inputs:
-            if self.args.use_liger_kernel and self._why_not_fused() == LIGER_OWNS_HEAD:
-                inputs = {**inputs, "return_token_accuracy": True}
-            return super().compute_loss(model, inputs, True, num_items_in_batch)
-        outputs = model(**{name: value for name, value in inputs.items() if name not in ("labels", WEIGHTS)})
-        smoothing = self.args.label_smoothing_factor
-        sums = token_sums(
-            outputs["logits"], inputs["labels"], dft=dft, label_smoothing=smoothing, token_weights=weights
-        )
-        loss = sums.loss / (sums.count if num_items_in_batch is None else num_items_in_batch)
-        return self._undo_process_average(loss, num_items_in_batch), outputs
-
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[Tensor | None, Any, Any]:
-        """As `Trainer.prediction_step`; logits are built only when somebody wants them."""
-        self._loss_only = prediction_loss_only
-        try:
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        finally:
-            self._loss_only = False
-
-    # ---- Logging and saving ----
-
     def train(
         self,
         resume_from_checkpoint: str | bool | None = None,
@@ -310,24 +216,3 @@ class SFTTrainer(SFTRowMethods, Trainer):
         if self.args.should_save:
             inspect.write(self.output_dir, self._preview, self.audits)
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the token metrics since the last log. Called as `Trainer.log`."""
-        mode = "train" if self.model.training else "eval"
-        measured = self._metrics[mode].drain(self.accelerator)
-        if measured:
-            measured["num_tokens"] = self._tokens.read(self.accelerator)
-        prefix = "eval_" if mode == "eval" else ""
-        logs.update({f"{prefix}{name}": value for name, value in measured.items()})
-        super().log(logs, start_time)
-
-    def _stateful(self) -> dict[str, Any]:
-        self._tokens.read(self.accelerator)
-        return {**super()._stateful(), "tokens": self._tokens, "token_metrics": self._metrics["train"]}
-
-
-def _num_tokens(inputs: Mapping[str, Any]) -> Tensor | int:
-    """Returns the tokens of a batch without padding."""
-    if "attention_mask" in inputs:
-        return inputs["attention_mask"].sum()
-    return inputs["input_ids"].numel()

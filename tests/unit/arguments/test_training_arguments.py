@@ -158,6 +158,8 @@ def test_json_texts_become_dicts():
         ({"dataloader_multiprocessing_context": "thread"}, "is not one of"),
         ({"train_sampling_strategy": "by_length"}, "Did you mean `group_by_length`"),
         ({"torch_empty_cache_steps": 0}, "whole number above 0"),
+        ({"num_train_epochs": None}, "`num_train_epochs=None` must be at least 0, unless `max_steps` is"),
+        ({"max_steps": None}, "`max_steps=None` must be a number"),
         ({"per_device_train_batch_size": 0}, "must be above 0"),
         ({"gradient_accumulation_steps": 0}, "must be above 0"),
         ({"label_smoothing_factor": 1.5}, "must be in"),

@@ -1,7 +1,9 @@
 """The command itself: help, version, unknown commands, and the small commands."""
 
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -81,3 +83,12 @@ def test_doctor_is_content_here_and_reports_a_missing_package(
 def test_a_report_of_no_run_is_an_error(capsys: pytest.CaptureFixture[str], tmp_path) -> None:
     assert main(["report", str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_a_report_with_its_curves_as_pictures(capsys: pytest.CaptureFixture[str], tmp_path) -> None:
+    history = [{"step": step, "loss": 1.0 / step} for step in (1, 2, 3)]
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+    assert main(["report", str(tmp_path), "--plots", "svg"]) == 0
+    written = [Path(line) for line in capsys.readouterr().out.split()]
+    assert written == [tmp_path / "report.html", tmp_path / "plots" / "loss.svg"]
+    assert all(path.is_file() for path in written)

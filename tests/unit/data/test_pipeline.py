@@ -9,12 +9,12 @@ from typing import Any
 
 import datasets
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import Dataset
 
 from finetune.data import cache
 from finetune.data.audit import audit_table
 from finetune.data.mixtures import mix_datasets, mixture_counts
-from finetune.data.pipeline import first_row, prepare_dataset, prepare_split
+from finetune.data.pipeline import first_row, prepare_split
 from finetune.data.settings import DataSettings
 from finetune.errors import ArgumentError, DataFormatError
 
@@ -100,13 +100,6 @@ def test_packed_rows_are_left_alone(chat_tokenizer: Any) -> None:
     assert prepare_split(rows, chat_tokenizer, DataSettings(max_length=1), say=silent).dataset is rows
     with pytest.raises(DataFormatError, match="no `labels`"):
         prepare_split(rows.remove_columns("labels"), chat_tokenizer, DataSettings(), say=silent)
-
-
-def test_a_dictionary_of_data_sets_stays_one(chat_tokenizer: Any) -> None:
-    splits = DatasetDict({"a": Dataset.from_dict({"text": TEXTS}), "b": Dataset.from_dict({"text": ["sun set"]})})
-    made = prepare_dataset(splits, chat_tokenizer, DataSettings(), say=silent)
-    assert isinstance(made, DatasetDict)
-    assert {name: len(split) for name, split in made.items()} == {"a": 4, "b": 1}
 
 
 def test_shuffled_and_formatted_data_sets(on_disk: Any, chat_tokenizer: Any) -> None:

@@ -11,11 +11,10 @@ from finetune.data.templates import (
     has_generation_markers,
     load_chat_template,
     resolve_template,
-    set_eos_token,
     stop_token_ids,
     try_training_template,
 )
-from finetune.errors import ArgumentError, DataFormatError, ModelLoadError
+from finetune.errors import DataFormatError, ModelLoadError
 
 PLAIN = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
 GENERATE = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -168,10 +167,3 @@ def test_stop_tokens_are_eos_and_the_end_of_a_turn(chat_tokenizer: Any) -> None:
     assert stop_token_ids(chat_tokenizer) == {end, eos}
     chat_tokenizer.chat_template = None
     assert stop_token_ids(chat_tokenizer) == {eos}
-
-
-def test_eos_must_be_in_the_vocabulary(chat_tokenizer: Any) -> None:
-    set_eos_token(chat_tokenizer, "</s>")
-    assert chat_tokenizer.eos_token == "</s>"
-    with pytest.raises(ArgumentError, match="`eos_token` is `<none>`"):
-        set_eos_token(chat_tokenizer, "<none>")

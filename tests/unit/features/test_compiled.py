@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from finetune import SFTConfig, SFTTrainer
 from finetune.cli.demo import MODEL
 from finetune.errors import ArgumentError
-from finetune.features.compiled import compiled_blocks, is_compiled, length_bucket, repeated_blocks
+from finetune.features.compiled import compiled_blocks, length_bucket, repeated_blocks
 
 
 @pytest.fixture(autouse=True)
@@ -25,6 +25,10 @@ def llama(layers=6):
             vocab_size=1536, hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=2
         )
     )
+
+
+def is_compiled(module):
+    return module.__dict__.get("_compiled_call_impl") is not None
 
 
 def loss_of(model, length):
