@@ -38,9 +38,9 @@ from finetune.data.packing import truncate_dataset as truncate_dataset
 from finetune.data.templates import clone_chat_template as clone_chat_template
 from finetune.data.templates import get_training_chat_template as get_training_chat_template
 from finetune.data.templates import is_chat_template_stop_token_trained as is_chat_template_stop_token_trained
-from finetune.engine.streaming import ClassificationMetrics as ClassificationMetrics
-from finetune.engine.streaming import SumMetrics as SumMetrics
-from finetune.engine.streaming import TokenMetrics as TokenMetrics
+from finetune.engine.sum_metrics import ClassificationMetrics as ClassificationMetrics
+from finetune.engine.sum_metrics import SumMetrics as SumMetrics
+from finetune.engine.sum_metrics import TokenMetrics as TokenMetrics
 from finetune.errors import ArgumentError as ArgumentError
 from finetune.errors import CheckpointError as CheckpointError
 from finetune.errors import DataFormatError as DataFormatError

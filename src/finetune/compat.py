@@ -1,9 +1,9 @@
 """What must agree with transformers and TRL: value types, enumerations, and the conversion of foreign argument objects.
 
-This is the only module that may import `transformers.trainer*`, `transformers.training_args` or `trl`. It does so
-inside functions. Importing `transformers.trainer_utils` costs several seconds (it pulls peft and bitsandbytes), so the
-enumerations and result tuples are defined here with the same names and values: the enumerations are strings and
-compare equal to their namesakes, the result types are tuples and unpack alike.
+Only this module and the tests may depend on `transformers.trainer*`, `transformers.training_args` or `trl`, and this
+one recognises their objects without importing them: `transformers.trainer_utils` takes several seconds (it pulls peft
+and bitsandbytes). So the enumerations and result tuples are defined here with the same names and values: the
+enumerations are strings and compare equal to their namesakes, the result types are tuples and unpack alike.
 """
 
 import copy

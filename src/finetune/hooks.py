@@ -1,8 +1,8 @@
 """What each engine part may ask of the trainer, and nothing else.
 
 `Trainer` satisfies these protocols by having the methods; the type checker proves it. Engine functions receive
-one of them instead of a `Trainer`, so they can be tested with a fake of a few methods and can never reach into
-the facade. Methods are looked up at each call, which is what keeps user overrides working.
+one of them instead of a `Trainer`, so they can be tested with a fake of a few methods. Methods are looked up at each
+call, which is what keeps user overrides working.
 """
 
 from collections.abc import Iterator
@@ -10,7 +10,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 
 class LoopHooks(Protocol):
@@ -53,8 +52,6 @@ class EvalHooks(Protocol):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Any, Any, Any]: ...
-
-    def num_examples(self, dataloader: DataLoader[Any]) -> int: ...
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]: ...
 

@@ -45,7 +45,7 @@ def evaluations(out: Path) -> dict[str, Any]:
     from datasets import Dataset
 
     from finetune.data.collate import DataCollatorForLanguageModeling
-    from finetune.engine.streaming import TokenMetrics
+    from finetune.engine.sum_metrics import TokenMetrics
 
     rows = fixtures.make_token_rows(ROWS)
     data = Dataset.from_list(rows)

@@ -13,7 +13,7 @@ from datasets import Dataset
 from torch import nn
 
 import finetune
-from finetune.engine.streaming import ClassificationMetrics, TokenMetrics
+from finetune.engine.sum_metrics import ClassificationMetrics, TokenMetrics
 from finetune.errors import ArgumentError
 
 COMMON: dict[str, Any] = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "per_device_eval_batch_size": 4}

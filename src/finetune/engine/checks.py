@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from finetune.data.position import has_length
-from finetune.engine.streaming import SumMetrics
+from finetune.engine.sum_metrics import SumMetrics
 from finetune.errors import ArgumentError
 
 if TYPE_CHECKING:

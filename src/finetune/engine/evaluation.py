@@ -21,7 +21,7 @@ from finetune.control.callbacks import Events
 from finetune.engine.eval_rows import CountedBatch, count_rows, require_rounds
 from finetune.engine.gather import PADDING, Collected, find_batch_size, pad_rows
 from finetune.engine.step import count_items
-from finetune.engine.streaming import RunningSums, SumMetrics
+from finetune.engine.sum_metrics import RunningSums, SumMetrics
 from finetune.errors import ArgumentError
 from finetune.hooks import EvalHooks
 
@@ -81,7 +81,7 @@ class _LossSum:
 def evaluation_loop(
     hooks: EvalHooks, model: nn.Module, dataloader: Any, settings: EvalSettings, events: Events
 ) -> EvalLoopOutput:
-    """Returns predictions, labels, prefixed metrics and the exact number of rows of one pass over `dataloader`."""
+    """Returns predictions, labels, prefixed metrics and the number of rows of the data set, of one pass over `dataloader`."""
     args, accelerator, compute_metrics = settings.args, settings.accelerator, settings.compute_metrics
     require_rounds(dataloader, accelerator)
     model.eval()

@@ -1,7 +1,7 @@
 """What changes the model for the time of a run, entered on one stack: the order, and nothing else.
 
 Each feature restores what it found, so the model is the same object with the same behaviour after success, an
-exception or an interrupt.
+exception or an interrupt. Only the special tokens stay those of the tokenizer, because the model is saved with them.
 """
 
 from collections.abc import Callable

@@ -6,7 +6,8 @@ of `sum over the global batch / count over the global batch`, whatever the numbe
     2 processes x 2 micro-batches with 10, 30, 20, 40 supervised tokens: `num_items_in_batch` = 100 everywhere.
     Each micro-batch's loss is its own sum / 100, times 2 because gradients are averaged over the 2 processes.
 
-`scale_loss` is the only place that divides by accumulation or multiplies by processes.
+`scale_loss` is the only place that divides by accumulation, `undo_process_average` the only one that multiplies by
+processes.
 """
 
 import functools

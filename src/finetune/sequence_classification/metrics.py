@@ -1,4 +1,4 @@
-"""Metrics by task. Those of classes are sums over batches (`engine/streaming.py`): no prediction is kept.
+"""Metrics by task. Those of classes are sums over batches (`engine/sum_metrics.py`): no prediction is kept.
 
 Pearson and Spearman need all predictions of a regression at once, one number per row.
 """
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from finetune.engine.streaming import ClassificationMetrics, SumMetrics
+from finetune.engine.sum_metrics import ClassificationMetrics, SumMetrics
 from finetune.sequence_classification.labels import MULTI, SINGLE, Task
 
 

@@ -39,7 +39,7 @@ class SumMetrics(Protocol):
 
 
 class RunningSums:
-    """The sums of one evaluation: on the device until `total`."""
+    """The sums of one evaluation: on the device until `result`."""
 
     def __init__(self, metrics: SumMetrics) -> None:
         self.metrics = metrics

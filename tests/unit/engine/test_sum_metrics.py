@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from finetune.engine.search import default_compute_objective
-from finetune.engine.streaming import ClassificationMetrics, RunningSums, SumMetrics, TokenMetrics
+from finetune.engine.sum_metrics import ClassificationMetrics, RunningSums, SumMetrics, TokenMetrics
 
 ALONE: Any = SimpleNamespace(num_processes=1)
 
