@@ -11,6 +11,7 @@ is missed, and how it was measured.
 import argparse
 import difflib
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,18 @@ def load_machine(folder: Path) -> Results:
     found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     found = [each for each in found if "benchmark" in each]
     return sorted(found, key=lambda each: ORDER.index(each["benchmark"]) if each["benchmark"] in ORDER else len(ORDER))
+
+
+def spelled(text: str) -> str:
+    """Returns a text of a result with the names of its sides written out.
+
+    >>> spelled("as a share of trl 2 processes's"), spelled("against trl"), spelled("a share of transformers's")
+    ("as a share of TRL's with 2 processes", 'against TRL', "a share of transformers'")
+    """
+    text = text.replace("trl 2 processes's", "TRL's with 2 processes").replace(
+        "trl 2 processes", "TRL with 2 processes"
+    )
+    return re.sub(r"\btrl\b", "TRL", text).replace("transformers's", "transformers'")
 
 
 def number(value: float) -> str:
@@ -122,11 +135,11 @@ def circumstances(results: Results) -> list[str]:
     first = results[0]["environment"]
     versions = ", ".join(f"{name} {first['packages'][name]}" for name in ("torch", "transformers", "trl"))
     dates = sorted(each["environment"]["date"] for each in results)
-    pairs = [case["pairs"] for result in results for case in result["cases"] if case["bars"]]
+    pairs = [case["pairs"] for result in results for case in result["cases"] if case["bars"]] or [0]
     lines = [
         "",
         f"{first['processor']}, {first['memory_gib']} GiB, Python {first['python']}, {versions}, "
-        f"{dates[0]} to {dates[-1]}; {min(pairs, default=0)} to {max(pairs, default=0)} pairs each.",
+        f"{dates[0]} to {dates[-1]}; {' to '.join(map(str, sorted({min(pairs), max(pairs)})))} pairs each.",
     ]
     if "threads" in first:
         lines.append("Threads: " + ", ".join(f"{name} {value}" for name, value in first["threads"].items()) + ".")
@@ -172,7 +185,9 @@ def table(machines: dict[str, Results]) -> list[str]:
     above = ""
     for (title, text, wanted), cells in ordered:
         shown = title if title != above else ""
-        lines.append(f"| {shown} | {text} | {' | '.join(cells.get(each, '-') for each in machines)} | {wanted} |")
+        lines.append(
+            f"| {shown} | {spelled(text)} | {' | '.join(cells.get(each, '-') for each in machines)} | {wanted} |"
+        )
         above = title
     return lines
 
@@ -180,7 +195,7 @@ def table(machines: dict[str, Results]) -> list[str]:
 def details(machines: dict[str, Results]) -> list[str]:
     """Returns the lines between the markers of this folder's README."""
     parts = [part(results) for part in (growth, floors, circumstances) for results in machines.values()]
-    return [line for part in parts for line in part]
+    return [spelled(line) for part in parts for line in part]
 
 
 def block(text: str) -> list[str]:

@@ -1,6 +1,7 @@
 """Models, tokenizers and rows for the benchmarks: random, the same for the same seed, made without a network."""
 
 import json
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -162,7 +163,7 @@ def chat_file(count: int, seed: int = 0) -> Path:
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         rows = (json.dumps({"messages": messages}) for messages in chats(count, seed))
-        temporary = path.with_suffix(".part")
+        temporary = path.with_suffix(f".{os.getpid()}")  # all sides of a case come here at once
         temporary.write_text("\n".join(rows) + "\n")
         temporary.rename(path)
     return path

@@ -81,7 +81,7 @@ class _LossSum:
 def evaluation_loop(
     hooks: EvalHooks, model: nn.Module, dataloader: Any, settings: EvalSettings, events: Events
 ) -> EvalLoopOutput:
-    """Returns predictions, labels, prefixed metrics and the number of rows of the data set, of one pass over `dataloader`."""
+    """Returns predictions, labels, prefixed metrics and the rows of the data set, after one pass over `dataloader`."""
     args, accelerator, compute_metrics = settings.args, settings.accelerator, settings.compute_metrics
     require_rounds(dataloader, accelerator)
     model.eval()
