@@ -47,9 +47,7 @@ def spelled(text: str) -> str:
     >>> spelled("as a share of trl 2 processes's"), spelled("against trl"), spelled("a share of transformers's")
     ("as a share of TRL's with 2 processes", 'against TRL', "a share of transformers'")
     """
-    text = text.replace("trl 2 processes's", "TRL's with 2 processes").replace(
-        "trl 2 processes", "TRL with 2 processes"
-    )
+    text = re.sub(r"\btrl 2 processes('s)?", r"TRL\1 with 2 processes", text)
     return re.sub(r"\btrl\b", "TRL", text).replace("transformers's", "transformers'")
 
 
@@ -184,10 +182,8 @@ def table(machines: dict[str, Results]) -> list[str]:
     lines = [f"| what | case | {' | '.join(machines)} | goal |", "|---|---|" + "---|" * (len(machines) + 1)]
     above = ""
     for (title, text, wanted), cells in ordered:
-        shown = title if title != above else ""
-        lines.append(
-            f"| {shown} | {spelled(text)} | {' | '.join(cells.get(each, '-') for each in machines)} | {wanted} |"
-        )
+        shown = [title if title != above else "", spelled(text), *(cells.get(each, "-") for each in machines), wanted]
+        lines.append(f"| {' | '.join(shown)} |")
         above = title
     return lines
 
