@@ -36,7 +36,7 @@ def load(folder: Path) -> dict[str, Results]:
 
 def load_machine(folder: Path) -> Results:
     """Returns the results in the folder of one machine, in the order of the table; unknown ones come last."""
-    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    found = [{"name": path.stem, **json.loads(path.read_text())} for path in sorted(folder.glob("*.json"))]
     found = [each for each in found if "benchmark" in each]
     return sorted(found, key=lambda each: ORDER.index(each["benchmark"]) if each["benchmark"] in ORDER else len(ORDER))
 

@@ -125,7 +125,7 @@ def main() -> int:
     for folder in (each for each in options.results.iterdir() if each.is_dir()):
         results = load_machine(folder)
         for result in results:
-            (draw_growth if "growth" in result else draw)(result, folder / f"{result['benchmark']}.png")
+            (draw_growth if "growth" in result else draw)(result, folder / f"{result['name']}.png")
         draw_all(results, folder / "goals.png")
     return 0
 

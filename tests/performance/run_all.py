@@ -4,7 +4,8 @@
     python tests/performance/run_all.py --only growth galore_refresh_large
 
 The fast set is meant to take ten minutes on two idle cores (an older processor takes twice as long). Not in it, and run
-by `--full` or when they are named: the growth curves (four minutes) and GaLore's refreshes (two minutes and a half).
+by `--full` or when they are named: the growth curves (four minutes), GaLore's refreshes (two minutes and a half), and
+50,000 rows (`first_step_50k`, `prepare_rows_50k`: a quarter of an hour each on an older processor).
 
 Unattended and without a network. A benchmark that fails or takes too long is named at the end (exit status 1); the
 others still run.
@@ -21,8 +22,10 @@ import machine
 HERE = Path(__file__).resolve().parent
 # Seconds a fast benchmark may take before it is given up; many times what it takes on two idle cores.
 LIMIT_FAST, LIMIT_FULL = 600, 3600
-# Measured only when asked for: script and what it is given.
+# Measured only when asked for, and by `--full`: script and what it is given.
 EXTRA = {
+    "first_step_50k": ("bench_first_step.py", []),
+    "prepare_rows_50k": ("bench_prepare_rows.py", []),
     "growth": ("bench_growth.py", []),
     "galore_refresh": ("bench_galore_refresh.py", ["--fast"]),
     "galore_refresh_large": ("bench_galore_refresh.py", ["--large"]),
@@ -32,8 +35,11 @@ EXTRA = {
 def commands(full: bool, only: list[str]) -> dict[str, list[str]]:
     """Returns the command of every benchmark to run, by the name of its result."""
     names = {script.stem.removeprefix("bench_"): script for script in sorted(HERE.glob("bench_*.py"))}
-    mode = [] if full else ["--fast"]
-    chosen = {name: [sys.executable, str(script), *mode] for name, script in names.items() if name not in EXTRA}
+    chosen: dict[str, list[str]] = {}
+    for name, script in names.items():
+        if name not in EXTRA:
+            fast = not full or f"{name}_50k" in EXTRA
+            chosen[name] = [sys.executable, str(script), *(["--fast"] if fast else [])]
     for name, (script, given) in EXTRA.items():
         if full or name in only:
             chosen[name] = [sys.executable, str(HERE / script), *given]
@@ -42,7 +48,7 @@ def commands(full: bool, only: list[str]) -> dict[str, list[str]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--full", action="store_true", help="more and longer measurements: about an hour")
+    parser.add_argument("--full", action="store_true", help="more and longer measurements: hours")
     parser.add_argument("--only", nargs="*", default=[], help="parts of the names of the benchmarks to run")
     options = parser.parse_args()
     results = machine.folder()
