@@ -58,6 +58,10 @@ class ApolloAdamW(Optimizer):
         self._index = {p: i for i, p in enumerate(projected)}
         self._handles = _hook(self, projected) if in_backward else []
 
+    @property
+    def works_in_backward(self) -> bool:
+        return bool(self._handles)
+
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         """Updates every parameter that has a gradient; returns the closure's loss."""
