@@ -13,9 +13,10 @@ from transformers.training_args import OptimizerNames
 
 from finetune.arguments.optimization import REGISTERED_OPTIMIZERS
 from finetune.errors import ArgumentError
+from finetune.optim import registry
 from finetune.optim.groups import decay_parameter_names, parameter_groups
-from finetune.optim.registry import build_optimizer, optimizer_cls_and_kwargs, optimizer_names
-from finetune.optim.schedules import build_scheduler, current_learning_rate, schedule_names
+from finetune.optim.registry import build_optimizer, optimizer_cls_and_kwargs
+from finetune.optim.schedules import build_scheduler, current_learning_rate
 
 
 def llama():
@@ -87,11 +88,11 @@ def test_both_groups_exist_when_one_is_empty():
 
 
 def test_every_optimizer_name_of_transformers_is_registered():
-    assert {name.value for name in OptimizerNames} <= set(optimizer_names())
+    assert {name.value for name in OptimizerNames} <= set(registry._load_builders())
 
 
 def test_registered_names_are_accepted_by_the_arguments():
-    assert set(optimizer_names()) <= REGISTERED_OPTIMIZERS | {name.value for name in OptimizerNames}
+    assert set(registry._load_builders()) <= REGISTERED_OPTIMIZERS | {name.value for name in OptimizerNames}
 
 
 PLAIN = [
@@ -202,7 +203,7 @@ SCHEDULES = {
 
 
 def test_every_schedule_of_transformers_is_covered():
-    assert set(SCHEDULES) == {name.value for name in SchedulerType} == set(schedule_names())
+    assert set(SCHEDULES) == {name.value for name in SchedulerType}
 
 
 @pytest.mark.parametrize(("name", "kwargs"), [(n, k) for n, options in SCHEDULES.items() for k in options])

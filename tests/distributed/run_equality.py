@@ -52,6 +52,7 @@ CASES: dict[str, dict[str, Any]] = {
     "padded": {"arguments": {"padding_free": False}},
     "padding_free": {"arguments": {"padding_free": True}},
     "packed": {"arguments": {"packing": True, "max_length": 24}, "rows": 46},
+    "packed_by_name": {"arguments": {"packing": True, "max_length": 24}, "rows": 46, "by_name": True},
     "tied": {"arguments": {}, "model": {"tie_word_embeddings": True}},
     "sharded_checkpoints": {"arguments": {}, "environment": {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}},
     "by_name": {"arguments": {}, "by_name": True},

@@ -14,7 +14,7 @@ from filelock import FileLock
 
 MAIN = ["padded", "padding_free", "packed", "tied", "classification", "lora"]
 # Models loaded by name may be sharded while they are; and `save_model` has to gather what checkpoints hold in shards.
-SHARDED = [*MAIN, "lora_by_name", "classification_by_name"]
+SHARDED = [*MAIN, "lora_by_name", "classification_by_name", "packed_by_name"]
 FSDP = [*SHARDED, "sharded_checkpoints"]
 KNOWN = [*FSDP, "lora_classification"]
 FEW = ["padded", "classification", "lora"]

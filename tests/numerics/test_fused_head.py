@@ -12,7 +12,9 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from finetune.errors import ArgumentError
-from finetune.kernels.fused_head import fuse_head, unsupported_reason
+from finetune.kernels import head_support
+from finetune.kernels.fused_head import fuse_head
+from finetune.kernels.head_support import unsupported_reason
 from finetune.kernels.logit_transform import LogitTransform, logit_transform
 
 COMMON = {
@@ -279,7 +281,9 @@ def test_transforms_are_read_from_the_config() -> None:
     assert logit_transform(make("gemma2, soft cap")) == LogitTransform(1.0, 3.0)
 
 
-def test_an_unknown_convention_stops_instead_of_training_on_other_logits() -> None:
+def classes_with_other_logits() -> tuple[type, type]:
+    """Two models whose forward does to the logits what their config does not say."""
+
     class Halved(hf.LlamaForCausalLM):
         def forward(self, input_ids=None, labels=None, **kwargs):
             logits = 0.5 * self.lm_head(self.model(input_ids).last_hidden_state).float()
@@ -294,15 +298,42 @@ def test_an_unknown_convention_stops_instead_of_training_on_other_logits() -> No
                 loss=self.loss_function(logits, labels, self.vocab_size), logits=logits
             )
 
-    model = build(Halved, hf.LlamaConfig)
-    with fuse_head(model), pytest.raises(ArgumentError, match=r"scale=0\.5.*plain loss"):
-        model(**batch())
-    expected = model(**batch()).loss
-    with fuse_head(model, transform=LogitTransform(0.5)):
-        torch.testing.assert_close(model(**batch()).loss, expected, rtol=1e-6, atol=1e-6)
-    model = build(Sorted, hf.LlamaConfig)
-    with fuse_head(model), pytest.raises(ArgumentError, match="applies `sort`"):
-        model(**batch())
+    return Halved, Sorted
+
+
+def test_an_unknown_convention_is_a_reason_not_to_fuse() -> None:
+    halved, sorting = (build(each, hf.LlamaConfig) for each in classes_with_other_logits())
+    before = [(name, sorted(module.__dict__)) for name, module in halved.named_modules()]
+    assert "scale=0.5" in (unsupported_reason(halved) or "") and "`sort`" in (unsupported_reason(sorting) or "")
+    assert [(name, sorted(module.__dict__)) for name, module in halved.named_modules()] == before
+    for model in (halved, sorting):
+        with pytest.raises(ArgumentError, match=r"plain loss.*`compute_loss_func`"):
+            fuse_head(model)
+    expected = halved(**batch()).loss
+    with fuse_head(halved, transform=LogitTransform(0.5)):
+        torch.testing.assert_close(halved(**batch()).loss, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_the_trial_runs_no_layer_and_needs_no_weights() -> None:
+    for name in MODELS:
+        model = make(name)
+        for module in model.modules():
+            if module is not model:
+                module.register_forward_pre_hook(lambda *_: pytest.fail("a module was called"))
+        model.to("meta")
+        assert unsupported_reason(model) is None
+        assert "its config says" in (unsupported_reason(model, LogitTransform(0.123)) or ""), "the trial found nothing"
+
+
+def test_a_convention_that_the_trial_missed_stops_instead_of_training_on_other_logits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(head_support, "_reason_of_its_logits", lambda *_: None)
+    halved, sorting = (build(each, hf.LlamaConfig) for each in classes_with_other_logits())
+    with fuse_head(halved), pytest.raises(ArgumentError, match=r"scale=0\.5.*plain loss"):
+        halved(**batch())
+    with fuse_head(sorting), pytest.raises(ArgumentError, match="applies `sort`"):
+        sorting(**batch())
 
 
 OPTIONS = {

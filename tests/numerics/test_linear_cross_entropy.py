@@ -130,6 +130,31 @@ def test_fp16_does_not_flush_small_gradients() -> None:
     assert hidden.grad is not None and hidden.grad.item() == pytest.approx(1e6 * 1.02e-8, rel=0.02)
 
 
+def test_fp16_does_not_overflow_in_the_heads_gradient() -> None:
+    """The gradient of the head is (p - y) h, here 99 and, of 8 such tokens, 795: lifted, more than fp16 holds."""
+    for tokens in (1, 8):
+        grads = []
+        for dtype in (torch.float16, torch.float64):
+            hidden = torch.full((tokens, 1), 100.0, dtype=dtype, requires_grad=True)
+            weight = torch.tensor([[0.0], [0.05]]).half().to(dtype).requires_grad_()
+            function = linear_cross_entropy if dtype == torch.float16 else reference
+            function(hidden, weight, torch.zeros(tokens, dtype=torch.int64)).loss.backward()
+            grads.append((hidden.grad, weight.grad))
+        for ours, exact in zip(*grads, strict=True):
+            torch.testing.assert_close(ours.double(), exact, rtol=2e-3, atol=0)
+
+
+def test_fp16_does_not_flush_small_gradients_of_the_head() -> None:
+    """As above for the weights of the rival, where the small gradient is multiplied by a small hidden state."""
+    hidden = torch.tensor([[19.4, 0.01]], dtype=torch.float16)
+    weight = torch.tensor([[1.0, 0.0], [0.0, 0.0]], dtype=torch.float16, requires_grad=True)
+    (linear_cross_entropy(hidden, weight, torch.tensor([0])).loss * 1e6).backward()
+    exact = weight.detach().double().requires_grad_()
+    (reference(hidden.double(), exact, torch.tensor([0])).loss * 1e6).backward()
+    assert weight.grad is not None and exact.grad is not None
+    torch.testing.assert_close(weight.grad[1].double(), exact.grad[1], rtol=0.02, atol=0)
+
+
 def test_result_does_not_depend_on_the_chunk() -> None:
     values = inputs(torch.float32)
     losses = [run(linear_cross_entropy, values, chunk_tokens=c)[0].loss for c in (1, 3, 64)]

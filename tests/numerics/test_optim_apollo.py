@@ -54,27 +54,36 @@ def train(model, optimizer, data):
     return losses
 
 
+# Which dimension each kind of projection takes away: (of a wide gradient, of a tall or square one).
+SIDES = {"std": (0, 1), "reverse_std": (1, 0), "left": (0, 0), "right": (1, 1)}
+
+
+@pytest.mark.parametrize("proj_type", SIDES)
+@pytest.mark.parametrize("rank", [1, 3])
 @pytest.mark.parametrize("scale_type", ["channel", "tensor"])
-@pytest.mark.parametrize("shape", [(6, 10), (10, 6)])
-def test_the_update_rule(shape, scale_type):
+@pytest.mark.parametrize("shape", [(6, 10), (10, 6), (6, 6)])
+def test_the_update_rule(shape, scale_type, rank, proj_type):
+    """Against the formulas of the paper in float64; the noise itself is drawn in float32."""
     torch.manual_seed(0)
-    p = nn.Parameter(torch.randn(shape))
+    p = nn.Parameter(torch.randn(shape, dtype=torch.float64))
     holder = nn.Linear(shape[1], shape[0], bias=False)
     holder.weight = p
-    optimizer = build_optimizer(arguments(optim_args=f"rank=3, scale=4, scale_type={scale_type}"), holder)
+    optim_args = f"rank={rank}, scale=4, scale_type={scale_type}, proj_type={proj_type}"
+    optimizer = build_optimizer(arguments(optim_args=optim_args), holder)
     w, m, v, last = p.detach().clone(), 0.0, 0.0, None
     generator = torch.Generator().manual_seed(3 * 1_000_003 * 1_000_003)
-    small, kept = min(shape), 0 if shape[0] < shape[1] else 1
-    noise = torch.randn((small, 3) if kept == 0 else (3, small), generator=generator) / math.sqrt(3)
+    gone = SIDES[proj_type][int(shape[0] >= shape[1])]
+    noise = torch.randn((shape[0], rank) if gone == 0 else (rank, shape[1]), generator=generator)
+    noise = (noise / math.sqrt(rank)).double()
     for t in range(1, 5):
-        gradient = torch.randn(shape) * 3**t
+        gradient = torch.randn(shape, dtype=torch.float64) * 3**t
         p.grad = gradient.clone()
         optimizer.step()
-        low = noise.T @ gradient if kept == 0 else gradient @ noise.T
+        low = noise.T @ gradient if gone == 0 else gradient @ noise.T
         m, v = 0.8 * m + 0.2 * low, 0.95 * v + 0.05 * low**2
         adam = m / (v.sqrt() + 1e-7)
         if scale_type == "channel":
-            factor = adam.norm(dim=kept, keepdim=True) / (low.norm(dim=kept, keepdim=True) + 1e-8)
+            factor = adam.norm(dim=gone, keepdim=True) / (low.norm(dim=gone, keepdim=True) + 1e-8)
         else:
             factor = adam.norm() / (low.norm() + 1e-8)
         update = gradient * factor
@@ -83,7 +92,7 @@ def test_the_update_rule(shape, scale_type):
         last = update.norm()
         w = w - 1e-2 * math.sqrt(1 - 0.95**t) / (1 - 0.8**t) * update * 2.0
         w = w * (1 - 1e-2 * 0.1)
-        torch.testing.assert_close(p.detach(), w, rtol=0, atol=1e-6)
+        torch.testing.assert_close(p.detach(), w, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["apollo_adamw", "apollo_adamw_layerwise"])

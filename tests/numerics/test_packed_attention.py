@@ -10,9 +10,16 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from finetune.errors import ArgumentError
-from finetune.kernels.attention import ATTENTION_NAME, packed_unsupported_reason, use_packed_attention
+from finetune.kernels import packed_scores
+from finetune.kernels.attention import (
+    ATTENTION_NAME,
+    base_model,
+    packed_unsupported_reason,
+    use_packed_attention,
+)
 from finetune.kernels.isolation import probe_isolation, require_isolation
-from finetune.kernels.packed_scores import _plan, packed_attention
+from finetune.kernels.packed_buckets import plan_of
+from finetune.kernels.packed_scores import packed_attention
 
 LENGTHS = (9, 1, 14, 3, 8, 40, 6)
 COMMON = {
@@ -34,6 +41,14 @@ MODELS = {
         hf.GptOssForCausalLM, hf.GptOssConfig,
         {"num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 5, "rope_parameters":
          {"rope_type": "default", "rope_theta": 1e4}, **SLIDING}),
+    "qwen2-moe, window in the mask only": (
+        hf.Qwen2MoeForCausalLM, hf.Qwen2MoeConfig,
+        {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2, "num_experts": 4,
+         "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}),
+    "phimoe, one window for all layers in the mask only": (
+        hf.PhimoeForCausalLM, hf.PhimoeConfig,
+        {"sliding_window": 5, "num_local_experts": 2, "num_experts_per_tok": 2, "router_jitter_noise": 0.0,
+         "input_jitter_noise": 0.0}),
     "gpt2, learned positions": (
         hf.GPT2LMHeadModel, hf.GPT2Config,
         {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "attn_pdrop": 0.0, "embd_pdrop": 0.0,
@@ -173,6 +188,14 @@ def test_adapters() -> None:
         assert_same(in_one_row(model), expected, 3e-6)
 
 
+def test_a_mixed_peft_model_is_looked_through() -> None:
+    """It has no `get_base_model`."""
+    inner = make()
+    mixed = get_peft_model(inner, LoraConfig(r=2, target_modules=["q_proj"]), mixed=True)
+    assert base_model(mixed) is inner and base_model(inner) is inner
+    assert packed_unsupported_reason(mixed) is None
+
+
 def test_bfloat16_autocast() -> None:
     model = make()
     expected, _ = one_by_one(model)
@@ -214,13 +237,13 @@ def test_masks_and_rows_do_not_mix() -> None:
 
 
 def test_buckets() -> None:
-    plan = _plan((0, 3, 4, 6))
+    plan = plan_of((0, 3, 4, 6))
     assert plan.buckets == ((3, 2, 1),)
     assert plan.gather.tolist() == [0, 1, 2, 4, 5, 5, 3, 3, 3]
     assert plan.scatter.tolist() == [0, 1, 2, 6, 3, 4]
-    long = _plan((0, 100, 190, 230, 262))
+    long = plan_of((0, 100, 190, 230, 262))
     assert long.buckets == ((100, 90), (40, 32)) and long.sizes == [200, 80]
-    assert _plan((0, 2, 2, 3)).buckets == ((2, 1),)
+    assert plan_of((0, 2, 2, 3)).buckets == ((2, 1),)
 
 
 def test_bidirectional_models() -> None:
@@ -290,3 +313,69 @@ def test_short_samples_in_bfloat16_are_attended_in_float32() -> None:
             low, _ = packed_attention(layer, q, k, v, None, cu_seq_lens_q=boundaries)
         assert low.dtype == torch.bfloat16
         assert torch.equal(low, wide.bfloat16())
+
+
+def test_windows_that_only_the_mask_tells() -> None:
+    """They must act: without the window, the longest sample is another one."""
+    for name in (name for name in MODELS if "mask only" in name):
+        model = make(name)
+        expected, _ = one_by_one(model)
+        with use_packed_attention(model):
+            model.config.sliding_window = 1000
+            assert (in_one_row(model)[0] - expected).abs().max() > 1e-3
+    module = make("qwen2-moe, window in the mask only").model.layers[0].self_attn
+    del module.layer_idx
+    row = [torch.zeros(1, 4, 6, 8) for _ in range(3)]
+    with pytest.raises(ArgumentError, match="which layer it is"):
+        packed_attention(module, *row, None, cu_seq_lens_q=torch.tensor([0, 6]))
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch: pytest.MonkeyPatch):
+    """For tensors that say they are on a GPU: a kernel that notes what it is given, and autocast. Returns the notes."""
+    notes = []
+
+    def kernel(query, key, value, *_, scale, window_size, enable_gqa=False):
+        notes.append((query.dtype, key.dtype, value.dtype, window_size))
+        return torch.empty_like(query)
+
+    monkeypatch.setattr(packed_scores, "_varlen_function", lambda: kernel)
+    monkeypatch.setattr(packed_scores, "_flash_function", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: torch.bfloat16)
+    return notes
+
+
+class OnCuda(torch.Tensor):
+    device = torch.device("cuda")  # pyright: ignore[reportAssignmentType]
+
+
+def on_cuda(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.ones(shape, dtype=dtype).as_subclass(OnCuda)
+
+
+def test_under_autocast_the_kernel_gets_everything_in_half_precision(fake_cuda: list) -> None:
+    """Rotary embedding leaves queries and keys in float32."""
+    q, k = (on_cuda(1, 2, 10, 64) for _ in range(2))
+    v = on_cuda(1, 2, 10, 64, dtype=torch.bfloat16)
+    ends = torch.tensor([0, 4, 10], dtype=torch.int32)
+    output, _ = packed_attention(nn.Module(), q, k, v, None, cu_seq_lens_q=ends, max_length_q=6, sliding_window=4)
+    assert fake_cuda == [(torch.bfloat16, torch.bfloat16, torch.bfloat16, (3, 0))]
+    assert output.dtype == torch.bfloat16 and output.shape == (1, 10, 2, 64)
+
+
+@pytest.mark.parametrize(("width", "backend"), [(64, "varlen"), (60, "buckets"), (264, "buckets")])
+def test_widths_that_the_kernel_does_not_take_go_into_buckets(fake_cuda: list, width: int, backend: str) -> None:
+    row = on_cuda(10, 2, width, dtype=torch.bfloat16)
+    scores = packed_scores.Scores(1.0, None, None, None, causal=True, dropout=0.0)
+    assert packed_scores.choose_backend(row, row, scores) == backend
+
+
+def test_places_are_copied_to_a_device_once() -> None:
+    plan = plan_of((0, 3, 4, 6))
+    first, second = plan.on(torch.device("meta")), plan.on(torch.device("meta"))
+    assert first[0].is_meta and all(one is other for one, other in zip(first, second, strict=True))
+    with torch.inference_mode():
+        gather, _ = plan_of((0, 2, 3)).on(torch.device("cpu"))
+    assert not gather.is_inference(), "a training step with the same boundaries could not save it"

@@ -158,6 +158,12 @@ def test_a_model_that_ignores_its_tokens_proves_nothing() -> None:
     assert "nothing can be proven" in (why_not_unpadded(model) or "")
 
 
+def test_a_model_whose_hidden_states_are_zero_proves_nothing() -> None:
+    model = make("bert").float()
+    find_layers(model)[-1].register_forward_hook(lambda _, __, output: torch.zeros_like(output))
+    assert "zero for every token" in (why_not_unpadded(model) or "")
+
+
 def test_the_probe_leaves_modes_and_random_numbers_alone() -> None:
     model = make("bert").float().train()
     model.classifier.eval()

@@ -91,12 +91,14 @@ def load_optimizer(folder: Path, model: nn.Module, optimizer: Any) -> None:
     Raises:
         CheckpointError: another kind of optimizer, other parameters, other shapes, or a tensor that arrived changed.
     """
-    names = folder / OPTIMIZER_LAYOUT
+    names, same_types = folder / OPTIMIZER_LAYOUT, False
     if names.is_file():
         here = parameter_layout(model, optimizer)
         with backends.restoring(names):
             saved = json.loads(names.read_text(encoding="utf-8"))
-        if saved != here:
+            same_types = saved == here
+            same = _without_types(saved) == _without_types(here)
+        if not same:
             raise CheckpointError(
                 f"The optimizer state in `{folder}` is of other parameters: {_first_difference(saved, here)}. Resume "
                 "with the same model, adapters, frozen layers and `optim`, or start without `resume_from_checkpoint`."
@@ -104,6 +106,8 @@ def load_optimizer(folder: Path, model: nn.Module, optimizer: Any) -> None:
     state, asked = files.load_plain(folder / layout.OPTIMIZER), [dict(group) for group in optimizer.param_groups]
     with backends.restoring(folder / layout.OPTIMIZER):
         optimizer.load_state_dict(state)
+        if same_types:
+            _keep_types(state.get("state", {}), optimizer.state_dict().get("state", {}))
     _compare_settings(folder, asked, optimizer)
     # `state` may share memory with the optimizer now; equality of a tensor with itself is what is wanted then.
     difference = _difference(state.get("state", {}), optimizer.state_dict().get("state", {}), "state")
@@ -112,6 +116,24 @@ def load_optimizer(folder: Path, model: nn.Module, optimizer: Any) -> None:
             f"The optimizer did not take over its state from `{folder}`: {difference}. Resume with the same `optim` "
             "and the same data type of the weights as before."
         )
+
+
+def _keep_types(saved: Any, live: Any) -> None:
+    """Puts state back that torch rounded to the type of its weights, where the optimizer keeps a wider one.
+
+    Adafactor of transformers keeps float32 for weights in 16 bits, as do scalars of NAdam and ASGD. `live` holds the
+    dictionaries that the optimizer works on.
+    """
+    for key, state in saved.items():
+        current = live.get(key)
+        if not isinstance(state, dict) or not isinstance(current, dict):
+            continue
+        for name, value in state.items():
+            rounded = current.get(name)
+            if not isinstance(value, Tensor) or not isinstance(rounded, Tensor) or value.dtype == rounded.dtype:
+                continue
+            if value.is_floating_point() and rounded.is_floating_point() and value.shape == rounded.shape:
+                current[name] = value.to(rounded.device)
 
 
 def _compare_settings(folder: Path, asked: list[dict[str, Any]], optimizer: Any) -> None:
@@ -144,12 +166,15 @@ def _plain(value: Any) -> Any:
 
 
 def parameter_layout(model: nn.Module, optimizer: Any) -> list[list[list[Any]]]:
-    """Returns, per parameter group, `[name, shape]` of each parameter in the order the optimizer numbers them."""
+    """Returns, per parameter group, `[name, shape, type]` of each parameter, in the order the optimizer numbers them.
+
+    Layouts of older checkpoints have no types.
+    """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
 
     def entry(parameter: Tensor) -> list[Any]:
         name = names.get(id(parameter), "?").replace("_orig_mod.", "").removeprefix("module.")
-        return [name, list(parameter.shape)]
+        return [name, list(parameter.shape), str(parameter.dtype)]
 
     return [[entry(parameter) for parameter in group["params"]] for group in optimizer.param_groups]
 
@@ -188,10 +213,14 @@ def _write_text(path: Path, text: str) -> None:
         path.write_text(text, encoding="utf-8")
 
 
+def _without_types(groups: list[list[list[Any]]]) -> list[list[list[Any]]]:
+    return [[entry[:2] for entry in group] for group in groups]
+
+
 def _first_difference(saved: list[list[Any]], here: list[list[Any]]) -> str:
     flat = [[entry for group in side for entry in group] for side in (saved, here)]
     for number, (old, new) in enumerate(zip(*flat, strict=False)):
-        if old != list(new):
+        if old[:2] != new[:2]:
             return f"number {number} was `{old[0]}` {tuple(old[1])} and is `{new[0]}` {tuple(new[1])}"
     return f"there were {len(flat[0])} in {len(saved)} groups and are {len(flat[1])} in {len(here)}"
 

@@ -161,15 +161,15 @@ def _check(name: str | None, options: PlanArguments, args: Any, model_args: Any)
 
 def _why_refused(way: str, args: Any) -> str:
     """Returns the error with which the optimizer refuses to be sharded, or nothing."""
-    from finetune.optim.low_rank_builders import refuse_sharding
+    from finetune.optim.registry import refuse_sharding
 
     optim = str(getattr(args.optim, "value", args.optim))
-    if way == "ddp" or not optim.startswith(("galore", "apollo")):
+    if way == "ddp" or not optim.startswith(("galore", "apollo", "muon")):
         return ""
     asked = SimpleNamespace(fsdp=way == "fsdp2", deepspeed=way.startswith("zero"))
     request: Any = SimpleNamespace(name=optim, args=asked)
     try:
-        refuse_sharding(request)
+        refuse_sharding(request, "deepspeed", *([] if optim == "muon" else ["fsdp"]))
     except ArgumentError as error:
         return str(error)
     return ""

@@ -36,7 +36,6 @@ def prepare(
     args: Any = None,
     max_steps: int = 0,
     create_scheduler: Callable[..., Any] | None = None,
-    n_gpu: int = 1,
 ) -> Prepared:
     """Returns the prepared model and optimizer. Agrees with `_prepare_for_training` of transformers' Trainer.
 
@@ -45,7 +44,6 @@ def prepare(
     | one process, DDP, FSDP2 | `create_optimizer()`, then model and optimizer prepared together                  |
     | FSDP1           | the model first: wrapping replaces parameters; then `create_optimizer(wrapped model)`      |
     | DeepSpeed       | config finalised with `max_steps`; optimizer and schedule from the config if it names them |
-    | DataParallel    | several GPUs in one process (`n_gpu` > 1): wrapped here, accelerate prepares the optimizer |
     | sharded at load | the model owns its placement: only the optimizer is prepared                               |
 
     `create_optimizer` is called with no argument, or with the wrapped model under FSDP1. `args` and `max_steps` are
@@ -62,9 +60,6 @@ def prepare(
         _fit_fsdp_to_adapters(accelerator, model)
         wrapped = accelerator.prepare(model)
         prepared = Prepared(wrapped, accelerator.prepare(create_optimizer(wrapped)))
-    elif n_gpu > 1 and version is None and not _is_low_bit(model):
-        wrapped = model if isinstance(model, nn.DataParallel) else nn.DataParallel(model)
-        prepared = Prepared(wrapped, accelerator.prepare(create_optimizer()))
     else:
         with _embeddings_on_their_own(accelerator, model):
             prepared = Prepared(*accelerator.prepare(model, create_optimizer()))
@@ -215,7 +210,3 @@ def _allow_generation(model: Any) -> None:
 
         # `generate` calls submodules outside `forward`, where FSDP would leave their parameters sharded.
         fsdp.register_fsdp_forward_method(model, "generate")
-
-
-def _is_low_bit(model: nn.Module) -> bool:
-    return bool(getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False))

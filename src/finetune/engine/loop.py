@@ -96,8 +96,11 @@ def _update(run: TrainingRun, hooks: LoopHooks, events: Events) -> None:
 
     events.fire("on_pre_optimizer_step")
     run.stepping = True
-    skipped = run.meter.window_is_bad(run.grad_norm)
-    if not skipped:
+    # A loss scaler leaves out an update whose gradients overflowed by itself, and lowers its scale.
+    skipped = run.meter.window_is_bad(None if run.scaler is not None else run.grad_norm)
+    if skipped:
+        run.drop_update()
+    else:
         run.before_update()
         run.before_step()
         run.optimizer.step()

@@ -120,6 +120,7 @@ class LossMeter:
         running, count, first = self.running, self._nonfinite, self._first_bad
         if accelerator.num_processes == 1:
             return running.item(), int(count), [int(first)]
+        # float64 exists wherever there can be several processes, and places need it.
         everywhere = accelerator.gather(torch.stack([running.double(), count.double(), first.double()]).unsqueeze(0))
         assert isinstance(everywhere, Tensor)
         return float(everywhere[:, 0].float().mean()), int(everywhere[:, 1].sum()), [int(n) for n in everywhere[:, 2]]
@@ -158,6 +159,11 @@ class LossMeter:
         )
 
 
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """Returns the dtype of sums on `device`: float64, which Apple's GPUs do not have."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 class MetricBag:
     """Named (sum, count) pairs on the device; one reduction and one host read per `drain`.
 
@@ -172,8 +178,11 @@ class MetricBag:
 
     def add(self, name: str, total: Tensor, count: Tensor | int) -> None:
         """Adds `total` over `count` items to the quantity `name`; both stay on the device."""
-        pair = torch.stack([total.detach().double(), torch.as_tensor(count, device=total.device).double()])
-        self._sums[name] = self._sums[name].to(pair.device) + pair if name in self._sums else pair
+        dtype = sum_dtype(total.device)
+        pair = torch.stack([total.detach().to(dtype), torch.as_tensor(count, device=total.device).to(dtype)])
+        before = self._sums.get(name)
+        # Loaded sums are float64 in host memory, and are converted there.
+        self._sums[name] = pair if before is None else before.to(dtype).to(pair.device) + pair
 
     def state_dict(self) -> dict[str, Tensor]:
         """Returns the sums since the last drain, for a checkpoint between two logs."""

@@ -145,6 +145,17 @@ class TrainingRun:
         if not self.accelerator.optimizer_step_was_skipped and not self._metric_schedule:
             self.lr_scheduler.step()
 
+    @property
+    def scaler(self) -> Any:
+        """The loss scaler of fp16, None without one."""
+        scaler = getattr(self.accelerator, "scaler", None)
+        return scaler if scaler is not None and scaler.is_enabled() else None
+
+    def drop_update(self) -> None:
+        """Stands for an optimizer step that is left out: a loss scaler must hear of it before the next one."""
+        if self.scaler is not None:
+            self.scaler.update()
+
     def observed(self) -> contextlib.AbstractContextManager[Any]:
         """Returns the context of one micro-batch for those who watch the run's first update."""
         if not self.observers:

@@ -10,6 +10,7 @@ the square of the sum. Calls without `cu_seq_lens_q` (padded batches, generation
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -133,7 +134,11 @@ def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
 
 
 def base_model(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    """Returns the model inside a PEFT wrapper, or `model` itself."""
+    if hasattr(model, "get_base_model"):
+        return model.get_base_model()
+    mixed = getattr(sys.modules.get("peft"), "PeftMixedModel", None)  # which has no such method
+    return model.base_model.model if isinstance(mixed, type) and isinstance(model, mixed) else model
 
 
 def backbone_of(base: Any) -> Any:

@@ -12,7 +12,6 @@ of experts are added by the model itself, as ever.
 from __future__ import annotations
 
 import functools
-import inspect
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,48 +23,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from finetune.errors import ArgumentError
+from finetune.kernels.attention import base_model
+from finetune.kernels.head_support import head_of, unsupported_reason
 from finetune.kernels.linear_cross_entropy import IGNORE_INDEX, HeadLoss, linear_cross_entropy
 from finetune.kernels.logit_transform import REMEDY, DisguisedLoss, LogitTransform, Recorder, logit_transform
-
-LIGER_OWNS_HEAD = "Liger's `fused_linear_cross_entropy` owns its head already"
-LIGER_OWNS_LOSS = "Liger's `cross_entropy` computes its loss"
-
-
-def unsupported_reason(model: nn.Module) -> str | None:
-    """Returns why the head of `model` cannot be fused, as the end of a sentence, or None if it can be.
-
-    A reason is no error: LoRA on the head, for one, trains through the plain loss.
-    """
-    base = _base(model)
-    if not hasattr(base, "get_output_embeddings") or not hasattr(type(base), "loss_function"):
-        return f"{type(base).__name__} is no causal language model of transformers"
-    if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
-        return "the labels of an encoder-decoder are not shifted"
-    head = _head(base)
-    if head is None:
-        return f"{type(base).__name__} has no output head"
-    if type(head).forward is not nn.Linear.forward:
-        return f"its head is a {type(head).__module__}.{type(head).__name__}, not a plain nn.Linear"
-    if not head.weight.is_floating_point():
-        return "the weights of its head are quantized"
-    if "forward" in head.__dict__:
-        return "the forward of its head is replaced already (by `device_map` hooks or another fused head)"
-    from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
-
-    # A model without a loss type (GPT-2) falls back to the causal loss.
-    if LOSS_MAPPING.get(getattr(base, "loss_type", None) or "ForCausalLM") is not ForCausalLMLoss:
-        return f"its loss is {base.loss_type!r}, not the causal one"
-    if getattr(base.forward, "__module__", "").startswith("liger_kernel"):
-        return LIGER_OWNS_HEAD
-    if getattr(nn.functional.cross_entropy, "__module__", "").startswith("liger_kernel"):
-        return LIGER_OWNS_LOSS
-    if "_loss_function" in base.__dict__:
-        return "its loss function was replaced by the user"
-    try:
-        source = inspect.getsource(inspect.unwrap(type(base).forward))
-    except (OSError, TypeError):
-        return None
-    return None if "loss_function" in source else f"{type(base).__name__}.forward computes its loss by itself"
 
 
 class FusedHead:
@@ -78,7 +39,7 @@ class FusedHead:
     def __init__(self, model: Any, transform: LogitTransform, options: dict[str, Any]) -> None:
         self.last: HeadLoss | None = None
         self.transform = transform
-        self._model, self._head, self._options = model, _head(model), options
+        self._model, self._head, self._options = model, head_of(model), options
         self._active, self._call = True, None
         self._had_forward = model.__dict__.get("forward")
         self._forward, self._head_forward = model.forward, self._head.forward
@@ -231,10 +192,10 @@ def fuse_head(
     Raises:
         ArgumentError: with the reason of `unsupported_reason`.
     """
-    reason = unsupported_reason(model)
+    reason = unsupported_reason(model, transform)
     if reason is not None:
         raise ArgumentError(f"the fused loss does not fit this model: {reason}. {REMEDY}")
-    base = _base(model)
+    base = base_model(model)
     options = {
         "label_smoothing": label_smoothing, "z_loss": z_loss, "dft": dft, "entropy": entropy,
         "chunk_tokens": chunk_tokens,
@@ -268,20 +229,6 @@ class _Call:
 
 def _shift(values: Tensor | None, fill: int) -> Tensor | None:
     return None if values is None else nn.functional.pad(values[..., 1:], (0, 1), value=fill)
-
-
-def _base(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def _head(base: Any) -> Any:
-    """Returns the module whose `forward` projects: the head, or PEFT's trainable copy of it (`modules_to_save`)."""
-    head = base.get_output_embeddings()
-    copies = getattr(head, "modules_to_save", None)
-    if isinstance(copies, nn.ModuleDict):
-        active = getattr(head, "active_adapter", "default")
-        return copies[active[0] if isinstance(active, list | tuple) else active]
-    return head
 
 
 def _whole(parameter: Any) -> Tensor:

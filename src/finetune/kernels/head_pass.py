@@ -168,11 +168,24 @@ class HeadPass:
             torch.addmm(self.d_weight, d_logits.t(), chunk, beta=0 if first else 1, out=self.d_weight)
             return
         # A block of the vocabulary at a time: the product stays in the cache until it is added.
-        width = max(1, _block_bytes(chunk) // (chunk.shape[1] * chunk.element_size()))
+        itemsize = 4 if self.dtype == torch.float16 else chunk.element_size()
+        width = max(1, _block_bytes(chunk) // (chunk.shape[1] * itemsize))
         for low in range(0, d_logits.shape[1], width):
-            part = d_logits[:, low : low + width].t() @ chunk
+            part = self._product(d_logits[:, low : low + width].t(), chunk)
             target = self.d_weight[low : low + width]
             target.copy_(part).div_(self.lift) if first else target.add_(part, alpha=1 / self.lift)
+
+    def _product(self, d_logits: Tensor, chunk: Tensor) -> Tensor:
+        """Returns `d_logits` (V, C) times `chunk` (C, D): in float32 for fp16, which ends at 65504.
+
+        The sum over the tokens of lifted gradients passes that as soon as the gradient itself is 64, and no loss scale
+        can help, because it comes later.
+        """
+        if self.dtype != torch.float16:
+            return d_logits @ chunk
+        if d_logits.device.type == "cuda":
+            return torch.mm(d_logits, chunk, out_dtype=torch.float32)  # without copies of the operands
+        return d_logits.float() @ chunk.float()
 
 
 def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:

@@ -40,10 +40,11 @@ def probe_isolation(model: nn.Module, *, lengths: Sequence[int] = (7, 5, 9), see
     """
     backbone = backbone_of(base_model(model))
     table = backbone.get_input_embeddings().weight
+    tokens = getattr(table, "ds_shape", table.shape)[0]  # ZeRO-3 leaves no row between two uses
     make = torch.Generator().manual_seed(seed)
     total, ends = sum(lengths), torch.tensor([0, *lengths]).cumsum(0)
-    ids = torch.randint(0, table.shape[0], (1, total), generator=make)
-    other = (ids + torch.randint(1, table.shape[0], (1, total), generator=make)) % table.shape[0]
+    ids = torch.randint(0, tokens, (1, total), generator=make)
+    other = (ids + torch.randint(1, tokens, (1, total), generator=make)) % tokens
     batch = {name: value.to(table.device) for name, value in _packed_arguments(lengths, ends).items()}
     batch.update(max_length_q=max(lengths), max_length_k=max(lengths))  # pyright: ignore
     with in_mode(model, training=False), torch.no_grad():

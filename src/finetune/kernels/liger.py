@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.errors import ArgumentError, nearest
+from finetune.kernels.attention import base_model
 
 _MISSING = object()
 _INSTALL = "Install it with `pip install finetune[liger]`, or set `use_liger_kernel=False`."
@@ -121,7 +122,7 @@ def apply_liger(model: nn.Module, config: Mapping[str, bool] | None = None) -> L
             names a kernel that the architecture does not have.
     """
     functions = _functions()
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore
+    base = base_model(model)
     model_type = str(getattr(getattr(base, "config", None), "model_type", None))
     if model_type not in functions:
         raise ArgumentError(
@@ -161,7 +162,7 @@ def liger_parity(model: nn.Module, handle: LigerHandle, *, mixed: bool = False) 
         ArgumentError: they differ by more than rounding explains (`PARITY`, relative): a little in float32, more in 16
             bits, which `mixed` says of mixed precision.
     """
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore
+    base = base_model(model)
     hooks: list[Any] = []
 
     def check(module: nn.Module, _: Any, kwargs: dict[str, Any]) -> None:

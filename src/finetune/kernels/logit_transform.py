@@ -10,7 +10,18 @@ from torch import Tensor, nn
 
 from finetune.errors import ArgumentError
 
-REMEDY = "Use the plain loss for this model (`use_fused_loss=False`)."
+REMEDY = "Use the plain loss for this model: pass `compute_loss_func`, which gets its logits, to the trainer."
+
+
+class UnknownOperation(ArgumentError):
+    """A model did something to its logits that the fused loss cannot follow."""
+
+    def __init__(self, operation: str) -> None:
+        super().__init__(
+            f"the forward of this model applies `{operation}` to its logits before the loss, which the fused loss "
+            f"cannot follow. {REMEDY}"
+        )
+        self.operation = operation
 
 
 @dataclass(frozen=True)
@@ -118,10 +129,7 @@ class DisguisedLoss(Tensor):
             if name in cls._MULTIPLY | cls._DIVIDE and isinstance(factor, int | float):
                 recorder.multiply(float(factor) if name in cls._MULTIPLY else 1.0 / factor)
                 return disguised
-        raise ArgumentError(
-            f"the forward of this model applies `{name}` to its logits before the loss, which the fused loss cannot "
-            f"follow. {REMEDY}"
-        )
+        raise UnknownOperation(name)
 
 
 def _close(a: float, b: float) -> bool:

@@ -1,41 +1,38 @@
 """Scores and values of packed rows, sample by sample: what transformers' attention layers call.
 
-On CPU, samples of similar length share a padded bucket (one gather in, one out); on CUDA a row goes to
-`torch.nn.attention.varlen` or flash-attn as it is. Soft-capped scores and attention sinks are written out per bucket.
+On CPU, samples of similar length share a padded bucket (`packed_buckets.py`); on CUDA a row goes to
+`torch.nn.attention.varlen` or flash-attn as it is.
 
-Legend: N tokens, S samples, B samples of a bucket, L its longest sample, H heads, K key-value heads, D head width.
+Legend: N tokens, H heads, K key-value heads, D head width.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from finetune.errors import ArgumentError
+from finetune.kernels.packed_buckets import Scores, attend_by_buckets, written_out
 
 REMEDY = (
     "Set `padding_free=False` and `packing=False` (padded batches are always right), or load the model with "
     "`attn_implementation='flash_attention_2'` on a GPU."
 )
-# A bucket may hold samples down to this share of its longest, so padding costs little and calls are few.
-_BUCKET_SHARE = 0.8
-_ALWAYS_TOGETHER = 32
-# Up to this length a CPU computes bfloat16 attention faster, and better, in float32: 6.9 against 11.7 ms for 8 samples
-# of 96 tokens and 6 heads, forward and backward, 8.5 against 9.5 ms for 3 of 200; from 450 on there is no difference.
-_WIDE_ON_CPU = 256
 
 
 class RowsUnderWay:
     """How many backbones are running on packed rows: told to the mask function, which does not see the arguments."""
 
     count = 0
+
+
+class _Unsaid:
+    """Stands for an argument that the caller does not pass."""
 
 
 def packed_attention(
@@ -46,7 +43,7 @@ def packed_attention(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    sliding_window: int | None = None,
+    sliding_window: int | type[_Unsaid] | None = _Unsaid,
     softcap: float | None = None,
     is_causal: bool | None = None,
     s_aux: Tensor | None = None,
@@ -56,12 +53,16 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Returns (1, N, H, D) and no weights: the function that transformers' attention layers call.
 
-    `query` (1, H, N, D), `key` and `value` (1, K, N, D). `sliding_window` counts the token itself; `softcap` caps the
-    scores (Gemma 2); `s_aux` (H) are attention sinks (gpt-oss). Raises `ArgumentError` for what it cannot honour.
+    `query` (1, H, N, D), `key` and `value` (1, K, N, D). `sliding_window` counts the token itself; it is looked up for
+    layers that do not pass it. `softcap` caps the scores (Gemma 2); `s_aux` (H) are attention sinks (gpt-oss). Raises
+    `ArgumentError` for what it cannot honour.
     """
     causal = is_causal if is_causal is not None else bool(getattr(module, "is_causal", True))
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    options = _Scores(scale, sliding_window, softcap, s_aux, causal, dropout)
+    is_packed = cu_seq_lens_q is not None and attention_mask is None
+    if isinstance(sliding_window, type):
+        sliding_window = _window_of(module) if is_packed else None
+    options = Scores(scale, sliding_window, softcap, s_aux, causal, dropout)
     if cu_seq_lens_q is None or attention_mask is not None:
         if RowsUnderWay.count and attention_mask is None:
             raise ArgumentError(
@@ -70,31 +71,48 @@ def packed_attention(
         return _ordinary(module, (query, key, value), attention_mask, options, is_causal, kwargs)
     if kwargs.get("position_bias") is not None:
         raise ArgumentError(f"{type(module).__name__} adds a position bias, which packed rows do not have. {REMEDY}")
-    query, key, value = (each[0].transpose(0, 1) for each in (query, key, value))  # (N, heads, D)
+    query, key, value = (each[0].transpose(0, 1) for each in _autocast((query, key, value)))  # (N, heads, D)
     backend = choose_backend(query, value, options)
     if backend == "buckets":
-        return _by_buckets(query, key, value, _boundaries(cu_seq_lens_q), options)[None], None
+        return attend_by_buckets(query, key, value, _boundaries(cu_seq_lens_q), options)[None], None
     longest = max_length_q if max_length_q is not None else int(cu_seq_lens_q.diff().max())
     return (_flash if backend == "flash" else _varlen)(query, key, value, cu_seq_lens_q, longest, options)[None], None
 
 
-@dataclass(frozen=True)
-class _Scores:
-    """How scores are made: scaled, capped, windowed, with sinks."""
+def _window_of(module: nn.Module) -> int | None:
+    """Returns the window of a layer that is not told it, because its model says it in the mask alone (Qwen2-MoE).
 
-    scale: float
-    window: int | None
-    softcap: float | None
-    sinks: Tensor | None
-    causal: bool
-    dropout: float
+    A packed row has no mask, so the window comes from the config: for the layers that `layer_types` names, or for all
+    of them (PhiMoE) if the modeling code makes such masks.
+    """
+    config = getattr(module, "config", None)
+    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    if not window:
+        return None
+    if kinds is None:
+        codes = (sys.modules.get(each.__module__) for each in type(module).__mro__)
+        return window if any(hasattr(code, "create_sliding_window_causal_mask") for code in codes) else None
+    layer = getattr(module, "layer_idx", None)
+    if layer is None:
+        raise ArgumentError(
+            f"{type(module).__name__} does not say which layer it is, so whether it has a window is not known. {REMEDY}"
+        )
+    return window if kinds[layer] == "sliding_attention" else None
 
-    @property
-    def is_plain(self) -> bool:
-        return self.softcap is None and self.sinks is None
+
+def _autocast(tensors: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Returns query, key and value in the dtype of autocast, which the kernels need.
+
+    Rotary embedding leaves queries and keys in float32 beside values in half precision. A CPU has no such kernel, and
+    computes short samples in float32 anyway.
+    """
+    device = tensors[0].device.type
+    if device == "cpu" or not torch.is_autocast_enabled(device) or tensors[0].dtype == torch.float64:
+        return tensors
+    return tuple(each.to(torch.get_autocast_dtype(device)) for each in tensors)
 
 
-def choose_backend(query: Tensor, value: Tensor, scores: _Scores) -> str:
+def choose_backend(query: Tensor, value: Tensor, scores: Scores) -> str:
     """Returns "varlen" (torch's CUDA kernel), "flash" (flash-attn) or "buckets" (any device, any option)."""
     half = query.dtype in (torch.float16, torch.bfloat16)
     if query.device.type != "cuda" or not half or scores.sinks is not None or query.shape[-1] != value.shape[-1]:
@@ -103,131 +121,9 @@ def choose_backend(query: Tensor, value: Tensor, scores: _Scores) -> str:
         return "buckets"
     if _flash_function() is not None:
         return "flash"
-    fits = scores.softcap is None and scores.dropout == 0.0 and (scores.causal or scores.window is None)
+    fits = scores.softcap is None and scores.dropout == 0.0 and (scores.causal or not scores.window)
+    fits = fits and query.shape[-1] % 8 == 0  # flash-attn pads other widths by itself
     return "varlen" if fits and _varlen_function() is not None else "buckets"
-
-
-def _by_buckets(query: Tensor, key: Tensor, value: Tensor, boundaries: tuple[int, ...], scores: _Scores) -> Tensor:
-    """Returns (N, H, D). Tokens are gathered once into buckets, padded at the end, and scattered back once.
-
-    Padding sits behind the real tokens, where causal attention never looks; without causality the keys are masked.
-    """
-    plan = _plan(boundaries)
-    gather, scatter = plan.gather.to(query.device), plan.scatter.to(query.device)
-    parts = [each.index_select(0, gather).split(plan.sizes) for each in (query, key, value)]
-    outputs: list[Tensor] = []
-    for bucket, (q, k, v) in zip(plan.buckets, zip(*parts, strict=True), strict=True):
-        rows, length = len(bucket), bucket[0]
-        q, k, v = (each.view(rows, length, *each.shape[1:]).transpose(1, 2) for each in (q, k, v))
-        attended = _attend_wide(q, k, v, bucket, scores) if _is_wide(q, length) else _attend(q, k, v, bucket, scores)
-        outputs.append(attended.transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs).index_select(0, scatter)
-
-
-def _is_wide(query: Tensor, length: int) -> bool:
-    """Returns whether samples of `length` tokens are computed in float32 although bfloat16 was asked for."""
-    if query.device.type != "cpu" or length > _WIDE_ON_CPU:
-        return False
-    asked = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
-    return asked == torch.bfloat16
-
-
-def _attend_wide(query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], scores: _Scores) -> Tensor:
-    """As `_attend`, in float32 inside; returns bfloat16."""
-    with torch.autocast("cpu", enabled=False):
-        return _attend(query.float(), key.float(), value.float(), lengths, scores).bfloat16()
-
-
-def _attend(query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], scores: _Scores) -> Tensor:
-    """Returns (B, H, L, D) for one bucket of samples, the longest first."""
-    length, groups = query.shape[2], query.shape[1] // key.shape[1]
-    mask = _mask(lengths, scores, query.device)
-    if scores.is_plain:
-        return nn.functional.scaled_dot_product_attention(
-            query,
-            key if groups == 1 else key.repeat_interleave(groups, 1),
-            value if groups == 1 else value.repeat_interleave(groups, 1),
-            attn_mask=mask,
-            dropout_p=scores.dropout,
-            is_causal=scores.causal and mask is None and length > 1,
-            scale=scores.scale,
-        )
-    if scores.causal and mask is None:
-        mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
-    return _written_out(query, key, value, mask, scores)
-
-
-def _written_out(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scores: _Scores) -> Tensor:
-    """Returns (B, H, Lq, D) from explicit scores (B, H, Lq, Lk), for what SDPA has no argument for: caps and sinks."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    weights = (query @ key.transpose(2, 3)) * scores.scale
-    if scores.softcap is not None:
-        weights = scores.softcap * torch.tanh(weights / scores.softcap)
-    if mask is not None:
-        weights = weights.masked_fill(~mask, torch.finfo(weights.dtype).min)
-    weights = weights.float() if weights.dtype != torch.float64 else weights
-    if scores.sinks is not None:
-        sinks = scores.sinks.to(weights.dtype).view(1, -1, 1, 1).expand(*weights.shape[:3], 1)
-        weights = torch.cat([weights, sinks], -1).softmax(-1)[..., :-1]
-    else:
-        weights = weights.softmax(-1)
-    return nn.functional.dropout(weights.to(query.dtype), scores.dropout, training=scores.dropout > 0) @ value
-
-
-def _mask(lengths: Sequence[int], scores: _Scores, device: torch.device) -> Tensor | None:
-    """Returns what may be attended, True, broadcastable to (B, H, L, L); None if causality or nothing says it all."""
-    length = lengths[0]
-    position = torch.arange(length, device=device)
-    distance = position[:, None] - position  # query - key
-    if scores.causal:
-        return (distance >= 0) & (distance < scores.window) if scores.window and length > scores.window else None
-    mask = None
-    if lengths[-1] != length:
-        mask = (position < torch.tensor(lengths, device=device)[:, None])[:, None, None, :]
-    if scores.window and length > scores.window:
-        near = distance.abs() < scores.window
-        # A padded query far behind its sample would see nothing and turn into NaN: let each query see itself.
-        mask = near if mask is None else (near & mask) | (distance == 0)
-    return mask
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """Where each token goes: `gather` (sum of B x L) into padded buckets, `scatter` (N) back."""
-
-    buckets: tuple[tuple[int, ...], ...]  # lengths of the samples of each bucket, the longest first
-    sizes: list[int]
-    gather: Tensor
-    scatter: Tensor
-
-
-@functools.lru_cache(maxsize=32)
-def _plan(boundaries: tuple[int, ...]) -> _Plan:
-    """Returns the buckets of one row.
-
-    boundaries (0, 3, 4, 6), lengths 3, 1, 2: one bucket, padded to 3 each, longest first: tokens 0 1 2 | 4 5 5 | 3 3 3.
-    `gather` = [0, 1, 2, 4, 5, 5, 3, 3, 3]; `scatter` = [0, 1, 2, 6, 3, 4].
-    """
-    samples = [(start, stop) for start, stop in itertools.pairwise(boundaries) if start < stop]
-    groups: list[list[tuple[int, int]]] = []
-    for start, stop in sorted(samples, key=lambda each: each[0] - each[1]):
-        longest = groups[-1][0][1] - groups[-1][0][0] if groups else 0
-        if groups and (stop - start >= _BUCKET_SHARE * longest or longest <= _ALWAYS_TOGETHER):
-            groups[-1].append((start, stop))
-        else:
-            groups.append([(start, stop)])
-    gather: list[Tensor] = []
-    scatter = torch.empty(boundaries[-1], dtype=torch.int64)
-    offset = 0
-    for group in groups:
-        length = group[0][1] - group[0][0]
-        for start, stop in group:
-            gather.append(torch.arange(start, start + length).clamp(max=stop - 1))
-            scatter[start:stop] = torch.arange(offset, offset + stop - start)
-            offset += length
-    buckets = tuple(tuple(stop - start for start, stop in group) for group in groups)
-    return _Plan(buckets, [len(b) * b[0] for b in buckets], torch.cat(gather), scatter)
 
 
 def _boundaries(cu_seq_lens: Tensor) -> tuple[int, ...]:
@@ -238,7 +134,7 @@ def _boundaries(cu_seq_lens: Tensor) -> tuple[int, ...]:
     return cached
 
 
-def _varlen(query: Tensor, key: Tensor, value: Tensor, cu: Tensor, longest: int, scores: _Scores) -> Tensor:
+def _varlen(query: Tensor, key: Tensor, value: Tensor, cu: Tensor, longest: int, scores: Scores) -> Tensor:
     function = _varlen_function()
     assert function is not None
     groups = query.shape[1] // key.shape[1]
@@ -251,7 +147,7 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, cu: Tensor, longest: int,
     return function(query, key, value, cu, cu, longest, longest, scale=scores.scale, window_size=window, **extra)
 
 
-def _flash(query: Tensor, key: Tensor, value: Tensor, cu: Tensor, longest: int, scores: _Scores) -> Tensor:
+def _flash(query: Tensor, key: Tensor, value: Tensor, cu: Tensor, longest: int, scores: Scores) -> Tensor:
     function = _flash_function()
     assert function is not None
     near = (scores.window or 0) - 1
@@ -284,7 +180,7 @@ def _ordinary(
     module: nn.Module,
     tokens: tuple[Tensor, Tensor, Tensor],
     mask: Tensor | None,
-    scores: _Scores,
+    scores: Scores,
     is_causal: bool | None,
     kwargs: dict[str, Any],
 ) -> tuple[Tensor, None]:
@@ -297,4 +193,4 @@ def _ordinary(
     query, key, value = tokens
     if mask is None and scores.causal and query.shape[2] > 1:
         mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
-    return _written_out(query, key, value, mask, scores).transpose(1, 2).contiguous(), None
+    return written_out(query, key, value, mask, scores).transpose(1, 2).contiguous(), None

@@ -30,19 +30,13 @@ class ModelTraits:
     accepts_loss_kwargs: bool
     can_return_loss: bool
     main_input_name: str
-    is_encoder_decoder: bool
-    forward_parameters: tuple[str, ...]
-    is_peft: bool
-    is_quantized: bool
 
 
-def inspect_model(
-    model: nn.Module, label_names: Sequence[str] | None = None, *, sequence_parallel: bool = False
-) -> ModelTraits:
+def inspect_model(model: nn.Module, label_names: Sequence[str] | None = None) -> ModelTraits:
     """Returns the traits of `model`, whatever wraps it (DDP, FSDP, `torch.compile`, PEFT).
 
     Agrees with the introspection in the constructor of transformers' Trainer (5.23). `label_names` overrides what is
-    found in the signature of `forward`; `sequence_parallel` is true when DeepSpeed counts the targets itself.
+    found in the signature of `forward`.
     """
     base = unwrap(model)
     class_parameters = _parameters(type(base))
@@ -52,13 +46,9 @@ def inspect_model(
     return ModelTraits(
         label_names=names,
         shifts_labels=_has_causal_loss(base) and not is_encoder_decoder,
-        accepts_loss_kwargs=_accepts_loss_kwargs(base) and not sequence_parallel,
+        accepts_loss_kwargs=_accepts_loss_kwargs(base),
         can_return_loss=return_loss is not None and return_loss.default is True,
         main_input_name=getattr(base, "main_input_name", "input_ids"),
-        is_encoder_decoder=is_encoder_decoder,
-        forward_parameters=tuple(inspect.signature(base.forward).parameters),
-        is_peft=is_peft_model(unwrap(model, keep_adapters=True)),
-        is_quantized=bool(getattr(base, "is_quantized", False)),
     )
 
 

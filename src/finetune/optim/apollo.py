@@ -58,6 +58,10 @@ class ApolloAdamW(Optimizer):
         self._index = {p: i for i, p in enumerate(projected)}
         self._handles = _hook(self, projected) if in_backward else []
 
+    @property
+    def works_in_backward(self) -> bool:
+        return bool(self._handles)
+
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         """Updates every parameter that has a gradient; returns the closure's loss."""
@@ -112,7 +116,7 @@ class ApolloAdamW(Optimizer):
         """Returns the full gradient, scaled as Adam scaled its projection, with its growth per step limited."""
         if group["scale_type"] == "channel":
             # Channels run along the dimension that projecting kept.
-            dim = 0 if gradient.shape[0] < gradient.shape[1] else 1
+            dim = 0 if side_of(gradient.shape, group["proj_type"]) == "left" else 1
             factor = direction.norm(dim=dim, keepdim=True) / (low.norm(dim=dim, keepdim=True) + 1e-8)
         else:
             factor = direction.norm() / (low.norm() + 1e-8)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from finetune.errors import ArgumentError
-from finetune.optim.registry import ClassAndArguments, OptimizerRequest, register_optimizer
+from finetune.optim.registry import ClassAndArguments, OptimizerRequest, refuse_sharding, register_optimizer
 
 
 def import_or_explain(module: str, install: str, request: OptimizerRequest) -> Any:
@@ -114,10 +114,11 @@ def muon(request: OptimizerRequest) -> ClassAndArguments:
     """Returns torch's Muon for the hidden matrices and AdamW for embeddings, the output layer, norms and biases."""
     from finetune.optim.muon import MuonAdamW, muon_parameters
 
-    options = request.options
+    model, options = request.require_model(), request.options
+    refuse_sharding(request, "deepspeed")  # ZeRO steps flat pieces, in which no matrix is left
     kwargs = {
         **request.adam,
-        "muon_params": muon_parameters(request.require_model()),
+        "muon_params": muon_parameters(model),
         "momentum": options.take("momentum", float, 0.95),
         "nesterov": options.take("nesterov", bool, True),
         "ns_steps": options.take("ns_steps", int, 5),

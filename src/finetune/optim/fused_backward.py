@@ -184,6 +184,19 @@ def release_optimizer(optimizer: Any) -> None:
         inner.release()
 
 
+def works_in_backward(optimizer: Any) -> bool:
+    """Returns whether the optimizer projects or updates weights inside backward (`_layerwise`, LOMO)."""
+    from finetune.optim.apollo import ApolloAdamW
+    from finetune.optim.galore import GaLoreOptimizer
+
+    inner = unwrap(optimizer)
+    if isinstance(inner, GaLoreOptimizer):
+        return inner.backward is not None
+    if isinstance(inner, ApolloAdamW):
+        return inner.works_in_backward
+    return type(inner).__module__.partition(".")[0] == "lomo_optim"
+
+
 def unwrap(optimizer: Any) -> Any:
     """Returns the optimizer inside accelerate's wrapper."""
     inner = getattr(optimizer, "optimizer", None)

@@ -1,7 +1,6 @@
 """Builders of the optimizers that project gradients: GaLore, and APOLLO."""
 
 import logging
-import os
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,7 +10,7 @@ from finetune.optim.builders import import_or_explain
 from finetune.optim.fused_backward import world_size
 from finetune.optim.galore_basis import PROJECTION_TYPES
 from finetune.optim.groups import partition, target_weight_names
-from finetune.optim.registry import ClassAndArguments, OptimizerRequest, register_optimizer
+from finetune.optim.registry import ClassAndArguments, OptimizerRequest, refuse_sharding, register_optimizer
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +27,7 @@ def galore(request: OptimizerRequest) -> ClassAndArguments:
     from finetune.optim.galore import GaLoreSettings
 
     model, options = request.require_model(), request.options
-    refuse_sharding(request)
+    refuse_sharding(request, "deepspeed", "fsdp")
     targets = target_parameters(request, model)
     implementation = options.choice("implementation", ("finetune", "galore_torch"), "finetune")
     shared: dict[str, Any] = {
@@ -132,7 +131,7 @@ def apollo(request: OptimizerRequest) -> ClassAndArguments:
     from finetune.optim.apollo import ApolloAdamW, ApolloSettings
 
     model, options = request.require_model(), request.options
-    refuse_sharding(request)
+    refuse_sharding(request, "deepspeed", "fsdp")
     in_backward = request.name.endswith("_layerwise")
     if in_backward:
         _require_update_in_backward(request)
@@ -178,19 +177,6 @@ def target_parameters(request: OptimizerRequest, model: nn.Module) -> list[Tenso
         )
     names = set(target_weight_names(model, request.args.optim_target_modules, request.name))
     return [p for name, p in model.named_parameters() if name in names]
-
-
-def refuse_sharding(request: OptimizerRequest) -> None:
-    """Raises `ArgumentError` when the run shards weights or gradients."""
-    launched = {"deepspeed": "ACCELERATE_USE_DEEPSPEED", "fsdp": "ACCELERATE_USE_FSDP"}
-    for argument, variable in launched.items():
-        # The variable is how `accelerate launch` tells its processes what its config file says.
-        if getattr(request.args, argument, None) or os.environ.get(variable, "").lower() in ("1", "true"):
-            raise ArgumentError(
-                f"`optim={request.name}` needs whole weight matrices and gradients, which `{argument}` splits over the "
-                f"ranks. Use data parallelism with `optim=galore_adamw_layerwise`, or keep `{argument}` with "
-                f"`optim=adamw_8bit`."
-            )
 
 
 def positive(value: int, key: str) -> int:

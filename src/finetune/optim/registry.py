@@ -7,6 +7,7 @@
 and `TrainingArguments(optim="adan", optim_args="...")` then builds it over the usual parameter groups.
 """
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -15,6 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from finetune.arguments.optimization import REGISTERED_OPTIMIZERS
+from finetune.arguments.readers import parse_bool
 from finetune.errors import ArgumentError, nearest
 from finetune.optim.groups import parameter_groups
 from finetune.optim.options import OptimOptions
@@ -76,11 +78,6 @@ def register_optimizer(*names: str) -> Callable[[Builder], Builder]:
     return register
 
 
-def optimizer_names() -> list[str]:
-    """Returns every name `optim` accepts now, third-party ones included."""
-    return sorted(_load_builders())
-
-
 def _load_builders() -> dict[str, Builder]:
     # Imported late because builders.py itself registers through this module.
     from finetune.optim import low_rank_builders as _low_rank_builders  # noqa: F401
@@ -110,29 +107,40 @@ def build_optimizer(
     args: OptimizerArguments,
     model: nn.Module,
     *,
-    model_for_groups: nn.Module | None = None,
     decay_names: Sequence[str] | None = None,
     cls_and_kwargs: ClassAndArguments | None = None,
 ) -> Optimizer:
     """Returns the optimizer over the trainable parameters of `model`.
 
     `decay_names` and `cls_and_kwargs` default to this package's own choice; the trainer passes what its overridable
-    methods returned. The parameters come from `model_for_groups` when the wrapped model holds the ones to step.
-    As in transformers, `cls_and_kwargs` may carry `params`, `model` or `optimizer_dict` in place of the usual groups,
-    and may name a factory that is called as `factory()(model, **kwargs)`. The given dictionary is not changed.
+    methods returned. As in transformers, `cls_and_kwargs` may carry `params`, `model` or `optimizer_dict` in place of
+    the usual groups, and may name a factory that is called as `factory()(model, **kwargs)`. The given dictionary is not
+    changed.
     """
-    source = model if model_for_groups is None else model_for_groups
-    cls, given = optimizer_cls_and_kwargs(args, source) if cls_and_kwargs is None else cls_and_kwargs
+    cls, given = optimizer_cls_and_kwargs(args, model) if cls_and_kwargs is None else cls_and_kwargs
     kwargs = dict(given)
     if not (isinstance(cls, type) and issubclass(cls, Optimizer)):
-        return cls()(source, **kwargs)
+        return cls()(model, **kwargs)
     over = _replaced_groups(kwargs)
     if over is None:
         rates: Mapping[str, float] = OptimOptions(args.optim_args).learning_rates
-        over = parameter_groups(source, args.weight_decay, decay_names=decay_names, learning_rates=rates)
+        over = parameter_groups(model, args.weight_decay, decay_names=decay_names, learning_rates=rates)
     optimizer = cls(over, **kwargs)
-    _keep_embeddings_wide(cls, kwargs, source)
+    _keep_embeddings_wide(cls, kwargs, model)
     return optimizer
+
+
+def refuse_sharding(request: OptimizerRequest, *launchers: str) -> None:
+    """Raises `ArgumentError` when "deepspeed" or "fsdp", whichever is in `launchers`, shards weights or gradients."""
+    for argument in launchers:
+        # The variable is how `accelerate launch` tells its processes what its config file says.
+        variable = f"ACCELERATE_USE_{argument.upper()}"
+        if getattr(request.args, argument, None) or parse_bool(variable, os.environ.get(variable) or "no"):
+            raise ArgumentError(
+                f"`optim={request.name}` needs whole weight matrices and gradients, which `{argument}` splits over the "
+                f"ranks. Use data parallelism, with `optim=galore_adamw_layerwise` if memory is short, or keep "
+                f"`{argument}` with `optim=adamw_8bit`."
+            )
 
 
 def _replaced_groups(kwargs: dict[str, Any]) -> Any:

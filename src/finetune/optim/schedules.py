@@ -19,13 +19,6 @@ class ScheduleArguments(Protocol):
     def get_warmup_steps(self, num_training_steps: int) -> int: ...
 
 
-def schedule_names() -> list[str]:
-    """Returns every value that `lr_scheduler_type` accepts."""
-    from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
-
-    return [str(name.value) for name in TYPE_TO_SCHEDULER_FUNCTION]
-
-
 def build_scheduler(args: ScheduleArguments, optimizer: Optimizer, num_training_steps: int) -> Any:
     """Returns the scheduler that `args.lr_scheduler_type` names, stepped once per optimizer step.
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from finetune.errors import ArgumentError
-from finetune.optim.fused_backward import unwrap
+from finetune.optim.fused_backward import unwrap, works_in_backward
 
 Move = Callable[[Tensor, torch.device], Tensor]
 _installed: weakref.WeakSet[Optimizer] = weakref.WeakSet()
@@ -28,7 +28,8 @@ def offload_state(optimizer: Any, *, park: Move | None = None, fetch: Move | Non
     change, checkpoints are those of the ordinary run, and a loaded state is parked after the first step.
 
     Raises:
-        ArgumentError: the optimizer is none of torch's, is sharded, or its parameters are in host memory already.
+        ArgumentError: the optimizer is none of torch's, works inside backward, is sharded, or its parameters are in
+            host memory already.
     """
     inner = unwrap(optimizer)
     if not isinstance(inner, Optimizer):
@@ -38,6 +39,11 @@ def offload_state(optimizer: Any, *, park: Move | None = None, fetch: Move | Non
         )
     if inner in _installed:
         return
+    if works_in_backward(inner):
+        raise ArgumentError(
+            f"`offload_optimizer_state=True` keeps the state away while backward runs, and this {type(inner).__name__} "
+            "works with it there. Set `offload_optimizer_state=False`, or use `optim` without `_layerwise`."
+        )
     parameters = [p for group in inner.param_groups for p in group["params"]]
     if any(getattr(p, "device_mesh", None) is not None for p in parameters):
         raise ArgumentError(

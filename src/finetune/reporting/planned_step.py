@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from finetune.kernels.fused_head import fuse_head, unsupported_reason
+from finetune.kernels.fused_head import fuse_head
+from finetune.kernels.head_support import unsupported_reason
 from finetune.models.activation import activation_checkpointing
 from finetune.models.adapters import add_adapters
 from finetune.optim.registry import build_optimizer

@@ -5,6 +5,7 @@ from typing import Any
 from torch import nn
 
 from finetune.data.pipeline import is_stream, say_on_main_process
+from finetune.distributed.ranks import broadcast_object
 from finetune.errors import ArgumentError
 from finetune.features.compiled import length_bucket
 from finetune.kernels.unpadded import why_not_unpadded
@@ -27,7 +28,8 @@ def settle_padding_free(args: SequenceClassificationConfig, model: nn.Module, to
     elif args.pad_to_multiple_of is not None:
         reason = "`pad_to_multiple_of` asks for padding"
     else:
-        reason = why_not_unpadded(model, getattr(tokenizer, "padding_side", "right"))
+        # Under FSDP the first process alone may have read the weights, and all must do the same.
+        reason = broadcast_object(why_not_unpadded(model, getattr(tokenizer, "padding_side", "right")))
     if reason is not None and args.padding_free:
         raise ArgumentError(f"`padding_free=True` is not possible: {reason}. Leave it out, or set it to False.")
     say_on_main_process(f"batches: {'padding-free' if reason is None else f'padded, because {reason}'}")

@@ -8,9 +8,11 @@ from torch import nn
 
 from finetune.data.audit import highest_token_id
 from finetune.data.templates import adopt_chat_template, fit_vocabulary
+from finetune.distributed import ranks
+from finetune.distributed.divided import whole_where_used
 from finetune.errors import ArgumentError
 from finetune.kernels.attention import packed_unsupported_reason, use_packed_attention
-from finetune.kernels.isolation import probe_isolation
+from finetune.kernels.isolation import probe_isolation, require_isolation
 from finetune.models.adapters import add_adapters, prepare_quantized, unwrap
 from finetune.models.load import load_model, load_tokenizer, refuse_load_options
 from finetune.models.tokens import choose_eos_token
@@ -129,14 +131,49 @@ def uses_virtual_tokens(model: nn.Module) -> bool:
     return isinstance(configs, dict) and any(config.is_prompt_learning for config in configs.values())
 
 
+def refuse_virtual_tokens(model: nn.Module) -> None:
+    """Raises `ArgumentError` for a model that has them: they need a row for each sample."""
+    if uses_virtual_tokens(model):
+        raise ArgumentError(
+            "PEFT puts its virtual tokens before each row of a batch, and `padding_free` (and packing by `bfd`) "
+            "make one row of many samples. Set `padding_free=False`, and `packing=False` or "
+            "`packing_strategy='wrapped'`."
+        )
+
+
 def can_be_padding_free(model: nn.Module) -> bool:
-    """Returns whether batches without padding train the same: the model takes them, and a probe moved no neighbour."""
+    """Returns whether batches without padding train the same: the model takes them, and a probe moved no neighbour.
+
+    All processes call it, and learn what the first one found: under FSDP it alone may have read the weights.
+    """
+    return ranks.broadcast_object(_can_be_padding_free_here(model))
+
+
+def _can_be_padding_free_here(model: nn.Module) -> bool:
     if uses_virtual_tokens(model) or brings_packed_attention(model) or packed_unsupported_reason(model) is not None:
         return False
     if any(parameter.numel() == 0 or parameter.is_meta for parameter in model.parameters()):
-        return False  # sharded while loading: a probe would need all processes
+        return False  # not here, or divided while it was loaded
     with use_packed_attention(model):
         try:
             return probe_isolation(model).isolated
         except (ArgumentError, TypeError, ValueError):
             return False
+
+
+def prove_isolation(model: nn.Module) -> None:
+    """Raises `ArgumentError` in all processes unless a probe shows that samples of a packed row are kept apart.
+
+    What counts is what the first process finds, which has the weights also where FSDP leaves the others without. A
+    model that ZeRO-3 divided while it was loaded is made whole in all processes, a module at a time.
+    """
+    problem = None
+    if not any(parameter.is_meta for parameter in model.parameters()):
+        try:
+            with whole_where_used(model):
+                require_isolation(model)
+        except ArgumentError as error:
+            problem = str(error)
+    problem = ranks.broadcast_object(problem)
+    if problem is not None:
+        raise ArgumentError(problem)

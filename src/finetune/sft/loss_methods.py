@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from finetune.data.rows import WEIGHTS
 from finetune.engine.meter import MetricBag, TokenCounter
 from finetune.errors import ArgumentError
-from finetune.kernels.fused_head import LIGER_OWNS_HEAD, FusedHead, unsupported_reason
+from finetune.kernels.fused_head import FusedHead
+from finetune.kernels.head_support import LIGER_OWNS_HEAD, unsupported_reason
 from finetune.sft.experts import auxiliary_loss, without_router_outputs
 from finetune.sft.losses import output_sums, token_sums
 from finetune.trainer import Trainer

@@ -22,7 +22,6 @@ from finetune.features.offload import offload_activations
 from finetune.hub.card import create_sft_model_card
 from finetune.kernels.attention import use_packed_attention
 from finetune.kernels.fused_head import fuse_head
-from finetune.kernels.isolation import require_isolation
 from finetune.models.tokens import choose_pad_token
 from finetune.models.traits import max_positions
 from finetune.sft import recompute
@@ -33,7 +32,8 @@ from finetune.sft.build import (
     check_rows,
     load_model_for_sft,
     load_tokenizer_for_sft,
-    uses_virtual_tokens,
+    prove_isolation,
+    refuse_virtual_tokens,
 )
 from finetune.sft.config import SFTConfig
 from finetune.sft.experts import own_weight_is_zero, router_coefficient
@@ -109,13 +109,10 @@ class SFTTrainer(SFTRowMethods, SFTLossMethods):
         ours = data_collator is None and not reads_batches and not self._plan.packing
         compiles = args.torch_compile_backend is not None
         # Compiled layers want few different shapes, which rows without padding do not have.
-        self._plan = self._plan.settle(padding_free=ours and not compiles and can_be_padding_free(model))
-        if self._plan.padding_free and uses_virtual_tokens(model):
-            raise ArgumentError(
-                "PEFT puts its virtual tokens before each row of a batch, and `padding_free` (and packing by `bfd`) "
-                "make one row of many samples. Set `padding_free=False`, and `packing=False` or "
-                "`packing_strategy='wrapped'`."
-            )
+        if compiles or not ours:
+            self._plan = self._plan.settle(padding_free=False)
+        if self._plan.padding_free:
+            refuse_virtual_tokens(model)
         self._collator_is_ours = data_collator is None
         if data_collator is None:
             data_collator = DataCollatorForLanguageModeling(
@@ -140,10 +137,18 @@ class SFTTrainer(SFTRowMethods, SFTLossMethods):
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
+        self._settle_padding()
         self._metrics = {"train": MetricBag(), "eval": MetricBag()}
         self._tokens = TokenCounter()
         if self.is_world_process_zero() and args.get_process_log_level() <= logging.WARNING:
             inspect.show(self._preview, self.audits)
+
+    def _settle_padding(self) -> None:
+        """Decides whether batches are padding-free, if that depends on the model: here, where it is on its device."""
+        if self._plan.padding_free is None:
+            self._plan = self._plan.settle(padding_free=can_be_padding_free(self.model))
+            assert isinstance(self.data_collator, DataCollatorForLanguageModeling)
+            self.data_collator.padding_free = self.padding_free
 
     @property
     def padding_free(self) -> bool:
@@ -193,7 +198,7 @@ class SFTTrainer(SFTRowMethods, SFTLossMethods):
         if self._plan.padding_free and not brings_packed_attention(self.model):
             stack.enter_context(use_packed_attention(self.model))
             if not self._isolation_is_proven:
-                require_isolation(self.model)
+                prove_isolation(self.model)
                 self._isolation_is_proven = True
         if self._router_coefficient is not None:
             stack.enter_context(own_weight_is_zero(self.model))

@@ -1,4 +1,6 @@
+import json
 import warnings
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -7,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch.optim import lr_scheduler as schedules
+from transformers.optimization import Adafactor
 
 from finetune.checkpoint import files, optimizer
 from finetune.checkpoint.writer import CheckpointWriter
@@ -110,6 +113,53 @@ def test_optimizers_resume_exactly(tmp_path: Path, optim: Any) -> None:
     for _ in range(3):
         step(model, first, schedule), step(other, second, schedule2)
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in other.state_dict().items())
+
+
+WIDE: dict[str, Any] = {
+    "adafactor": partial(Adafactor, scale_parameter=False, relative_step=False),
+    "nadam": torch.optim.NAdam,
+    "asgd": torch.optim.ASGD,
+}
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_state_wider_than_its_weights_resumes_exactly(tmp_path: Path, name: str) -> None:
+    """torch rounds what it loads to the type of the weights, and these keep float32 for weights in 16 bits."""
+
+    def start() -> tuple[Any, Any]:
+        model, _ = build()
+        model.bfloat16()
+        return model, WIDE[name](model.parameters(), lr=0.1)
+
+    def update(model: Any, optim: Any) -> None:
+        model(torch.linspace(-1, 2, 12).view(3, 4).bfloat16()).square().sum().backward()
+        optim.step(), optim.zero_grad()
+
+    model, first = start()
+    for _ in range(3):
+        update(model, first)
+    assert any(
+        value.dtype == torch.float32 for value in first.state[model[0].weight].values() if torch.is_tensor(value)
+    )
+    save(tmp_path, model, first, SCHEDULES["lambda"](first))
+    other, second = start()
+    other.load_state_dict(model.state_dict())
+    load(tmp_path, other, second, SCHEDULES["lambda"](second))
+    for _ in range(3):
+        update(model, first), update(other, second)
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in other.state_dict().items())
+
+
+def test_layouts_without_types_are_read(tmp_path: Path) -> None:
+    model, optim = build()
+    schedule = SCHEDULES["lambda"](optim)
+    step(model, optim, schedule)
+    save(tmp_path, model, optim, schedule)
+    path = tmp_path / optimizer.OPTIMIZER_LAYOUT
+    path.write_text(json.dumps([[entry[:2] for entry in group] for group in json.loads(path.read_text())]))
+    other, second = build()
+    load(tmp_path, other, second, SCHEDULES["lambda"](second))
+    assert torch.equal(second.state[other[0].weight]["exp_avg"], optim.state[model[0].weight]["exp_avg"])
 
 
 class TestWrongRun:
@@ -232,7 +282,7 @@ def test_scaler(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
 def test_parameter_names_do_not_depend_on_wrappers() -> None:
     model, optim = build()
     plain = optimizer.parameter_layout(model, optim)
-    assert plain[0][0] == ["0.weight", [4, 4]]
+    assert plain[0][0] == ["0.weight", [4, 4], "torch.float32"]
     wrapped = torch.nn.Module()
     wrapped.module = model
     assert optimizer.parameter_layout(wrapped, optim) == plain

@@ -54,16 +54,6 @@ def test_fsdp1_wraps_the_model_before_the_optimizer_sees_parameters() -> None:
     assert spy.events == [("prepare", ["Linear"]), ("optimizer", 1), ("prepare", ["SGD"])]
 
 
-def test_data_parallel_is_wrapped_once() -> None:
-    spy = Spy()
-    model = prepare(spy, nn.Linear(1, 1), spy.create, n_gpu=2).model
-    assert isinstance(model, nn.DataParallel)
-    assert prepare(spy, model, spy.create, n_gpu=2).model is model
-    low_bit = nn.Linear(1, 1)
-    low_bit.is_loaded_in_4bit = True  # pyright: ignore
-    assert prepare(spy, low_bit, spy.create, n_gpu=2).model is low_bit
-
-
 def test_deepspeed_takes_optimizer_and_schedule_from_its_config() -> None:
     spy = Spy(stage=2)
     prepare(spy, nn.Linear(1, 1), spy.create, max_steps=9)

@@ -176,6 +176,49 @@ def test_a_bad_window_is_skipped_by_policy() -> None:
     assert (run.optimizer.steps, run.lr_scheduler.steps, events.state.global_step) == (0, 0, 2)
 
 
+class ScaledOptimizer:
+    """What accelerate makes of an optimizer under fp16: the scaler decides whether it steps."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
+        self.optimizer, self.scaler = optimizer, scaler
+
+    def step(self) -> None:
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+
+def test_skipped_windows_with_a_loss_scaler() -> None:
+    """Window 1 overflows, which the scaler answers by itself; window 2 has a NaN loss; 0 and 3 are good."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    before = model.weight.item()
+    optimizer, scaler = torch.optim.SGD(model.parameters(), lr=0.1), torch.amp.GradScaler("cpu", init_scale=4.0)
+    accelerator: Any = FakeAccelerator()
+    accelerator.scaler = scaler
+    run, hooks, events = make(
+        batches=4,
+        accumulation=1,
+        model=model,
+        optimizer=ScaledOptimizer(optimizer, scaler),
+        accelerator=accelerator,
+        meter=LossMeter(torch.device("cpu"), "skip_step", 0),
+    )
+
+    def training_step(_: Any, inputs: int, num_items_in_batch: Any = None) -> torch.Tensor:
+        model.weight.grad = scaler.scale(torch.full((1, 1), float("inf") if inputs == 1 else 1.0))
+        return torch.tensor(float("nan") if inputs == 2 else 1.0)
+
+    def clip(_: Any) -> torch.Tensor:
+        scaler.unscale_(optimizer)
+        assert model.weight.grad is not None
+        return model.weight.grad.norm()
+
+    hooks.training_step, hooks._clip_grad_norm = training_step, clip  # type: ignore[method-assign,assignment]
+    run_training(run, hooks, events)
+    assert events.state.global_step == 4
+    assert model.weight.item() == pytest.approx(before - 0.2)
+    assert scaler.get_scale() == 2.0, "lowered once, by the overflow"
+
+
 def test_data_without_batches_stops_instead_of_spinning(caplog: pytest.LogCaptureFixture) -> None:
     run, hooks, events = make(batches=2, accumulation=1, epochs=5)
     run.loader.clear()

@@ -19,7 +19,7 @@ from transformers.models.llama import modeling_llama
 from finetune import Trainer, TrainingArguments
 from finetune.errors import ArgumentError
 from finetune.kernels import liger
-from finetune.kernels.fused_head import unsupported_reason
+from finetune.kernels.head_support import unsupported_reason
 from finetune.kernels.liger import apply_liger
 
 pytest.importorskip("liger_kernel")

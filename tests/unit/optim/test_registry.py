@@ -62,6 +62,24 @@ def test_errors_name_the_remedy(optim, optim_args, words):
     assert all(word in str(error.value) for word in words)
 
 
+@pytest.mark.parametrize("optim", ["muon", "galore_adamw", "apollo_adamw"])
+@pytest.mark.parametrize("launcher", ["deepspeed", "fsdp"])
+def test_optimizers_of_whole_matrices_refuse_to_be_sharded(optim, launcher, model, monkeypatch):
+    changes = {"seed": 0, "optim_target_modules": "all-linear"}
+    if (optim, launcher) == ("muon", "fsdp"):  # whose parameters stay matrices
+        build_optimizer(arguments(optim, fsdp=True, **changes), model)
+        return
+    with pytest.raises(ArgumentError, match=f"`optim={optim}` needs whole weight matrices.*`{launcher}`"):
+        build_optimizer(arguments(optim, **{launcher: "config.json"}, **changes), model)
+    for word in ("1", "true", "True", "yes", "on"):
+        monkeypatch.setenv(f"ACCELERATE_USE_{launcher.upper()}", word)
+        with pytest.raises(ArgumentError, match=f"which `{launcher}` splits"):
+            build_optimizer(arguments(optim, **changes), model)
+    for word in ("", "0", "false", "no"):
+        monkeypatch.setenv(f"ACCELERATE_USE_{launcher.upper()}", word)
+        build_optimizer(arguments(optim, **changes), model)
+
+
 MISSING = {
     "schedule_free_adamw": ("schedulefree", "pip install 'finetune[optimizers]'"),
     "lomo": ("lomo_optim", "pip install 'finetune[optimizers]'"),
@@ -126,7 +144,7 @@ ELSEWHERE = {
 
 def test_every_optimizer_is_listed():
     tested = {*TORCH_ONLY, *BITSANDBYTES, *OTHERS, *LOW_RANK}
-    assert tested | ELSEWHERE == set(registry.optimizer_names()) and not tested & ELSEWHERE
+    assert tested | ELSEWHERE == set(registry._load_builders()) and not tested & ELSEWHERE
 
 
 @pytest.mark.parametrize("optim", TORCH_ONLY + BITSANDBYTES + OTHERS + LOW_RANK)

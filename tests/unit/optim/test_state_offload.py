@@ -8,6 +8,7 @@ from torch import nn
 
 from finetune import TrainingArguments
 from finetune.errors import ArgumentError
+from finetune.optim.apollo import ApolloAdamW, ApolloSettings
 from finetune.optim.galore import GaLoreSettings
 from finetune.optim.galore_rules import GaLoreAdamW
 from finetune.optim.state_offload import offload_state
@@ -69,6 +70,22 @@ def test_refusals():
         offload_state(adamw(model))
     with pytest.raises(ArgumentError, match=r"object is none.*`offload_optimizer`"):
         offload_state(object())
+
+
+def layerwise_galore(model):
+    groups = [{"params": list(model.parameters()), "weight_decay": 0.0}]
+    return GaLoreAdamW(groups, lr=0.1, targets=[model.weight], settings=GaLoreSettings(rank=2), in_backward=True)
+
+
+def layerwise_apollo(model):
+    groups = [{"params": list(model.parameters()), "weight_decay": 0.0}]
+    return ApolloAdamW(groups, targets=[model.weight], settings=ApolloSettings(rank=2), in_backward=True)
+
+
+@pytest.mark.parametrize("make", [layerwise_galore, layerwise_apollo])
+def test_optimizers_that_work_inside_backward_are_refused(make):
+    with pytest.raises(ArgumentError, match=r"while backward runs.*`offload_optimizer_state=False`.*`_layerwise`"):
+        offload_state(make(nn.Linear(8, 6)), park=park, fetch=fetch)
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator")

@@ -14,6 +14,7 @@ import finetune
 from finetune.errors import ArgumentError
 from finetune.kernels.attention import ATTENTION_NAME
 from finetune.kernels.packed_scores import RowsUnderWay
+from finetune.sequence_classification import padding
 
 TEXTS = [
     "the sun",
@@ -108,6 +109,23 @@ def test_it_acts_in_training_evaluation_and_prediction(
         seen = rows_seen(trainer)
         work()
         assert seen == [1] * 3
+
+
+def test_all_processes_do_what_the_first_one_found(
+    tmp_path: Path, chat_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under FSDP the others may hold no weights to try."""
+    said: list[Any] = []
+    monkeypatch.setattr(padding, "broadcast_object", lambda mine: said.append(mine) or "the first says no")
+    trainer = make(tmp_path, chat_tokenizer)
+    seen = rows_seen(trainer)
+    trainer.train()
+    assert said == [None] and seen == [4] * 3
+    with pytest.raises(ArgumentError, match=r"`padding_free=True` is not possible: the first says no"):
+        make(tmp_path, chat_tokenizer, padding_free=True)
+    monkeypatch.setattr(padding, "why_not_unpadded", lambda *_: "no weights here")
+    monkeypatch.setattr(padding, "broadcast_object", lambda mine: None)
+    make(tmp_path, chat_tokenizer, padding_free=True)
 
 
 def test_false_pads_and_says_nothing(tmp_path: Path, chat_tokenizer: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,10 @@ import torch
 from datasets import Dataset
 
 import finetune
+from finetune.distributed import ranks
+from finetune.errors import ArgumentError
+from finetune.kernels.attention import use_packed_attention
+from finetune.sft import build
 
 TEXTS = ["the cat sat on a mat", "the red sun went down over hills", "birds sang to rivers that ran past"]
 ROWS: dict[str, list[dict[str, Any]]] = {
@@ -168,3 +172,62 @@ def test_rows_are_checked_before_weights_are_read(
         finetune.SFTTrainer(
             str(tmp_path / "model"), config(tmp_path / "out"), train_dataset=Dataset.from_dict({"text": ["a", None]})
         )
+
+
+def test_logits_that_the_fused_loss_cannot_follow_train_through_the_plain_one(
+    tiny_llama: Any, chat_tokenizer: Any, tmp_path: Path
+) -> None:
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    model = tiny_llama(vocab_size=512)
+
+    class Clamped(type(model)):
+        def forward(
+            self, input_ids: Any = None, labels: Any = None, num_items_in_batch: Any = None, **kwargs: Any
+        ) -> Any:
+            logits = self.lm_head(self.model(input_ids, **kwargs).last_hidden_state).clamp(-5, 5)
+            size = self.config.vocab_size
+            loss = self.loss_function(logits, labels, size, num_items_in_batch=num_items_in_batch)
+            return CausalLMOutputWithPast(loss=loss, logits=logits)
+
+    model.__class__ = Clamped
+    rows = Dataset.from_list(ROWS["text"])
+    trainer = finetune.SFTTrainer(model, config(tmp_path), None, rows, None, chat_tokenizer)
+    trainer.train()
+    assert trainer.describe_loss().startswith("from all logits: its forward applies `clamp` to its logits")
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_the_probe_of_padding_waits_for_the_model_to_be_on_its_device(
+    tiny_llama: Any, chat_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    monkeypatch.setattr(finetune.SFTTrainer, "_move_model_to_device", lambda *_: events.append("moved"))
+    for answer in (True, False):
+        events.clear()
+        monkeypatch.setattr(
+            "finetune.sft.trainer.can_be_padding_free", lambda _, a=answer: events.append("probed") or a
+        )
+        rows = Dataset.from_list(ROWS["text"])
+        trainer = finetune.SFTTrainer(tiny_llama(vocab_size=512), config(tmp_path), None, rows, None, chat_tokenizer)
+        assert events == ["moved", "probed"]
+        assert trainer.padding_free is trainer.data_collator.padding_free is answer
+
+
+def test_the_first_process_proves_for_all_that_samples_are_kept_apart(
+    tiny_llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under FSDP with weights in the first process only, the others have nothing to run."""
+    model = tiny_llama()
+    assert build.can_be_padding_free(model)
+    with use_packed_attention(model):
+        build.prove_isolation(model)
+    model.to("meta")
+    build.prove_isolation(model)  # what the others do: they wait for the answer, which there is none of here
+    assert not build.can_be_padding_free(model)
+    monkeypatch.setattr(ranks, "broadcast_object", lambda mine: "samples see each other")
+    with pytest.raises(ArgumentError, match="samples see each other"):
+        build.prove_isolation(model)
+    monkeypatch.setattr(ranks, "broadcast_object", lambda mine: True)
+    assert build.can_be_padding_free(model)
