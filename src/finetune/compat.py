@@ -1,4 +1,4 @@
-"""What must agree with transformers and TRL: value types, enumerations, and the conversion of foreign argument objects.
+"""What must agree with transformers and TRL: value types, enumerations, log levels.
 
 Only this module and the tests may depend on `transformers.trainer*`, `transformers.training_args` or `trl`, and this
 one recognises their objects without importing them: `transformers.trainer_utils` takes several seconds (it pulls peft
@@ -6,13 +6,11 @@ and bitsandbytes). So the enumerations and result tuples are defined here with t
 enumerations are strings and compare equal to their namesakes, the result types are tuples and unpack alike.
 """
 
-import copy
-import dataclasses
 import logging
 import os
 import sys
 from enum import Enum
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from finetune.errors import ArgumentError, nearest
 
@@ -20,8 +18,6 @@ if TYPE_CHECKING:
     import numpy as np
 
     Arrays: TypeAlias = np.ndarray | tuple[np.ndarray, ...]
-
-ArgumentsT = TypeVar("ArgumentsT")
 
 LOG_LEVELS: dict[str, int] = {
     "detail": logging.DEBUG,
@@ -260,41 +256,3 @@ def available_trackers() -> list[str]:
     from transformers.integrations import get_available_reporting_integrations
 
     return get_available_reporting_integrations()
-
-
-def coerce_training_arguments(args: Any, cls: type[ArgumentsT]) -> ArgumentsT:
-    """Returns `args` as an instance of `cls`, one of our argument classes.
-
-    Accepts None, a dict of fields, an instance of one of our classes, and instances of transformers'
-    `TrainingArguments` or a subclass (TRL's `SFTConfig` too). A `cls` is returned as it is; everything else is copied
-    and never changed. Fields that `cls` does not have, such as those a user's subclass added, become plain
-    attributes of the result. Raises `ArgumentError` for another type, or a dict with an unknown key.
-    """
-    if isinstance(args, cls):
-        return args
-    if args is None:
-        return cls(output_dir="tmp_trainer")  # type: ignore[call-arg]
-    if isinstance(args, dict):
-        return cls(**args)
-    homes = {base.__module__.split(".")[0] for base in type(args).__mro__ if base.__name__ == "TrainingArguments"}
-    if not homes & {"finetune", "transformers"}:
-        raise ArgumentError(
-            f"`args` is a {type(args).__name__}; it must be a finetune.{cls.__name__}, a"
-            " transformers.TrainingArguments, a trl.SFTConfig, a dict or None."
-        )
-    known = {field.name for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
-    given = {field.name: _detached(getattr(args, field.name)) for field in dataclasses.fields(args) if field.init}
-    result = cls(**{name: value for name, value in given.items() if name in known})
-    for name, value in given.items():
-        if name not in known:
-            setattr(result, name, value)
-    if "finetune" in homes:
-        vars(result)["_sources"] = dict(vars(args).get("_sources", {}))
-    return result
-
-
-def _detached(value: Any) -> Any:
-    """Returns a copy of a container or of an `AcceleratorConfig`, so that two argument objects share no state."""
-    if isinstance(value, (dict, list)) or type(value).__name__ == "AcceleratorConfig":
-        return copy.deepcopy(value)
-    return value

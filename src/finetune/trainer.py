@@ -1,14 +1,13 @@
 """`Trainer`: every override point of `transformers.Trainer`, each a few lines over one function of a leaf module.
 
-The facade has six files: this one (training and the loss), and in `facade/` the constructor (`base.py`), `data.py`,
-`optimization.py`, `evaluation.py` and `saving.py`. Nothing is decided in them. Reading order of a run: `train` ->
-`_inner_training_loop` -> `engine/loop.py`, which calls back `get_batch_samples`, `training_step`,
+The facade is this file (training and the loss) and, in `facade/`, the constructor (`base.py`), `attributes.py`,
+`data.py`, `optimization.py`, `evaluation.py` and `saving.py`. Nothing is decided in them. Reading order of a run:
+`train` -> `_inner_training_loop` -> `engine/loop.py`, which calls back `get_batch_samples`, `training_step`,
 `_clip_grad_norm` and `_maybe_log_save_evaluate`.
 """
 
 import contextlib
 import math
-import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, cast
@@ -16,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from finetune.arguments import TrainingArguments, write_resolved_config
+from finetune.arguments import TrainingArguments, note_arguments
 from finetune.checkpoint import manager as checkpoints
 from finetune.checkpoint.preemption import saving_on_signals
 from finetune.compat import TrainOutput
@@ -75,6 +74,7 @@ class Trainer(EvaluationMethods, OptimizerMethods, SavingMethods):
             if args.should_save:
                 checkpoints.require_writable(self._get_output_dir(trial))
         self._writer.stalls.clear()
+        self._writer.tolerant = args.on_save_failure == "continue"
         checkpoint = checkpoints.resolve_resume(resume_from_checkpoint, self._get_output_dir(trial))
         with contextlib.ExitStack() as stack:
             self.is_in_train = True
@@ -112,6 +112,8 @@ class Trainer(EvaluationMethods, OptimizerMethods, SavingMethods):
             if trial is None:
                 stack.enter_context(checkpoints.report_last_on_error(self._get_output_dir(trial), self._writer))
                 stack.enter_context(self._saving_on_exception(trial))
+            else:
+                stack.enter_context(self._writer.finishing())
             return loop(
                 args=args,
                 resume_from_checkpoint=checkpoint,
@@ -128,7 +130,7 @@ class Trainer(EvaluationMethods, OptimizerMethods, SavingMethods):
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
         """Runs one training with one batch size; `auto_find_batch_size` calls it again with a smaller one."""
-        args = args or self.args
+        args = cast(TrainingArguments, args or self.args)
         if self._run is not None or self.accelerator._models:
             self.accelerator.free_memory()  # collects garbage too, which takes a third of a second
         checks.warn_of_second_start(self._run, self.state.global_step, batch_size)
@@ -167,7 +169,7 @@ class Trainer(EvaluationMethods, OptimizerMethods, SavingMethods):
             checkpoints.load_stateful(resume_from_checkpoint, self._stateful(), **place)
         header.log_start(self, run)
         if args.should_save:
-            write_resolved_config(os.path.join(self.output_dir, "resolved_config.yaml"), args)
+            note_arguments(self.output_dir, args)
         run.clear_gradients()
         self._events.fire("on_train_begin")
         if args.eval_on_start:
@@ -201,13 +203,13 @@ class Trainer(EvaluationMethods, OptimizerMethods, SavingMethods):
             self._optimizer_factory(max_steps),
             args=self.args,
             max_steps=max_steps,
-            create_scheduler=self.create_scheduler,
+            create_scheduler=self._schedule_for,
         )
         self.model_wrapped, self.optimizer = prepared.model, prepared.optimizer
         if self.is_fsdp_enabled:
             self.model = self.model_wrapped
         self.deepspeed = self.model_wrapped if self.is_deepspeed_enabled else None
-        self.lr_scheduler = prepared.lr_scheduler or self.create_scheduler(num_training_steps=max_steps)
+        self.lr_scheduler = prepared.lr_scheduler or self._schedule_for(num_training_steps=max_steps)
         if resume_from_checkpoint is not None:
             if self.is_deepspeed_enabled or self.is_fsdp_enabled:
                 self._load_from_checkpoint(resume_from_checkpoint, self.model_wrapped)
@@ -219,15 +221,36 @@ class Trainer(EvaluationMethods, OptimizerMethods, SavingMethods):
         return self.model_wrapped
 
     def _optimizer_factory(self, max_steps: int) -> Callable[..., Any]:
-        """Returns an overridden `create_optimizer_and_scheduler` as an optimizer factory, else `create_optimizer`."""
-        if type(self).create_optimizer_and_scheduler is Trainer.create_optimizer_and_scheduler:
-            return self.create_optimizer
+        """Returns what makes the optimizer: `create_optimizer`, or an overridden `create_optimizer_and_scheduler`.
 
-        def create_both(model: nn.Module | None = None) -> Any:
-            self.create_optimizer_and_scheduler(num_training_steps=max_steps)
-            return self.optimizer
+        An override may set `self.optimizer` and return nothing.
+        """
+        makes_both = type(self).create_optimizer_and_scheduler is not Trainer.create_optimizer_and_scheduler
 
-        return create_both
+        def create(*wrapped: nn.Module) -> Any:
+            made: Any = None
+            if makes_both:
+                self.create_optimizer_and_scheduler(num_training_steps=max_steps)
+            else:
+                made = self.create_optimizer(*wrapped)
+            made = self.optimizer if made is None else made
+            if made is None:
+                raise ArgumentError(
+                    f"`{type(self).__name__}.create_optimizer` made no optimizer: return it, or set `self.optimizer`."
+                )
+            return made
+
+        return create
+
+    def _schedule_for(self, num_training_steps: int, **optimizer: Any) -> Any:
+        """Returns what `create_scheduler` returns, or else has set as `self.lr_scheduler`."""
+        made: Any = self.create_scheduler(num_training_steps=num_training_steps, **optimizer)
+        made = self.lr_scheduler if made is None else made
+        if made is None:
+            raise ArgumentError(
+                f"`{type(self).__name__}.create_scheduler` made no schedule: return it, or set `self.lr_scheduler`."
+            )
+        return made
 
     @property
     def was_preempted(self) -> bool:
@@ -242,6 +265,7 @@ class Trainer(EvaluationMethods, OptimizerMethods, SavingMethods):
 
     def _finalize_training(self, run: TrainingRun) -> TrainOutput:
         """Logs the run's totals, loads the best model if asked, and returns what `train` returns."""
+        self._writer.wait()
         run.meter.drain(self.accelerator, self.state.global_step)
         loss = run.meter.total / max(self.state.global_step - run.meter.start_step, 0.001)
         steps = self.state.global_step - run.initial_step
@@ -444,7 +468,9 @@ class Trainer(EvaluationMethods, OptimizerMethods, SavingMethods):
                 self.control.should_save = is_best
         if self.control.should_save:
             self._save_checkpoint(model, trial)
-            self._events.fire("on_save")
+            self.control.should_save = False
+            if self._save_error is None:
+                self._events.fire("on_save")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds epoch and step to `logs`, keeps them in `state.log_history` and hands them to the callbacks."""

@@ -16,7 +16,8 @@ import trl
 from transformers.training_args import ParallelMode as TransformersParallelMode
 
 from finetune.arguments import TrainingArguments
-from finetune.compat import ParallelMode, coerce_training_arguments
+from finetune.arguments.coerce import coerce_training_arguments
+from finetune.compat import ParallelMode
 from finetune.sft.config import SFTConfig
 
 # Fields that only we have.

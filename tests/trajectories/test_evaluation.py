@@ -94,6 +94,30 @@ def test_the_loss_of_a_language_model_is_the_mean_over_tokens(
     assert trainer.evaluate()["eval_loss"] == pytest.approx(loss_by_hand(model, rows), rel=1e-5)
 
 
+class Numbered(nn.Module):
+    """Its loss is the mean of its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        return {"loss": (self.weight * x).mean()}
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_is_not_left_out(bad: float, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """transformers leaves such rows out; see README.md in tests/contract."""
+    values = [1.0] * 12
+    rows = Dataset.from_dict({"x": values, "labels": [0] * 12})
+    trainer = make(finetune, Numbered(), tmp_path, eval_dataset=rows)
+    assert trainer.evaluate()["eval_loss"] == 1.0 and "NaN" not in caplog.text
+    values[1] = values[9] = bad
+    loss = trainer.evaluate(Dataset.from_dict({"x": values, "labels": [0] * 12}))["eval_loss"]
+    assert not np.isfinite(loss)
+    assert "The loss of 2 evaluation batches is NaN or infinite" in caplog.text
+
+
 def test_no_cache_is_built(tiny_llama: Any, token_rows: Any, tmp_path: Path) -> None:
     """With a cache transformers no longer sees where the samples of a padding-free batch begin: they would leak."""
     from finetune.data.collate import DataCollatorForLanguageModeling

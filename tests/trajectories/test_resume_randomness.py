@@ -131,3 +131,136 @@ def test_masked_language_model(at: int, chat_tokenizer: Any, tmp_path: Path) -> 
     resumed = build(tmp_path / "cut")
     resumed.train(resume_from_checkpoint=True)
     helpers.assert_equal(helpers.everything(resumed), helpers.everything(whole))
+
+
+# ---- Random in ways that no checkpoint can repeat: resumed all the same, with a warning ----
+
+
+class OwnGenerator(Dataset):
+    """Rows drawn by a generator of the data set's own, which nobody seeds."""
+
+    def __init__(self, shift: int = 0) -> None:
+        self.own, self.shift, self.num_read = random.Random(), shift, 0
+
+    def __len__(self) -> int:
+        return NUM_ROWS
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        self.num_read += 1
+        ids = [5 + (i + self.shift) % 50, *(self.own.randrange(5, 100) for _ in range(5))]
+        return {"input_ids": ids, "labels": ids, "attention_mask": [1] * 6}
+
+
+class MaskedStream(Stream):
+    """A stream whose rows are masked as they are read: in the workers, where there are any."""
+
+    def __init__(self, shift: int = 0, own: bool = False) -> None:
+        super().__init__()
+        self.shift, self.draw = shift, random.Random().random if own else random.random
+
+    def __iter__(self) -> Any:
+        while self.read < NUM_ROWS:
+            self.read += 1
+            ids = [5 + self.read + self.shift] * 6
+            labels = [token if self.draw() < 0.5 else -100 for token in ids]
+            yield {"input_ids": ids, "labels": labels, "attention_mask": [1] * 6}
+        self.read = 0
+
+
+class CountedStream(MaskedStream):
+    """The same rows each time."""
+
+    def __init__(self, shift: int = 0) -> None:
+        super().__init__(shift)
+        self.draw = lambda: 0.0
+
+
+def run_on(data: Any, make_model: Any, out: Path, *callbacks: Any, **options: Any) -> finetune.Trainer:
+    return finetune.Trainer(
+        make_model(),
+        finetune.TrainingArguments(str(out), **{**helpers.COMMON, "max_steps": 6, **options}),
+        train_dataset=data,
+        callbacks=list(callbacks),
+    )
+
+
+@pytest.mark.parametrize(
+    ("data", "options"),
+    [
+        (OwnGenerator, {}),
+        (OwnGenerator, {"train_sampling_strategy": "sequential"}),
+        (lambda: MaskedStream(own=True), {}),
+        (MaskedStream, {"dataloader_num_workers": 1}),
+        (MaskedStream, {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}),
+    ],
+)
+def test_rows_that_cannot_be_drawn_again_do_not_stop_a_resume(
+    data: Any, options: dict[str, Any], tiny_llama: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run_on(data(), tiny_llama, tmp_path, helpers.Interrupt(3), **options).train()
+    seen: list[list[int]] = []
+
+    class Firsts(finetune.Trainer):
+        def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+            seen.append(inputs["input_ids"][:, 0].tolist())
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    args = finetune.TrainingArguments(str(tmp_path), **{**helpers.COMMON, "max_steps": 6, **options})
+    resumed = Firsts(tiny_llama(), args, train_dataset=data())
+    assert resumed.train(resume_from_checkpoint=True).global_step == 6
+    assert "by a generator that no checkpoint holds" in caplog.text
+    resumed_rows, seen[:] = list(seen), []
+    Firsts(
+        tiny_llama(), finetune.TrainingArguments(str(tmp_path / "whole"), **args_of(args)), train_dataset=data()
+    ).train()
+    assert resumed_rows == seen[6:], "the same rows, each marked by its first token"
+
+
+def args_of(args: Any) -> dict[str, Any]:
+    names = ("max_steps", "dataloader_num_workers", "dataloader_persistent_workers", "train_sampling_strategy")
+    return {**helpers.COMMON, **{name: getattr(args, name) for name in names}}
+
+
+@pytest.mark.parametrize(
+    ("data", "options"),
+    [
+        (CountedStream, {}),
+        (CountedStream, {"dataloader_num_workers": 1}),
+        (CountedStream, {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}),
+    ],
+)
+def test_other_rows_are_still_refused(data: Any, options: dict[str, Any], tiny_llama: Any, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run_on(data(), tiny_llama, tmp_path, helpers.Interrupt(3), **options).train()
+    with pytest.raises(finetune.CheckpointError, match="does not continue with the batch"):
+        run_on(data(shift=1), tiny_llama, tmp_path, **options).train(resume_from_checkpoint=True)
+
+
+def test_a_save_reads_random_rows_once(tiny_llama: Any, tmp_path: Path) -> None:
+    data = OwnGenerator()
+    run_on(data, tiny_llama, tmp_path, async_save=False).train()
+    without = OwnGenerator()
+    run_on(without, tiny_llama, tmp_path / "without", save_strategy="no").train()
+    assert data.num_read - without.num_read == 2 * 32, "six checkpoints, and one comparison"
+
+
+def test_a_loader_of_ones_own_without_a_data_set(tiny_llama: Any, tmp_path: Path) -> None:
+    """Any sized iterable trains, saves and resumes; where its rows stand is not compared."""
+    batches = [{"input_ids": torch.full((2, 6), 5 + i), "labels": torch.full((2, 6), 5 + i)} for i in range(12)]
+
+    class Own(finetune.Trainer):
+        def get_train_dataloader(self) -> Any:
+            return batches
+
+    def build(out: Path, *callbacks: Any) -> finetune.Trainer:
+        args = finetune.TrainingArguments(str(out), **{**helpers.COMMON, "num_train_epochs": 1})
+        return Own(tiny_llama(), args, callbacks=list(callbacks))
+
+    whole = build(tmp_path / "whole")
+    whole.train()
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path / "cut", helpers.Interrupt(4)).train()
+    resumed = build(tmp_path / "cut")
+    resumed.train(resume_from_checkpoint=True)
+    helpers.assert_equal(helpers.everything(resumed)["weights"], helpers.everything(whole)["weights"])

@@ -1,9 +1,8 @@
-"""Value types that stand in for those of transformers, and the conversion of argument objects."""
+"""Value types that stand in for those of transformers."""
 
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -11,9 +10,7 @@ import transformers
 from transformers import debug_utils, trainer_utils, training_args
 
 from finetune import compat
-from finetune.arguments import TrainingArguments
 from finetune.errors import ArgumentError
-from finetune.sft.config import SFTConfig
 
 ENUMERATIONS = [
     (compat.IntervalStrategy, trainer_utils.IntervalStrategy),
@@ -67,30 +64,6 @@ def test_eval_prediction_unpacks_like_that_of_transformers(extra):
 def test_log_levels_are_those_of_transformers():
     assert training_args.trainer_log_levels == compat.LOG_LEVELS
     assert compat.library_verbosity() == transformers.logging.get_verbosity()
-
-
-def test_coerce_keeps_ours_and_converts_the_rest():
-    mine = SFTConfig("out")
-    assert compat.coerce_training_arguments(mine, TrainingArguments) is mine
-    assert compat.coerce_training_arguments({"output_dir": "x", "seed": 3}, TrainingArguments).seed == 3
-    assert compat.coerce_training_arguments(None, TrainingArguments).output_dir == "tmp_trainer"
-    config = compat.coerce_training_arguments(TrainingArguments("out", learning_rate=3e-4), SFTConfig)
-    assert (config.learning_rate, config.max_length) == (3e-4, 1024)
-
-
-def test_coerce_carries_the_fields_of_a_users_subclass():
-    @dataclass
-    class MyArguments(transformers.TrainingArguments):
-        flavour: str = "plain"
-
-    converted = compat.coerce_training_arguments(MyArguments("out", flavour="hot"), TrainingArguments)
-    assert converted.flavour == "hot"
-
-
-@pytest.mark.parametrize("wrong", [3, "out", object()])
-def test_coerce_refuses_other_objects(wrong):
-    with pytest.raises(ArgumentError, match="`args` is a"):
-        compat.coerce_training_arguments(wrong, TrainingArguments)
 
 
 def test_importing_the_arguments_imports_neither_torch_nor_transformers():

@@ -18,7 +18,13 @@ from finetune.arguments.performance import (
     ReproducibilityArguments,
 )
 from finetune.arguments.reporting import LoggingArguments, TrackingArguments
-from finetune.arguments.resolved import replace_arguments, resolved_config, sources_of, write_resolved_config
+from finetune.arguments.resolved import (
+    note_arguments,
+    replace_arguments,
+    resolved_config,
+    sources_of,
+    write_resolved_config,
+)
 from finetune.arguments.saving import HubArguments, OutputArguments, ProgramArguments, SavingArguments
 from finetune.arguments.training import TrainingArguments
 
@@ -45,6 +51,7 @@ __all__ = [
     "TrackingArguments",
     "TrainingArguments",
     "arg",
+    "note_arguments",
     "parse_arguments",
     "replace_arguments",
     "resolved_config",

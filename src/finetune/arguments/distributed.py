@@ -104,6 +104,13 @@ def read_json(name: str, path: str | os.PathLike[str]) -> dict[str, Any]:
     return value
 
 
+# Of the fields that hold a dict, those that may not name a file instead. Not all classes have all of them.
+DICTS_ONLY = (
+    "activation_checkpointing_kwargs gradient_checkpointing_kwargs lr_scheduler_kwargs liger_kernel_config "
+    "model_init_kwargs dataset_kwargs"
+).split()
+
+
 def parse_json(name: str, text: str) -> dict[str, Any]:
     """Returns the object that a command line gave as JSON; texts such as "true" and "3" inside become values."""
     try:

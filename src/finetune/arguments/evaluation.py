@@ -2,6 +2,7 @@
 
 # ruff: noqa: RUF009
 
+import math
 from dataclasses import dataclass
 
 from finetune.arguments.base import ArgumentGroup, arg, require, require_choice, require_positive
@@ -59,6 +60,6 @@ class BestModelArguments(ArgumentGroup):
 def require_whole(name: str, value: float | None) -> None:
     """Raises ArgumentError for a count of steps such as 2.5; values below 1 are shares of the run."""
     require(
-        value is None or value <= 1 or value == int(value),
+        value is None or value <= 1 or (math.isfinite(value) and value == int(value)),
         f"`{name}={value}` must be a whole number of steps, or a share of all steps below 1.",
     )

@@ -8,6 +8,7 @@ import math
 from typing import Any
 
 from finetune.arguments.base import Translation
+from finetune.arguments.optimization import default_optimizer
 from finetune.errors import ArgumentError
 
 Given = dict[str, Any]
@@ -52,7 +53,7 @@ def _include_inputs_for_metrics(value: Any, given: Given) -> str:
 
 def _hub_name(value: Any, given: Given) -> str:
     if value:
-        owner = given.get("hub_model_id", "").rpartition("/")[0]
+        owner = (given.get("hub_model_id") or "").rpartition("/")[0]
         given["hub_model_id"] = value if "/" in value or not owner else f"{owner}/{value}"
     return f"use `hub_model_id={given.get('hub_model_id')!r}`."
 
@@ -98,10 +99,15 @@ def _accelerator_key(key: str) -> Translation:
     return translate
 
 
-def _native_amp(value: Any, given: Given) -> str:
-    if value not in (None, "auto", "amp", "cuda_amp", "cpu_amp", "apex"):
-        raise ArgumentError(f"`{value}` is not a mixed-precision backend. Use `bf16=True` or `fp16=True` alone.")
-    return "drop it, mixed precision always is torch's own."
+def _native_amp(name: str) -> Translation:
+    def translate(value: Any, given: Given) -> str:
+        if value not in (None, "auto", "amp", "cuda_amp", "cpu_amp", "apex"):
+            raise ArgumentError(
+                f"`{name}={value!r}` is not a mixed-precision backend. Use `bf16=True` or `fp16=True` without it."
+            )
+        return "drop it, mixed precision always is torch's own."
+
+    return translate
 
 
 def without_effect(reason: str) -> Translation:
@@ -113,12 +119,12 @@ def without_effect(reason: str) -> Translation:
     return translate
 
 
-def _refused_unless(off: tuple[Any, ...], remedy: str) -> Translation:
+def _refused_unless(name: str, off: tuple[Any, ...], remedy: str) -> Translation:
     """Returns a translation for features that are gone: their off values pass, any other is an error."""
 
     def translate(value: Any, given: Given) -> str:
         if value not in off:
-            raise ArgumentError(f"The value {value!r} of an old argument cannot be honoured: {remedy}")
+            raise ArgumentError(f"`{name}={value!r}` cannot be honoured: {remedy}")
         return "drop it."
 
     return translate
@@ -138,8 +144,8 @@ OLD_TRAINING_NAMES: dict[str, Translation] = {
     "fsdp_transformer_layer_cls_to_wrap": _fsdp_key("transformer_layer_cls_to_wrap"),
     "dispatch_batches": _accelerator_key("dispatch_batches"),
     "split_batches": _accelerator_key("split_batches"),
-    "half_precision_backend": _native_amp,
-    "fp16_backend": _native_amp,
+    "half_precision_backend": _native_amp("half_precision_backend"),
+    "fp16_backend": _native_amp("fp16_backend"),
     "fp16_opt_level": without_effect("NVIDIA Apex is not used."),
     "save_safetensors": without_effect("Weights are always written as safetensors."),
     "use_mps_device": without_effect("An Apple GPU is used whenever there is one; `use_cpu=True` prevents it."),
@@ -149,9 +155,11 @@ OLD_TRAINING_NAMES: dict[str, Translation] = {
     "tpu_num_cores": without_effect("TPUs are not supported."),
     "ray_scope": without_effect("Pass `scope=` to `hyperparameter_search` instead."),
     "_n_gpu": without_effect("It is derived from the device."),
-    "sharded_ddp": _refused_unless(("", False, None, []), "FairScale is gone; use `fsdp=True`."),
-    "past_index": _refused_unless((-1, None), "feeding past states to the next step is gone; leave it at -1."),
-    "mp_parameters": _refused_unless(("", None), "SageMaker model parallelism is not supported."),
+    "sharded_ddp": _refused_unless("sharded_ddp", ("", False, None, []), "FairScale is gone; use `fsdp=True`."),
+    "past_index": _refused_unless(
+        "past_index", (-1, None), "feeding past states to the next step is gone; leave it at -1."
+    ),
+    "mp_parameters": _refused_unless("mp_parameters", ("", None), "SageMaker model parallelism is not supported."),
 }
 
 # Old names that scripts read back from the arguments, and how the value follows from today's fields.
@@ -174,3 +182,27 @@ READABLE_OLD_NAMES: dict[str, Any] = {
     "use_mps_device": lambda args: args.device.type == "mps",
     "torchdynamo": lambda args: args.torch_compile_backend,
 }
+
+# Switches that have become one of the values of a field: the field, and its value without them.
+_SWITCHED_OFF = {
+    "group_by_length": ("train_sampling_strategy", "random"),
+    "adafactor": ("optim", default_optimizer()),
+    "include_tokens_per_second": ("include_num_input_tokens_seen", "no"),
+    "warmup_ratio": ("warmup_steps", 0),
+}
+
+
+def assign_old_name(args: Any, name: str, value: Any, translation: Translation) -> tuple[Given, str]:
+    """Returns the fields to set, and the advice, when `value` is assigned to an old name of finished arguments.
+
+    Unlike in a constructor call, a switch that is turned off may have been on.
+    """
+    if name == "include_inputs_for_metrics":
+        others = [item for item in args.include_for_metrics if item != "inputs"]
+        wanted = [*others, "inputs"] if value else others
+        return {"include_for_metrics": wanted}, f"use `include_for_metrics={wanted}`."
+    if name in _SWITCHED_OFF and not value and READABLE_OLD_NAMES[name](args):
+        field, off = _SWITCHED_OFF[name]
+        return {field: off}, f"use `{field}={off!r}`."
+    given: Given = {}
+    return given, translation(value, given)

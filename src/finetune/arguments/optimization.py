@@ -48,11 +48,14 @@ class BatchingArguments(ArgumentGroup):
     def _validate(self) -> None:
         require_positive("per_device_train_batch_size", self.per_device_train_batch_size)
         require_positive("gradient_accumulation_steps", self.gradient_accumulation_steps)
-        require(self.max_steps is not None, "`max_steps=None` must be a number; -1 leaves it to `num_train_epochs`.")
-        has_epochs = self.num_train_epochs is not None and self.num_train_epochs >= 0  # a YAML file may say null
+        whole = self.max_steps is not None and math.isfinite(self.max_steps) and self.max_steps == int(self.max_steps)
         require(
-            self.max_steps >= 0 or has_epochs,
-            f"`num_train_epochs={self.num_train_epochs}` must be at least 0, unless `max_steps` is.",
+            whole, f"`max_steps={self.max_steps}` must be a number of whole steps; -1 leaves it to `num_train_epochs`."
+        )
+        epochs = self.num_train_epochs  # None where a YAML file says null
+        require(
+            self.max_steps >= 0 or (epochs is not None and 0 <= epochs < math.inf),
+            f"`num_train_epochs={epochs}` must be at least 0 and finite, unless `max_steps` is.",
         )
 
 

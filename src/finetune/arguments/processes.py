@@ -1,10 +1,8 @@
 """The process that reads the arguments: its device, its rank, what it logs and saves."""
 
 import contextlib
-import functools
 import logging
 import os
-import warnings
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -217,18 +215,8 @@ def environment(name: str, value: str) -> Iterator[None]:
             os.environ[name] = before
 
 
-@functools.cache
-def _warn_unused_devices(device: str, count: int) -> None:
-    """Says once per process that one process uses one device."""
-    warnings.warn(
-        f"{count} GPUs are visible but one process uses one device: {device}. Start the program with"
-        f" `accelerate launch --num_processes {count}` to use them all, or set CUDA_VISIBLE_DEVICES.",
-        stacklevel=4,
-    )
-
-
 def _pick_device(state: "PartialState") -> "torch.device":
-    """Returns the device of this process with its index, and says once if further devices stay unused."""
+    """Returns the device of this process with its index."""
     import torch
 
     device = torch.device(state.device or "cpu")
@@ -238,6 +226,4 @@ def _pick_device(state: "PartialState") -> "torch.device":
         device = torch.device(device.type, 0)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        if torch.cuda.device_count() > 1:
-            _warn_unused_devices(str(device), torch.cuda.device_count())
     return device

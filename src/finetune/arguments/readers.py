@@ -127,7 +127,7 @@ def _as(member: Any, text: str, name: str) -> Any:
         try:
             number = float(text)
             return number if member is float else int(text) if text.lstrip("+-").isdigit() else int(_whole(number))
-        except ValueError:
+        except (ValueError, OverflowError):  # an infinite number of steps
             return _NOT_THIS
     if member is dict or typing.get_origin(member) is dict:
         try:

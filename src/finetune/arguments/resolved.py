@@ -1,6 +1,7 @@
 """Where each argument came from, and the file that says so."""
 
 import dataclasses
+import logging
 import os
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,6 +11,8 @@ from finetune.arguments.serialize import plain
 from finetune.errors import ArgumentError
 
 ArgumentsT = TypeVar("ArgumentsT")
+
+logger = logging.getLogger(__name__)
 
 
 def sources_of(args: Any) -> dict[str, str]:
@@ -45,8 +48,16 @@ def record_sources(args: Any, sources: dict[str, str]) -> None:
 
 
 def replace_arguments(args: ArgumentsT, **changes: Any) -> ArgumentsT:
-    """Returns a copy of `args` with `changes`, checked anew; unlike `dataclasses.replace` it keeps the sources."""
+    """Returns a copy of `args` with `changes`, checked anew; unlike `dataclasses.replace` it keeps the sources.
+
+    Attributes that were set beside the fields are kept, and may be among the changes.
+    """
+    fields = {field.name for field in dataclasses.fields(args)}  # type: ignore[arg-type]
+    beside = {name: value for name, value in vars(args).items() if name not in fields}
+    set_beside = {name: changes.pop(name) for name in list(changes) if name in beside}
     copy = dataclasses.replace(args, **changes)  # type: ignore[type-var]
+    made = {"hf_deepspeed_config", *vars(copy)}  # what `__post_init__` derives from the fields
+    vars(copy).update({name: value for name, value in beside.items() if name not in made} | set_beside)
     vars(copy)["_sources"] = {**vars(args).get("_sources", {}), **dict.fromkeys(changes, "code")}
     return copy
 
@@ -103,3 +114,11 @@ def write_resolved_config(path: str | os.PathLike[str], *args: Any) -> Path:
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
     return path
+
+
+def note_arguments(folder: str | os.PathLike[str], *args: Any) -> None:
+    """Writes `resolved_config.yaml` into `folder`. No run ends because of it: a failure is a warning."""
+    try:
+        write_resolved_config(Path(folder) / "resolved_config.yaml", *args)
+    except Exception as error:
+        logger.warning("`resolved_config.yaml` was not written into `%s`: %s", folder, error)

@@ -1,15 +1,16 @@
 """Turning arguments into text and back into objects: dicts, JSON, pickles, old attribute names."""
 
-import copy
+import contextlib
 import json
 import warnings
+from collections.abc import Mapping
 from dataclasses import fields
 from enum import Enum
 from typing import Any
 
 from finetune.arguments.base import old_names_of
 from finetune.arguments.distributed import AcceleratorConfig
-from finetune.arguments.old_names import READABLE_OLD_NAMES
+from finetune.arguments.old_names import READABLE_OLD_NAMES, assign_old_name
 
 # Belong to the running process; a copy in another process must set up its own.
 _PROCESS_STATE = ("_device", "_distributed_state")
@@ -52,8 +53,7 @@ class Serialization:
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in READABLE_OLD_NAMES:
-            given: dict[str, Any] = {}
-            advice = old_names_of(type(self))[name](value, given)
+            given, advice = assign_old_name(self, name, value, old_names_of(type(self))[name])
             warnings.warn(f"`{name}` is an old argument: {advice}", FutureWarning, stacklevel=2)
             for new, translated in given.items():
                 object.__setattr__(self, new, translated)
@@ -62,20 +62,45 @@ class Serialization:
 
 
 def plain(name: str, value: Any) -> Any:
-    """Returns a field as plain data: enumerations by value, dtypes by name, configuration objects as dicts."""
+    """Returns a field as data that JSON and YAML know: enumerations by value, NumPy's numbers and arrays as Python's,
+    configuration objects as dicts, functions and classes by name, everything else as text."""
     if name.endswith("_token") and name not in _VOCABULARY:
         return f"<{name.upper()}>"
+    if value is None or type(value) in (bool, int, float, str):
+        return value
     if isinstance(value, Enum):
-        return value.value
+        return plain("", value.value)
     if isinstance(value, AcceleratorConfig):
         return value.to_dict()
     if isinstance(value, (list, tuple)):
         return [plain("", item) for item in value]
-    if isinstance(value, dict):
-        return {key: plain("", item) for key, item in value.items()}
-    if type(value).__module__ == "torch" and type(value).__name__ == "dtype":
+    if isinstance(value, (set, frozenset)):
+        return sorted((plain("", item) for item in value), key=str)
+    if isinstance(value, Mapping):
+        return {_plain_key(key): plain("", item) for key, item in value.items()}
+    module, kind = type(value).__module__.split(".")[0], type(value).__name__
+    if module == "torch" and kind == "dtype":
         return str(value).removeprefix("torch.")
+    if module == "numpy" and hasattr(value, "tolist"):
+        return plain("", value.tolist())
+    return _plain_object(value)
+
+
+def _plain_key(key: Any) -> Any:
+    key = plain("", key)
+    return key if key is None or isinstance(key, (bool, int, float, str)) else str(key)
+
+
+def _plain_object(value: Any) -> Any:
+    """Returns what a configuration object says of itself, the name of a function or class, else the object as text."""
+    for kind in (str, int, float):
+        if isinstance(value, kind):
+            return kind(value)
+    if hasattr(value, "__qualname__"):
+        return f"{getattr(value, '__module__', '')}.{value.__qualname__}".lstrip(".")
     for method in ("to_dict", "to_json"):
-        if hasattr(value, method) and not isinstance(value, type):
-            return getattr(value, method)()
-    return copy.copy(value)
+        if hasattr(value, method):
+            with contextlib.suppress(Exception):  # one that wants arguments, for instance
+                said = getattr(value, method)()
+                return str(value) if said is value else plain("", said)
+    return str(value)

@@ -2,14 +2,17 @@
 
 import copy
 import logging
+import math
 import os
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from finetune.arguments.base import ArgumentGroup, ArgumentsMeta, Translation, require
 from finetune.arguments.data import DataLoaderArguments
 from finetune.arguments.distributed import (
+    DICTS_ONLY,
     AcceleratorConfig,
     DistributedArguments,
     fsdp_plugin_arguments,
@@ -127,6 +130,8 @@ class TrainingArguments(
             value = getattr(self, name)
             if isinstance(value, str) and value.lstrip().startswith("{"):
                 setattr(self, name, parse_json(name, value))
+            elif name in DICTS_ONLY and not isinstance(value, (Mapping, type(None))):
+                raise ArgumentError(f"`{name}={value!r}` must be a dict, or one as JSON: `{name}='{{\"key\": 1}}'`.")
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, (dict, list)):
@@ -178,7 +183,7 @@ class TrainingArguments(
             self.eval_steps = self.logging_steps
         for name in ("logging_steps", "eval_steps", "save_steps"):
             value = getattr(self, name)
-            if value is not None and value > 1 and value == int(value):
+            if value is not None and 1 < value < math.inf and value == int(value):
                 setattr(self, name, int(value))
         compares = self.lr_scheduler_type in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
         best = self.load_best_model_at_end or self.save_strategy == SaveStrategy.BEST or bool(self.keep_best)

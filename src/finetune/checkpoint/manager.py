@@ -8,6 +8,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import nn
 
 from finetune.checkpoint import files, layout, rng
 from finetune.checkpoint.background import bytes_needed, changes_in_step, saves_in_background
+from finetune.checkpoint.endings import emergency_save, report_last_on_error
 from finetune.checkpoint.metrics import (
     MissingMetricError,
     current_metric,
@@ -36,7 +38,6 @@ from finetune.checkpoint.weights import save_model, write_model
 from finetune.checkpoint.writer import CheckpointWriter, SaveReport, agreeing, meet, num_writers
 from finetune.control.callbacks import Events
 from finetune.control.state import TrainerState
-from finetune.distributed import ranks
 from finetune.errors import CheckpointError
 from finetune.hooks import SaveHooks
 
@@ -51,6 +52,7 @@ __all__ = [
     "changes_in_step",
     "current_metric",
     "determine_best_metric",
+    "emergency_save",
     "load_best_model",
     "load_model",
     "load_optimizer_and_scheduler",
@@ -60,6 +62,7 @@ __all__ = [
     "load_stateful",
     "metric_key",
     "read_metric",
+    "report_last_on_error",
     "require_writable",
     "resolve_resume",
     "rotate",
@@ -104,16 +107,15 @@ def save_checkpoint(
         CheckpointError: the space, a write or the save before failed, on this or another process. Earlier checkpoints
             are untouched and the staging folder is gone.
     """
-    best_before = events.state.best_model_checkpoint
     try:
         return _save(hooks, run_dir, args, events, model, optimizer, writer, stateful or {}, steady)
     except CheckpointError as error:
-        events.state.best_model_checkpoint = best_before
         if args.on_save_failure != "continue":
             raise
         logger.error("Training goes on without this checkpoint (`on_save_failure` is `continue`). %s", error)
         step = events.state.global_step
-        return SaveReport(Path(run_dir) / layout.checkpoint_name(step), step, error=str(error))
+        writer.last = SaveReport(Path(run_dir) / layout.checkpoint_name(step), step, error=str(error))
+        return writer.last
 
 
 def _save(
@@ -131,15 +133,19 @@ def _save(
     writer.wait()
     state, store = events.state, CheckpointStore(run_dir)
     staging = store.staging_path(state.global_step)
-    with agreeing():
-        if args.should_save:
-            store.require_space(bytes_needed(model, optimizer, weights_only=args.save_only_model))
-            store.stage(state.global_step)
-    with _discarding(store, staging, args), writer.collecting(steady):
+    discarding = partial(_discarding, store, staging, args, state, state.best_model_checkpoint)
+    with contextlib.ExitStack() as stack:
+        with agreeing():
+            if args.should_save:
+                store.require_space(bytes_needed(model, optimizer, weights_only=args.save_only_model))
+                store.stage(state.global_step)
+            # Before the others are heard of: where another node failed, this one must give its folder and lock back.
+            stack.enter_context(discarding())
+        stack.enter_context(writer.collecting(steady))
         with agreeing(), files.writing(staging):
             _write_all(hooks, staging, run_dir, args, events, stateful)
         report = SaveReport(Path(run_dir) / staging.name, state.global_step, in_background=writer.collects)
-        finish = _committer(store, staging, report, args, state, started)
+        finish = _committer(store, staging, report, args, state, started, discarding)
         writer.last = report
         with agreeing():
             writer.launch(finish)
@@ -166,7 +172,13 @@ def _write_all(
 
 
 def _committer(
-    store: CheckpointStore, staging: Path, report: SaveReport, args: Any, state: TrainerState, started: float
+    store: CheckpointStore,
+    staging: Path,
+    report: SaveReport,
+    args: Any,
+    state: TrainerState,
+    started: float,
+    discarding: Callable[[], contextlib.AbstractContextManager[None]],
 ) -> Callable[[BaseException | None], None]:
     """Returns what ends the save, here or in the background: certify, rename, point, rotate. Reads the state now."""
     metric = current_metric(state, args.metric_for_best_model)
@@ -175,7 +187,7 @@ def _committer(
     def finish(error: BaseException | None) -> None:
         if report.in_background and args.world_size > 1:
             error = meet(staging, args, error)
-        with _discarding(store, staging, args), files.writing(staging):
+        with discarding(), files.writing(staging):
             if error is not None:
                 raise error
             if not args.should_save:
@@ -202,11 +214,14 @@ def _committer(
 
 
 @contextlib.contextmanager
-def _discarding(store: CheckpointStore, staging: Path, args: Any) -> Iterator[None]:
-    """Removes the staging folder when the block fails, also when the user interrupts it."""
+def _discarding(
+    store: CheckpointStore, staging: Path, args: Any, state: TrainerState, best_before: str | None
+) -> Iterator[None]:
+    """Removes the staging folder when the block fails, also when the user interrupts it; it is not the best then."""
     try:
         yield
     except BaseException:
+        state.best_model_checkpoint = best_before
         if args.should_save:
             store.discard(staging)
         raise
@@ -222,56 +237,22 @@ def _note_best(state: TrainerState, run_dir: str) -> None:
 
 def retention(args: Any) -> Retention:
     """Returns which checkpoints `args` keeps."""
-    return Retention(args.save_total_limit, getattr(args, "keep_last", None), getattr(args, "keep_best", None))
+    return Retention(
+        args.save_total_limit,
+        getattr(args, "keep_last", None),
+        getattr(args, "keep_best", None),
+        getattr(args, "greater_is_better", None),
+    )
 
 
 def rotate(args: Any, run_dir: str, best: str | None) -> None:
-    """Deletes the checkpoints that are kept no longer. Called at the end of training; the newest always stays."""
+    """Deletes the checkpoints that are kept no longer. Called at the end of training.
+
+    The newest stays, unless there may be one only and the best was to be loaded: then the best is that one.
+    """
     if args.should_save:
-        CheckpointStore(run_dir).rotate(retention(args), best)
-
-
-@contextlib.contextmanager
-def report_last_on_error(run_dir: str, writer: CheckpointWriter | None = None) -> Iterator[None]:
-    """Waits for the background write at the end of the block; on an error says from where training can go on.
-
-    The error of the block is never hidden: one of the write is logged then.
-    """
-    try:
-        yield
-    except BaseException:
-        with contextlib.suppress(Exception):
-            if writer is not None and writer.busy:
-                logger.warning("Waiting for the checkpoint that is being written.")
-            if writer is not None and writer._thread is not None:
-                writer._thread.join()
-            last, _ = CheckpointStore(run_dir).newest_valid() if ranks.is_world_process_zero() else (None, [])
-            if last is not None:
-                logger.error("Training stopped. Resume with `resume_from_checkpoint=%r`.", str(last))
-        raise
-    else:
-        if writer is not None:
-            writer.wait()
-    finally:
-        if writer is not None:
-            writer.release()
-
-
-def emergency_save(save: Any, error: BaseException, *, consistent: bool) -> None:
-    """Calls `save()` after `error` stopped training, when the state is that of a whole step. Raises nothing.
-
-    Args:
-        consistent: no optimizer step is half done; otherwise nothing is saved.
-    """
-    if not consistent:
-        logger.error("No emergency checkpoint: training stopped in the middle of an optimizer step.")
-        return
-    try:
-        save()
-        what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__  # Ctrl-C says nothing
-        logger.error("Saved an emergency checkpoint after %s", what)
-    except Exception as second:
-        logger.error("The emergency checkpoint after %s failed too: %s", type(error).__name__, second)
+        only_best = args.save_total_limit == 1 and bool(getattr(args, "load_best_model_at_end", False))
+        CheckpointStore(run_dir).rotate(retention(args), best, only_best=only_best)
 
 
 def save_rng_state(output_dir: str, args: Any) -> None:

@@ -122,10 +122,29 @@ def load_model(
 
 
 def load_best_model(state: TrainerState, *, accelerator: Any, model: nn.Module, model_wrapped: Any = None) -> None:
-    """Loads the weights of `state.best_model_checkpoint` into `model`."""
+    """Loads the weights of `state.best_model_checkpoint` into `model`.
+
+    Weights in files of the user's own, written by an override of `_save`, are left to the user, with a warning.
+    """
     assert state.best_model_checkpoint is not None
+    folder = Path(state.best_model_checkpoint)
+    if folder.is_dir() and not _has_weights(folder):
+        logger.warning(
+            "The best model was not loaded: `%s` holds no weights under a name known here. The model is that of the "
+            "last step. Override `_load_best_model` beside `_save`.",
+            folder,
+        )
+        return
     logger.info("Loading the best model from `%s` (%s).", state.best_model_checkpoint, state.best_metric)
     load_model(state.best_model_checkpoint, accelerator=accelerator, model=model, model_wrapped=model_wrapped)
+
+
+def _has_weights(folder: Path) -> bool:
+    """Returns whether there are weights in `folder`; files that cannot be read are for whoever loads them to say."""
+    try:
+        return bool(layout.find_weights(folder))
+    except (OSError, ValueError, KeyError, TypeError):
+        return True
 
 
 def _phrase(problem: str) -> str:

@@ -164,15 +164,17 @@ class CheckpointStore:
         if (self.root / name).is_dir():
             self._point(layout.BEST, name)
 
-    def rotate(self, retention: Retention, best: str | os.PathLike[str] | None) -> list[str]:
-        """Deletes the checkpoints that `retention` does not keep. Returns their names.
+    def rotate(
+        self, retention: Retention, best: str | os.PathLike[str] | None, *, only_best: bool = False
+    ) -> list[str]:
+        """Deletes the checkpoints that `retention` does not keep; `only_best`: also the newest. Returns their names.
 
         Called after a commit only. Folders that are not readable checkpoints are neither counted nor deleted. A
         checkpoint that cannot be deleted is a warning: nothing was lost.
         """
         intact = [c for c in self.checkpoints() if find_problem(c.path, deep=False) is None]
         deleted: list[str] = []
-        for checkpoint in retention.to_delete(intact, Path(best).name if best else None):
+        for checkpoint in retention.to_delete(intact, Path(best).name if best else None, only_best=only_best):
             trash = self.root / layout.STAGING / f"{_DELETED}{checkpoint.path.name}"
             try:
                 trash.parent.mkdir(exist_ok=True)
@@ -183,6 +185,8 @@ class CheckpointStore:
                 deleted.append(checkpoint.path.name)
             except OSError as error:
                 logger.warning("`%s` could not be deleted: %s", checkpoint.path, error)
+        if only_best and deleted:
+            self._point_to_newest()
         with contextlib.suppress(OSError):
             (self.root / layout.STAGING).rmdir()
         return deleted
@@ -204,6 +208,7 @@ class CheckpointStore:
             certified = layout.checkpoint_step(path) is not None and (path / layout.MANIFEST).is_file()
             if certified and find_problem(path) is None:
                 self._place(path)
+                self._point_to_newest()
                 logger.warning("Finished moving `%s` into place, which a crash had interrupted.", path.name)
         for path in sorted(area.glob(f"{_REPLACED}*")):
             original = self.root / path.name.removeprefix(_REPLACED)
@@ -236,6 +241,10 @@ class CheckpointStore:
         for path in final.iterdir():
             if path.name not in layout.LOADED_FILES and not (staging / path.name).exists():
                 path.rename(staging / path.name)
+
+    def _point_to_newest(self) -> None:
+        if checkpoints := self.checkpoints():
+            self._point(layout.LATEST, checkpoints[-1].path.name)
 
     def _point(self, pointer: str, name: str) -> None:
         try:

@@ -14,6 +14,7 @@ from finetune.checkpoint import backends, files, gathered, layout
 from finetune.checkpoint.writer import CheckpointWriter
 from finetune.errors import CheckpointError
 from finetune.models.adapters import is_peft_model, unwrap
+from finetune.models.traits import saves_itself
 
 Save = Callable[..., None]  # the facade's `_save(output_dir, state_dict=None)`
 
@@ -72,7 +73,7 @@ def write_model(
         folder.mkdir(parents=True, exist_ok=True)
         target: Any = unwrap(model, keep_adapters=True)
         in_background = writer is not None and writer.collects and not (is_peft_model(target) or joins_gather)
-        if state_dict is not None or in_background or not hasattr(target, "save_pretrained"):
+        if state_dict is not None or in_background or not saves_itself(target):
             was_gathered = state_dict is not None
             state_dict = gathered.without_wrapper_prefixes(target.state_dict() if state_dict is None else state_dict)
             if was_gathered:
@@ -93,7 +94,7 @@ def write_model(
 
 def _write_weights(target: Any, folder: Path, state_dict: dict[str, Tensor] | None, is_writer: bool) -> None:
     with files.writing(folder):
-        if hasattr(target, "save_pretrained"):
+        if saves_itself(target):
             # Before saving, which takes the tensors out of it.
             formats = {tensor.dtype for tensor in (state_dict or {}).values() if tensor.is_floating_point()}
             with _without_progress_bar(), gathered.naming_as_unsharded(target):

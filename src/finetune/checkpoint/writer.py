@@ -86,6 +86,7 @@ class CheckpointWriter:
     def launch(self, finish: Callable[[BaseException | None], None]) -> None:
         """Runs the kept jobs, then `finish(error)`: in a thread, or here when there is nothing in the background."""
         jobs, self._jobs = self._jobs, None
+        report = self.last
         if jobs is None:
             finish(None)
             return
@@ -109,6 +110,8 @@ class CheckpointWriter:
                 finish(error)
             except BaseException as caught:
                 self._error = caught
+                if report is not None:
+                    report.error = str(caught)
                 logger.error("The checkpoint being written in the background failed: %s", caught)
 
         # Not a daemon: a program that ends waits for its last checkpoint.
@@ -130,7 +133,8 @@ class CheckpointWriter:
         if not self._copied.is_set():
             started = time.perf_counter()
             self._copied.wait()
-            self.stalls[-1] += time.perf_counter() - started
+            if self.stalls:
+                self.stalls[-1] += time.perf_counter() - started
 
     @property
     def held_bytes(self) -> int:
@@ -140,6 +144,28 @@ class CheckpointWriter:
     def release(self) -> None:
         """Frees the memory of the last copies: no further save is near."""
         self._pool = copies.CopyPool()
+
+    @contextlib.contextmanager
+    def finishing(self) -> Iterator[None]:
+        """Waits at the end of the block until nothing is being written, and frees the copies.
+
+        An error of the block is never hidden: one of the write was logged when it happened.
+        """
+        try:
+            yield
+        except BaseException:
+            self.give_up()
+            raise
+        else:
+            self.wait()
+        finally:
+            self.release()
+
+    def give_up(self) -> None:
+        """Waits until nothing is being written, and forgets whether that failed."""
+        if self._thread is not None:
+            self._thread.join()
+        self._thread = self._error = None
 
     def wait(self) -> float:
         """Returns the seconds waited until nothing is being written.

@@ -164,7 +164,8 @@ class EarlyStoppingCallback(TrainerCallback, ExportableState):
     without improvement is part of the checkpoint.
 
     Raises:
-        ArgumentError: at the start of training, when there is no metric to watch or no evaluation.
+        ArgumentError: at the start of training, when there is no metric to watch or no evaluation; by an evaluation
+            outside of training, when there is no metric.
     """
 
     def __init__(self, early_stopping_patience: int = 1, early_stopping_threshold: float | None = 0.0) -> None:
@@ -184,12 +185,7 @@ class EarlyStoppingCallback(TrainerCallback, ExportableState):
             self.early_stopping_patience_counter += 1
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if args.metric_for_best_model is None:
-            raise ArgumentError(
-                "`EarlyStoppingCallback` needs a metric to watch, and `metric_for_best_model` is None. Set "
-                "it, for "
-                'instance to `"eval_loss"`.'
-            )
+        _require_metric(args)
         if args.eval_strategy == "no":
             raise ArgumentError(
                 "`EarlyStoppingCallback` needs evaluations, and `eval_strategy` is `no`. Set it to `steps` or `epoch`."
@@ -204,7 +200,7 @@ class EarlyStoppingCallback(TrainerCallback, ExportableState):
     def on_evaluate(
         self, args: Any, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any
     ) -> None:
-        name = args.metric_for_best_model
+        name = _require_metric(args)
         name = name if name.startswith("eval_") else f"eval_{name}"
         value = metrics.get(name)
         if value is None:
@@ -228,6 +224,15 @@ class EarlyStoppingCallback(TrainerCallback, ExportableState):
             },
             "attributes": {"early_stopping_patience_counter": self.early_stopping_patience_counter},
         }
+
+
+def _require_metric(args: Any) -> str:
+    if args.metric_for_best_model is None:
+        raise ArgumentError(
+            "`EarlyStoppingCallback` needs a metric to watch, and `metric_for_best_model` is None. Set it, for "
+            'instance to `"eval_loss"`.'
+        )
+    return args.metric_for_best_model
 
 
 def _handlers() -> list[logging.Handler]:

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from . import randomness
+
 
 def digest(value: Any) -> str:
     """Returns a SHA-256 over the contents of nested mappings, lists, tensors, arrays, numbers and strings.
@@ -18,6 +20,19 @@ def digest(value: Any) -> str:
     hasher = hashlib.sha256()
     _feed(hasher, value)
     return hasher.hexdigest()
+
+
+def rows_digest(dataset: Any, indices: list[int]) -> str | None:
+    """Returns a hash of rows and their indices; None for rows that differ when they are read twice.
+
+    Rows with random augmentation come out the same each time, and training does not notice the draws, if they draw
+    from the global generators. Those that draw from one of their own cannot be compared.
+    """
+    hashes: set[str] = set()
+    for _ in range(2):
+        with randomness.fixed():
+            hashes.add(digest({"indices": indices, "rows": [dataset[i] for i in indices]}))
+    return hashes.pop() if len(hashes) == 1 else None
 
 
 def _feed(hasher: Any, value: Any) -> None:

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from .position import (
     batch_digest,
+    following_rows,
     has_length,
     is_stream,
     load_loader_state,
@@ -37,6 +38,7 @@ __all__ = [
     "batch_digest",
     "build_dataloader",
     "eval_sampler",
+    "following_rows",
     "has_length",
     "is_stream",
     "load_loader_state",

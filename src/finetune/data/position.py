@@ -16,8 +16,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from finetune.errors import CheckpointError
 
-from . import randomness
-from .digest import digest
+from .digest import rows_digest
 from .randomness import FetchRandomness
 from .rebalance import BatchRebalanceSampler
 from .samplers import OrderedSampler, permutation, rank_batches
@@ -140,6 +139,8 @@ def skip_batches(loader: Any, num_batches: int) -> Any:
     if isinstance(loader, StreamLoader):
         loader.skip(num_batches)
         return loader
+    if not hasattr(loader, "dataset"):
+        return islice(loader, num_batches, None)
     from accelerate import skip_first_batches
     from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
 
@@ -165,7 +166,7 @@ def skip_batches(loader: Any, num_batches: int) -> Any:
 
 def _epoch_order(loader: Any, epoch: int) -> np.ndarray | None:
     """Returns the order of the rows of all processes in `epoch`, or None; leaves the loader as it is."""
-    if is_stream(loader.dataset):
+    if is_stream(getattr(loader, "dataset", None)):
         return None
     source = _source(loader)
     before = getattr(source, "epoch", None)
@@ -195,8 +196,14 @@ def batch_digest(loader: Any, num_batches: int, epoch: int, num_rows: int = 32) 
     Which rows they are and what they hold both count, so it changes when the data, its order or its preparation
     do; it does not depend on the number of processes or workers. Past the end of the epoch it continues with the
     next one. The global random generators are left as they were. None when the order cannot be known in advance
-    (a sampler of one's own; a stream, whose state carries a hash of its own).
+    (a sampler of one's own; a stream, whose state has a hash of its own), or rows are random by a generator of theirs.
     """
+    indices = following_rows(loader, num_batches, epoch, num_rows)
+    return None if indices is None else rows_digest(loader.dataset, indices)
+
+
+def following_rows(loader: Any, num_batches: int, epoch: int, num_rows: int = 32) -> list[int] | None:
+    """Returns which rows of the data set `batch_digest` is about; None when the order cannot be known in advance."""
     order, following = _epoch_order(loader, epoch), _epoch_order(loader, epoch + 1)
     if order is None or following is None:
         return None
@@ -205,11 +212,7 @@ def batch_digest(loader: Any, num_batches: int, epoch: int, num_rows: int = 32) 
         start = num_batches // source.grad_accum * source.effective_batch_size
     else:
         start = num_batches * (rows_per_batch(loader) or 1)
-    indices = np.concatenate([order[start:], following])[:num_rows].tolist()
-    # Rows with random augmentation come out the same each time, and training does not notice the draws.
-    with randomness.fixed():
-        rows = [loader.dataset[i] for i in indices]
-    return digest({"indices": indices, "rows": rows})
+    return np.concatenate([order[start:], following])[:num_rows].tolist()
 
 
 def watch_fetches(loader: Any, num_kept: int) -> None:

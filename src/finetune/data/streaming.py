@@ -9,8 +9,10 @@ handed out.
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from torch.utils.data import DataLoader
 
 from finetune.errors import CheckpointError
 
+from . import randomness
 from .digest import digest
 from .randomness import FetchRandomness
 from .stream_batches import Batches, Packet
@@ -55,7 +58,8 @@ class StreamLoader(DataLoader[Any]):
         self.end_of_dataloader, self.remainder = False, -1
         self._batches = Batches(dataset, collate_fn, batch_size, rank, world_size, drop_last)
         # Batching happens in `Batches`, where the state after each batch is known.
-        self._inner = DataLoader(self._batches, batch_size=None, collate_fn=_identity, **params)
+        self._open = partial(DataLoader, self._batches, batch_size=None, collate_fn=_identity, **params)
+        self._inner = self._open()
         self._position: dict[str, Any] = self._at_start()
         self._next_batch: Any = None
         self._expected: str | None = None
@@ -106,10 +110,7 @@ class StreamLoader(DataLoader[Any]):
 
     def _look_ahead(self) -> Iterator[Any]:
         """Yields each batch once the next one is known, because the last one must say that it is the last."""
-        packets = self._turns(iter(self._inner))
-        pending = next(packets, None)  # by now every worker has its starting point
-        self._batches.start, self._batches.num_skipped_workers = None, 0
-        self._verify(pending)
+        packets, pending = self._begin_verified()
         num_dropped, self._num_dropped = self._num_dropped, 0
         for _ in range(num_dropped):
             if pending is not None:
@@ -205,13 +206,48 @@ class StreamLoader(DataLoader[Any]):
             logger.warning("Reading %d batches of the stream again: the checkpoint has no position.", num_batches)
             self._num_dropped = num_batches
 
-    def _verify(self, pending: tuple[int, Packet] | None) -> None:
-        expected, self._expected = self._expected, None
-        if expected is not None and (pending is None or digest(pending[1].batch) != expected):
+    def _begin(self) -> tuple[Iterator[tuple[int, Packet]], tuple[int, Packet] | None]:
+        """Returns the packets of an epoch behind the first one, and that one."""
+        packets = self._turns(iter(self._inner))
+        pending = next(packets, None)  # by now every worker has its starting point
+        self._batches.start, self._batches.num_skipped_workers = None, 0
+        return packets, pending
+
+    def _begin_verified(self) -> tuple[Iterator[tuple[int, Packet]], tuple[int, Packet] | None]:
+        """Returns as `_begin`, after comparing the first packet with the one that was due when a position was loaded.
+
+        A packet that differs is read once more. It differs from itself if rows or collator are random in a way that
+        cannot be repeated: by workers, or by a generator of their own. Else the data changed.
+
+        Raises:
+            CheckpointError: the data is not what it was.
+        """
+        batches, expected = self._batches, self._expected
+        self._expected = None
+        if expected is None:
+            return self._begin()
+        start = copy.deepcopy(batches.start), batches.num_skipped_workers, batches.first_number
+        before = randomness.capture()
+        packets, pending = self._begin()
+        found = None if pending is None else digest(pending[1].batch)
+        if found == expected:
+            return packets, pending
+        if found is not None:
+            batches.start, batches.num_skipped_workers, batches.first_number = start
+            if not self.num_workers:  # workers are seeded anew, and must be for their randomness to show
+                randomness.restore(before)
+            self._inner = self._open()
+            packets, pending = self._begin()
+        if pending is None or digest(pending[1].batch) == found:
             raise CheckpointError(
                 "The stream does not continue with the batch that was next when the checkpoint was written: the data "
                 "set, its order or its preparation changed. Restore them, or use `ignore_data_skip=True`."
             )
+        logger.warning(
+            "The rows of the stream, or what the collator makes of them, come out differently each time, by a "
+            "generator that no checkpoint holds: the resumed run goes on at the same rows, but cannot compare them."
+        )
+        return packets, pending
 
 
 def _identity(packet: Any) -> Any:

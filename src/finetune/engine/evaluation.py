@@ -8,6 +8,7 @@ Rows that accelerate repeats to give every process a full last batch are cut off
 """
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from finetune.arguments import TrainingArguments
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -55,26 +59,33 @@ class EvalSettings:
 
 
 class _LossSum:
-    """Sum and count of the evaluation loss on the device."""
+    """Sum and count of the evaluation loss, and how many batches had none that is a number, on the device."""
 
     def __init__(self, device: torch.device) -> None:
-        self.pair = torch.zeros(2, dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
+        self.sums = torch.zeros(3, dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
         self.any = False
 
     def add(self, loss: Tensor, items: Tensor | int) -> None:
-        items = torch.as_tensor(items, device=self.pair.device, dtype=self.pair.dtype)
+        items = torch.as_tensor(items, device=self.sums.device, dtype=self.sums.dtype)
         # A batch without items has a 0/0 loss; it must not poison the sum.
-        total = torch.where(items > 0, loss.to(self.pair.dtype) * items, torch.zeros_like(items))
-        self.pair += torch.stack([total, items])
+        total = torch.where(items > 0, loss.to(self.sums.dtype) * items, torch.zeros_like(items))
+        self.sums += torch.stack([total, items, (~torch.isfinite(total)).to(items.dtype)])
         self.any = True
 
     def mean(self, accelerator: "Accelerator") -> float | None:
-        pair = self.pair
+        """Returns the mean over all processes. A loss that is no number is not left out: a warning counts them."""
+        sums = self.sums
         if accelerator.num_processes > 1:
-            reduced = accelerator.reduce(pair, reduction="sum")
+            reduced = accelerator.reduce(sums, reduction="sum")
             assert isinstance(reduced, Tensor)
-            pair = reduced
-        total, count = pair.tolist()
+            sums = reduced
+        total, count, bad = sums.tolist()
+        if bad and accelerator.is_main_process:
+            logger.warning(
+                "The loss of %d evaluation batches is NaN or infinite, and so is their mean. Look at their labels, or "
+                "at overflow in half precision.",
+                bad,
+            )
         return total / count if count else (float("nan") if self.any else None)
 
 

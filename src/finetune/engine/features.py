@@ -42,7 +42,7 @@ def enter(
 
         handle = apply_liger(model, _as_dict(args.liger_kernel_config))
         stack.callback(handle.remove)
-        stack.enter_context(liger_parity(model, handle, mixed=bool(args.bf16 or args.fp16)))
+        stack.enter_context(liger_parity(model, handle, mixed=args.mixed_precision != "no"))
     stack.enter_context(use_cache(model, bool(args.use_cache)))
     kwargs = _as_dict(args.activation_checkpointing_kwargs)
     if recomputes:

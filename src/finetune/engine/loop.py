@@ -86,6 +86,8 @@ def _run_window(run: TrainingRun, batches: list[Any], num_items: Any, hooks: Loo
         else:
             events.fire("on_substep_end")
         if events.control.should_epoch_stop or events.control.should_training_stop:
+            if not last:
+                run.abandon_window()
             break
 
 

@@ -90,6 +90,10 @@ class LossMeter:
         self._window_bad.zero_()
         return bool(bad)
 
+    def forget_window(self) -> None:
+        """Forgets a window without an update, so that its losses do not drop the next one."""
+        self._window_bad.zero_()
+
     def drain(self, accelerator: "Accelerator", step: int) -> tuple[float, int]:
         """Returns the loss summed since the last log (mean over processes) and the non-finite count, and resets both.
 

@@ -8,6 +8,7 @@ import logging
 from typing import Any
 
 from finetune.data import position as loaders
+from finetune.data.digest import digest, rows_digest
 from finetune.engine.plan import ResumePoint
 from finetune.engine.run import PLACES, TrainingRun
 from finetune.errors import CheckpointError
@@ -26,16 +27,19 @@ class DataPosition:
         self.run = run
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the position after the last finished update, and a hash of the rows that come next."""
+        """Returns the position after the last finished update, and hashes of the rows that come next: of their
+        indices (`next_order`) and of what they hold (`next_rows`). None where either cannot be known."""
         run = self.run
         fetches = loaders.fetches_of(run.loader)
+        order, rows = self._next_rows(run.batches_done, run.epoch)
         return {
             "epoch": run.epoch + int(run.epoch_is_over),
             "batches_done": 0 if run.epoch_is_over else run.batches_done,
             "rows_per_batch": loaders.rows_per_batch(run.loader),
             "accumulation": run.plan.accumulation,
             "loader": loaders.loader_state(run.loader),
-            "next_rows": loaders.batch_digest(run.loader, run.batches_done, run.epoch),
+            "next_order": order,
+            "next_rows": rows,
             "next_fetch": None if run.epoch_is_over or fetches is None else fetches.of(run.batches_done),
         }
 
@@ -46,18 +50,37 @@ class DataPosition:
             return
         loaders.load_loader_state(run.loader, state_dict["loader"])
         epoch, batches = state_dict["epoch"], self._batches_here(state_dict)
-        now = loaders.batch_digest(run.loader, batches, epoch)
-        if now != state_dict["next_rows"]:
+        order, rows = self._next_rows(batches, epoch)
+        before = state_dict["next_rows"]
+        known = before is not None and rows is not None
+        if (known and rows != before) or order != state_dict.get("next_order", order):
             raise CheckpointError(
                 f"The rows that follow after {batches} batches of epoch {epoch} are not those that followed when the "
                 "checkpoint was saved: the data, its preparation or its order changed. Restore it, or go on with other "
                 "data by `ignore_data_skip=True`."
+            )
+        if run.random_rows:
+            logger.warning(
+                "The rows of the training data come out differently each time they are read, by a generator that no "
+                "checkpoint holds: the resumed run goes on with the same rows, but cannot compare what they hold."
             )
         run.resume = ResumePoint(epoch, batches // run.plan.accumulation, batches)
         fetches = loaders.fetches_of(run.loader)
         if fetches is not None and batches and batches == state_dict["batches_done"]:
             # A loader fetches ahead: the next batch was drawn before the checkpoint's own random state was taken.
             fetches.replay(batches, state_dict.get("next_fetch"), then=run.restore_rng_once)
+
+    def _next_rows(self, batches: int, epoch: int) -> tuple[str | None, str | None]:
+        """Returns hashes of the indices and the contents of the rows that follow; contents None where they vary.
+
+        Rows once found to vary are not read again: that would draw from their generator.
+        """
+        indices = loaders.following_rows(self.run.loader, batches, epoch)
+        if indices is None:
+            return None, None
+        rows = None if self.run.random_rows else rows_digest(self.run.loader.dataset, indices)
+        self.run.random_rows = rows is None
+        return digest(indices), rows
 
     def load_state_dicts(self, states: list[dict[str, Any]]) -> None:
         """As `load_state_dict`, for another number of processes than before: the position is the same on all."""

@@ -44,6 +44,8 @@ class TrainingRun:
         window_batches: micro-batches of the current window (`current_gradient_accumulation_steps`).
         flos: floating point operations of this process since they were last stored.
         observers: who watches the first update: `micro_batch(model)`, `before_update` and `after_update`.
+        random_rows: whether rows come out differently each time they are read, as far as is known; such rows are not
+            compared when a run is resumed.
         ledger, precision: its memory and its number formats, for the report; None when nobody asked.
     """
 
@@ -75,6 +77,7 @@ class TrainingRun:
     flos: float = 0.0
     tokens: Any = 0
     observers: list[Any] = field(default_factory=list)
+    random_rows: bool = False
     ledger: Any = None
     precision: Any = None
 
@@ -88,7 +91,8 @@ class TrainingRun:
         self._single = self.accelerator.num_processes == 1
         # Layerwise GaLore keeps projections in place of gradients, and they too belong to one window only.
         self._optimizer_owns_gradients = callable(getattr(unwrap(self.optimizer), "clip_grad_norm", None))
-        self._trainable = [p for p in self.model.parameters() if p.requires_grad]
+        # Frozen ones too: a callback may unfreeze them.
+        self._parameters = list(self.model.parameters())
         self._metric_schedule = needs_metric(self.lr_scheduler)
 
     @property
@@ -182,5 +186,10 @@ class TrainingRun:
             return
         if self._optimizer_owns_gradients:
             self.optimizer.zero_grad()
-        for parameter in self._trainable:
+        for parameter in self._parameters:
             parameter.grad = None
+
+    def abandon_window(self) -> None:
+        """Forgets a window that ends without an update, because a callback stopped the epoch inside it."""
+        self.clear_gradients()
+        self.meter.forget_window()

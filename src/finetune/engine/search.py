@@ -33,7 +33,6 @@ class Searchable(Protocol):
     accelerator: Any
     _trial: Any
     _events: Events
-    _train_batch_size: int
     _searched_args: Any
 
     def train(self, resume_from_checkpoint: str | bool | None = None, trial: Any = None) -> Any: ...
@@ -207,8 +206,7 @@ def _use_arguments(trainer: Searchable, args: TrainingArguments) -> None:
 
         trainer.accelerator.free_memory()
         AcceleratorState._reset_state()
-    trainer.args = trainer._events.args = args
-    trainer._train_batch_size = args.train_batch_size
+    trainer.args = args
     trainer.create_accelerator_and_postprocess()
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import logging
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -76,6 +77,16 @@ def folder_for(model: Any, purpose: str) -> str:
     """Returns the `output_dir` of a trainer that was given no arguments: `<model name>-<purpose>`, here."""
     name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
     return f"{(name or type(model).__name__).rstrip('/').split('/')[-1]}-{purpose}"
+
+
+def make_output_dir(args: "TrainingArguments") -> None:
+    """Makes the folder of the run, on the process that saves. Where it cannot be made, `train` says so.
+
+    Evaluating needs none, so it is no error before.
+    """
+    if args.should_save and args.output_dir is not None:
+        with contextlib.suppress(OSError):
+            os.makedirs(args.output_dir, exist_ok=True)
 
 
 def set_log_level(args: "TrainingArguments") -> None:
@@ -205,8 +216,11 @@ def places_model(
 
 
 def move_model(model: nn.Module, device: torch.device) -> None:
-    """Moves a model to `device` in place; bitsandbytes models stay, and tied weights are tied again."""
-    if getattr(model, "quantization_method", None) == "bitsandbytes":
+    """Moves a model to `device` in place, and ties weights again where that parts them.
+
+    What was placed when it was loaded stays there: a model with a device map, one of bitsandbytes.
+    """
+    if getattr(model, "hf_device_map", None) is not None or getattr(model, "quantization_method", "") == "bitsandbytes":
         return
     model.to(device)
     if hasattr(model, "tie_weights") and device.type == "xla":

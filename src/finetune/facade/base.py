@@ -1,7 +1,6 @@
-"""`TrainerBase`: the constructor, the attributes, callbacks, and the small questions about processes."""
+"""`TrainerBase`: the constructor, callbacks, and the small questions about processes."""
 
 import contextlib
-import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -12,20 +11,20 @@ from torch import Tensor, nn
 from finetune.arguments import TrainingArguments
 from finetune.checkpoint.preemption import PreemptionGuard
 from finetune.checkpoint.writer import CheckpointWriter
-from finetune.compat import coerce_training_arguments
 from finetune.control.builtin import DefaultFlowCallback, PrinterCallback, ProgressCallback
-from finetune.control.callbacks import CallbackHandler, Events
-from finetune.control.state import TrainerControl, TrainerState, export_states
+from finetune.control.callbacks import CallbackHandler
+from finetune.control.state import TrainerState, export_states
 from finetune.data.collate import default_collator
 from finetune.distributed.accelerator import build_accelerator
 from finetune.engine import checks, divisor, search, setup
 from finetune.engine.run import TrainingRun
+from finetune.facade.attributes import RunAttributes
 from finetune.models.traits import inspect_model
 from finetune.reporting import metrics_io, trackers
 from finetune.reporting.memory import MemoryTracker
 
 
-class TrainerBase:
+class TrainerBase(RunAttributes):
     """What every part of the facade stands on. Use `Trainer`."""
 
     log_metrics = metrics_io.log_metrics
@@ -109,7 +108,8 @@ class TrainerBase:
         **old_names: Any,
     ) -> None:
         processing_class = setup.accept_old_names(old_names, processing_class, type(self), TrainingArguments)
-        self.args = args = coerce_training_arguments(args, TrainingArguments)
+        self.args = args
+        args = self.args
         setup.set_log_level(args)
         checks.warn_of_idle_devices(args)
         checks.warn_of_slow_bfloat16(args)
@@ -153,20 +153,19 @@ class TrainerBase:
         )
         self.add_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
         self.hub_model_id: str | None = None
+        setup.make_output_dir(args)
         if args.push_to_hub:
             self.init_hf_repo()  # pyright: ignore[reportAttributeAccessIssue]
         self._run: TrainingRun | None = None
         self._guard: PreemptionGuard | None = None
         self._writer = CheckpointWriter(tolerant=args.on_save_failure == "continue")
-        self._created_lr_scheduler = self._optimizer_is_released = False
+        self._created_lr_scheduler = self._optimizer_is_released = self.is_in_train = False
         self._eval_loaders: dict[str, Any] = {}
         self.model_preparation_time: float | None = None
         self.deepspeed: Any = None
         self._feature_logs: Callable[[], dict[str, float]] = dict
         self._signature_columns: list[str] | None = None
-        self._train_batch_size = args.train_batch_size
-        self.is_in_train = False
-        self._events = Events(args, self.callback_handler, self._new_state(), TrainerControl())
+        self._events.handler, self._events.state = self.callback_handler, self._new_state()
         self._events.fire("on_init_end")
         self._memory_tracker.stop()
 
@@ -186,45 +185,6 @@ class TrainerBase:
             stateful_callbacks=export_states(listeners),
         )
 
-    @property
-    def output_dir(self) -> str:
-        """The folder of the run. Arguments leave it unset only before they are made."""
-        assert self.args.output_dir is not None
-        return self.args.output_dir
-
-    @property
-    def state(self) -> TrainerState:
-        return self._events.state
-
-    @state.setter
-    def state(self, value: TrainerState) -> None:
-        self._events.state = value
-
-    @property
-    def control(self) -> TrainerControl:
-        return self._events.control
-
-    @control.setter
-    def control(self, value: TrainerControl) -> None:
-        self._events.control = value
-
-    @property
-    def current_gradient_accumulation_steps(self) -> int:
-        """Micro-batches of the window in progress: fewer than `gradient_accumulation_steps` at the end of an epoch."""
-        return self._run.window_batches if self._run else self.args.gradient_accumulation_steps
-
-    @property
-    def _tr_loss(self) -> Tensor | None:
-        return self._run.meter.running if self._run else None
-
-    @property
-    def _total_loss_scalar(self) -> float:
-        return self._run.meter.total if self._run else 0.0
-
-    @property
-    def _globalstep_last_logged(self) -> int:
-        return self._run.meter.logged_at if self._run else 0
-
     def create_accelerator_and_postprocess(self) -> None:
         """Creates `self.accelerator`. Called once by the constructor."""
         self.accelerator = build_accelerator(self.args, self.model)
@@ -241,17 +201,6 @@ class TrainerBase:
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
         setup.move_model(model, device)
-
-    @property
-    def tokenizer(self) -> Any:
-        """The old name of `processing_class`."""
-        warnings.warn("`trainer.tokenizer` is now called `trainer.processing_class`.", FutureWarning, stacklevel=2)
-        return self.processing_class
-
-    @tokenizer.setter
-    def tokenizer(self, value: Any) -> None:
-        warnings.warn("`trainer.tokenizer` is now called `trainer.processing_class`.", FutureWarning, stacklevel=2)
-        self.processing_class = value
 
     def get_tp_size(self) -> int:
         """Returns over how many processes each layer is split (tensor parallelism); they see the same rows."""

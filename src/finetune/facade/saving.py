@@ -4,6 +4,7 @@ import contextlib
 import gc
 import os
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -35,8 +36,11 @@ class SavingMethods(TrainerBase):
         """Returns what else of this run belongs into a checkpoint, by name. Subclasses add to it."""
         return {} if self._run is None else {"meter": self._run.meter, "data": DataPosition(self._run)}
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
-        """Saves `checkpoint-<step>` completely or not at all. Called when `control.should_save` is set."""
+    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> Any:
+        """Saves `checkpoint-<step>` completely or not at all. Called when `control.should_save` is set.
+
+        Returns the `SaveReport`, whose `error` says why it failed where `on_save_failure` is `continue`.
+        """
         if self._run is not None:
             self._run.meter.require_finite(self.accelerator, self.state.global_step)
         self.store_flos()
@@ -55,7 +59,15 @@ class SavingMethods(TrainerBase):
         )
         if self.args.push_to_hub:
             self._writer.wait()
-            self._push_from_checkpoint(str(report.path))
+            if report.error is None:
+                self._push_from_checkpoint(str(report.path))
+        return report
+
+    @property
+    def _save_error(self) -> str | None:
+        """Why the checkpoint of this step could not be written, as far as is known; None if it was, or is being."""
+        last = self._writer.last
+        return None if last is None or last.step != self.state.global_step else last.error
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves the model so that `from_pretrained` loads it. Called for every checkpoint, and by the user."""
@@ -162,10 +174,14 @@ class SavingMethods(TrainerBase):
             unsafe = isinstance(error, (NonFiniteLossError, CheckpointError)) or self._run is None
             if self.args.save_on_exception and not unsafe:
                 consistent = self._run is not None and not self._run.stepping
-                checkpoints.emergency_save(
-                    lambda: self._save_checkpoint(self.model, trial), error, consistent=consistent
-                )
+                checkpoints.emergency_save(partial(self._save_now, trial), error, consistent=consistent)
             raise
+
+    def _save_now(self, trial: Any) -> str | None:
+        """Saves a checkpoint and waits until it is on the disk. Returns why it failed, None if it did not."""
+        self._save_checkpoint(self.model, trial)
+        self._writer.wait()
+        return self._save_error
 
     def _starting_batch_size(self, checkpoint: str | None) -> int:
         """Returns the batch size `auto_find_batch_size` begins with: the one it had found before the checkpoint."""

@@ -159,7 +159,7 @@ def hyperparameters(args: Any) -> dict[str, Any]:
         "warmup_steps": args.warmup_steps or None,
         "training_steps": args.max_steps if args.max_steps >= 0 else None,
         "num_epochs": args.num_train_epochs if args.max_steps < 0 else None,
-        "mixed_precision_training": "bf16" if args.bf16 else "fp16" if args.fp16 else None,
+        "mixed_precision_training": None if args.mixed_precision == "no" else args.mixed_precision,
         "label_smoothing_factor": args.label_smoothing_factor or None,
     }
     return {name: value for name, value in chosen.items() if value is not None}

@@ -4,6 +4,7 @@ Local files come first: a push reads a snapshot of the output folder made of har
 failures of the network touch neither the run nor a push in progress.
 """
 
+import contextlib
 import logging
 import os
 import shutil
@@ -224,13 +225,13 @@ def _model_upload(
 
     Large files are hard links where nobody rewrites them in place: in a checkpoint, and if `link` says so here.
     """
-    folder = _new_snapshot(output_dir)
     older_model = () if checkpoint is None else WEIGHTS
-    for path in _files(output_dir, (*NOT_PUSHED, *older_model)):
-        _place(repository, path, folder / path.relative_to(output_dir), link)
-    if checkpoint is not None:
-        for path in _files(checkpoint, TRAINING_STATE):
-            _place(repository, path, folder / path.relative_to(checkpoint), link=True)
+    with _new_snapshot(output_dir) as folder:
+        for path in _files(output_dir, (*NOT_PUSHED, *older_model)):
+            _place(repository, path, folder / path.relative_to(output_dir), link)
+        if checkpoint is not None:
+            for path in _files(checkpoint, TRAINING_STATE):
+                _place(repository, path, folder / path.relative_to(checkpoint), link=True)
     return Upload(
         folder=folder,
         source=output_dir if checkpoint is None else checkpoint,
@@ -245,9 +246,9 @@ def _checkpoint_upload(
     repository: Repository, output_dir: Path, checkpoint: Path, where: str, message: str, revision: str | None
 ) -> Upload:
     """Returns the upload of a whole checkpoint into the folder `where` of the repository."""
-    folder = _new_snapshot(output_dir)
-    for path in _files(checkpoint, ()):
-        _place(repository, path, folder / path.relative_to(checkpoint), link=True)
+    with _new_snapshot(output_dir) as folder:
+        for path in _files(checkpoint, ()):
+            _place(repository, path, folder / path.relative_to(checkpoint), link=True)
     return Upload(
         folder=folder,
         source=checkpoint,
@@ -259,9 +260,16 @@ def _checkpoint_upload(
     )
 
 
-def _new_snapshot(output_dir: Path) -> Path:
+@contextlib.contextmanager
+def _new_snapshot(output_dir: Path) -> Iterator[Path]:
+    """Yields a new folder to fill, which is removed when that fails."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    return Path(tempfile.mkdtemp(prefix=SNAPSHOT_PREFIX, dir=output_dir))
+    folder = Path(tempfile.mkdtemp(prefix=SNAPSHOT_PREFIX, dir=output_dir))
+    try:
+        yield folder
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _files(folder: Path, left_out: tuple[str, ...]) -> Iterator[Path]:

@@ -52,6 +52,21 @@ def inspect_model(model: nn.Module, label_names: Sequence[str] | None = None) ->
     )
 
 
+def saves_itself(model: Any) -> bool:
+    """Returns whether `model.save_pretrained` can be trusted with the weights: that of transformers or PEFT is.
+
+    So is one that takes `state_dict` and `is_main_process` by these names. Any other of a hand-written module may
+    write what it likes, on every process.
+    """
+    method = getattr(model, "save_pretrained", None)
+    if method is None or is_peft_model(model):
+        return method is not None
+    kinds = {f"{base.__module__.split('.')[0]}.{base.__name__}" for base in type(model).__mro__}
+    return "transformers.PreTrainedModel" in kinds or {"state_dict", "is_main_process"} <= set(
+        inspect.signature(method).parameters
+    )
+
+
 def check_trainable(model: nn.Module) -> None:
     """Raises `ArgumentError` for a model that no optimizer step could train as it stands.
 

@@ -169,7 +169,7 @@ def _device_text(args: Any, world: int) -> str:
 def _dtype_text(model: Any, args: Any) -> str:
     counts = take_ledger(model).dtypes
     stored = ", ".join(f"{name} {_count(count)}" for name, count in sorted(counts.items(), key=lambda item: -item[1]))
-    compute = "bfloat16" if args.bf16 else "float16" if args.fp16 else None
+    compute = {"bf16": "bfloat16", "fp16": "float16", "fp8": "float8"}.get(args.mixed_precision)
     return f"stored {stored or 'nothing'}; " + (f"computed in {compute} (autocast)" if compute else "no autocast")
 
 

@@ -18,7 +18,7 @@ from finetune.reporting.memory_trace import MemoryTrace, trace_updates
 
 def mixed_dtype(args: Any) -> torch.dtype | None:
     """Returns the type that mixed precision computes in, or None without it."""
-    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.mixed_precision)
 
 
 class PlannedStep:

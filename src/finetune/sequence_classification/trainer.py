@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from finetune.compat import coerce_training_arguments
+from finetune.arguments.coerce import coerce_training_arguments
 from finetune.data.collate import default_collator
 from finetune.data.pipeline import first_row, say_on_main_process
 from finetune.data.rows import IGNORE_INDEX

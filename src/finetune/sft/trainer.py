@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from finetune.compat import TrainOutput, coerce_training_arguments
+from finetune.arguments.coerce import coerce_training_arguments
+from finetune.compat import TrainOutput
 from finetune.data import inspect
 from finetune.data.audit import SupervisionAudit
 from finetune.data.collate import DataCollatorForLanguageModeling

@@ -161,3 +161,44 @@ def test_old_names_of_sft_act(given, name, value):
     args, messages = make(SFTConfig, **given)
     assert getattr(args, name) == value
     assert len(messages) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "assigned", "name", "value"),
+    [
+        ({"train_sampling_strategy": "group_by_length"}, {"group_by_length": False},
+         "train_sampling_strategy", "random"),
+        ({"train_sampling_strategy": "sequential"}, {"group_by_length": False},
+         "train_sampling_strategy", "sequential"),
+        ({"optim": "adafactor"}, {"adafactor": False}, "optim", "adamw_torch_fused"),
+        ({"optim": "sgd"}, {"adafactor": False}, "optim", "sgd"),
+        ({"include_num_input_tokens_seen": "all"}, {"include_tokens_per_second": False},
+         "include_num_input_tokens_seen", "no"),
+        ({"warmup_steps": 0.1}, {"warmup_ratio": 0.0}, "warmup_steps", 0),
+        ({"warmup_steps": 5}, {"warmup_ratio": 0.0}, "warmup_steps", 5),
+        ({"include_for_metrics": ["loss"]}, {"include_inputs_for_metrics": True},
+         "include_for_metrics", ["loss", "inputs"]),
+        ({"include_for_metrics": ["loss", "inputs"]}, {"include_inputs_for_metrics": False},
+         "include_for_metrics", ["loss"]),
+    ],
+)  # fmt: skip
+def test_old_attributes_can_be_turned_off(given, assigned, name, value):
+    args = TrainingArguments("out", **given)
+    for old, wanted in assigned.items():
+        with pytest.warns(FutureWarning, match=f"`{old}` is an old argument"):
+            setattr(args, old, wanted)
+    assert getattr(args, name) == value
+
+
+def test_an_old_name_of_the_repository_beside_none():
+    args, _ = make(TrainingArguments, push_to_hub_model_id="m", hub_model_id=None)
+    assert args.hub_model_id == "m"
+
+
+@pytest.mark.parametrize(
+    "name", ["sharded_ddp", "past_index", "mp_parameters", "fp16_backend", "half_precision_backend"]
+)
+def test_a_refused_old_name_is_named(name):
+    with pytest.raises(ArgumentError, match=f"`{name}='strange'`"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        TrainingArguments("out", **{name: "strange"})

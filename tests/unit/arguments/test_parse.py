@@ -1,23 +1,27 @@
 """The command line and the YAML file of programs."""
 
 import dataclasses
+import json
 import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 import yaml
 
 from finetune.arguments import (
     TrainingArguments,
+    note_arguments,
     parse_arguments,
     replace_arguments,
     sources_of,
     write_resolved_config,
 )
-from finetune.compat import coerce_training_arguments
+from finetune.arguments.coerce import coerce_training_arguments
 from finetune.sft.config import SFTConfig
 
 
@@ -167,6 +171,43 @@ def test_resolved_config_tells_values_and_sources(tmp_path):
     assert config["TrainingArguments"]["learning_rate"] == {"value": 5e-5, "source": "default"}
     assert set(config["TrainingArguments"]) == {field.name for field in dataclasses.fields(args)}
     assert [item.name for item in path.parent.iterdir()] == ["resolved_config.yaml"]
+
+
+class Unknown:
+    def __str__(self) -> str:
+        return "unknown thing"
+
+
+@pytest.mark.parametrize(
+    ("value", "written"),
+    [
+        (np.float64(0.5), 0.5),
+        (np.arange(3), [0, 1, 2]),
+        (Path("a") / "b", "a/b"),
+        (len, "builtins.len"),
+        (Unknown, "test_parse.Unknown"),
+        (Unknown(), "unknown thing"),
+        ({"b", "a"}, ["a", "b"]),
+        ({Path("k"): np.int64(3)}, {"k": 3}),
+    ],
+)
+def test_values_of_any_kind_are_written(tmp_path, value, written):
+    @dataclasses.dataclass
+    class Mine(TrainingArguments):
+        extra: Any = None
+
+    args = Mine("out", extra=None)
+    args.extra = value
+    config = yaml.safe_load(write_resolved_config(tmp_path / "r.yaml", args).read_text())
+    found = config["Mine"]["extra"]["value"]
+    assert found == written or (isinstance(written, str) and found.endswith(written))
+    assert json.loads(args.to_json_string())["extra"] == found
+
+
+def test_a_file_that_cannot_be_written_is_a_warning(tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    note_arguments(tmp_path / "file" / "run", TrainingArguments("out"))
+    assert "`resolved_config.yaml` was not written" in caplog.text
 
 
 def test_sources_of_arguments_made_in_code(monkeypatch, tmp_path):

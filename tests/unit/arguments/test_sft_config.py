@@ -81,6 +81,7 @@ def test_vocabulary_tokens_survive_a_rebuild():
         ({"pad_to_multiple_of": -8}, "must be above 0"),
         ({"pad_to_multiple_of": "eight"}, "`pad_to_multiple_of='eight'`"),
         ({"max_lenght": 3}, "Did you mean `max_length`"),
+        ({"model_init_kwargs": "x"}, "`model_init_kwargs='x'` must be a dict"),
         ({"bf16": True, "fp16": True}, "exclude each other"),
     ],
 )

@@ -5,6 +5,7 @@ import json
 import logging
 import warnings
 from dataclasses import dataclass, field, fields, replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -158,8 +159,16 @@ def test_json_texts_become_dicts():
         ({"dataloader_multiprocessing_context": "thread"}, "is not one of"),
         ({"train_sampling_strategy": "by_length"}, "Did you mean `group_by_length`"),
         ({"torch_empty_cache_steps": 0}, "whole number above 0"),
-        ({"num_train_epochs": None}, "`num_train_epochs=None` must be at least 0, unless `max_steps` is"),
-        ({"max_steps": None}, "`max_steps=None` must be a number"),
+        ({"num_train_epochs": None}, "`num_train_epochs=None` must be at least 0 and finite, unless `max_steps` is"),
+        ({"max_steps": None}, "`max_steps=None` must be a number of whole steps"),
+        ({"max_steps": float("inf")}, "`max_steps=inf` must be a number of whole steps"),
+        ({"max_steps": "inf"}, "`max_steps`: 'inf' is not a whole number"),
+        ({"num_train_epochs": float("inf")}, "`num_train_epochs=inf` must be at least 0 and finite"),
+        ({"logging_steps": float("inf")}, "`logging_steps=inf` must be a whole number of steps"),
+        ({"save_steps": float("inf")}, "`save_steps=inf` must be a whole number of steps"),
+        ({"eval_strategy": "steps", "eval_steps": float("inf")}, "`eval_steps=inf` must be a whole number of steps"),
+        ({"liger_kernel_config": "rope"}, "`liger_kernel_config='rope'` must be a dict"),
+        ({"lr_scheduler_kwargs": ["a"]}, "`lr_scheduler_kwargs=.*must be a dict"),
         ({"per_device_train_batch_size": 0}, "must be above 0"),
         ({"gradient_accumulation_steps": 0}, "must be above 0"),
         ({"label_smoothing_factor": 1.5}, "must be in"),
@@ -300,3 +309,15 @@ def __no_distribution():
     from accelerate.utils import DistributedType
 
     return DistributedType.NO
+
+
+def test_devices_that_stay_unused_are_left_to_the_trainer_to_say(monkeypatch, recwarn):
+    import torch
+
+    from finetune.arguments import processes
+
+    monkeypatch.setattr("torch.cuda.set_device", lambda device: None)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    state = SimpleNamespace(device=torch.device("cuda"), num_processes=1)
+    assert processes._pick_device(state) == torch.device("cuda", 0)
+    assert not recwarn.list

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from finetune.checkpoint import copies, files, layout
-from finetune.errors import CheckpointError
+from finetune.errors import CheckpointError, ModelLoadError
 
 
 class Colour(str, enum.Enum):
@@ -171,3 +171,27 @@ def test_copies_use_the_memory_of_the_last_ones_only_when_told() -> None:
     assert torch.equal(again, tensor)
     pool.trim()
     assert pool.num_bytes == tensor.nbytes + 7 * 4
+
+
+class OfALibrary(OSError):
+    """As `requests.exceptions.RequestException` is one."""
+
+
+@pytest.mark.parametrize(
+    ("error", "is_of_the_disk"),
+    [
+        (OSError(28, "No space left on device"), True),
+        (PermissionError(13, "Permission denied"), True),
+        (OSError("something"), True),
+        (TimeoutError(110, "Connection timed out", "/nfs/file"), True),
+        (ConnectionResetError(104, "Connection reset by peer"), False),
+        (TimeoutError("timed out"), False),
+        (OfALibrary("503"), False),
+        (ModelLoadError("of an override"), False),
+        (CheckpointError("said already"), False),
+    ],
+)
+def test_only_errors_of_the_disk_are_said_to_be_such(tmp_path: Path, error: Exception, is_of_the_disk: bool) -> None:
+    with pytest.raises(CheckpointError if is_of_the_disk else type(error)) as caught, files.writing(tmp_path / "x"):
+        raise error
+    assert ("could not be written" in str(caught.value)) == is_of_the_disk

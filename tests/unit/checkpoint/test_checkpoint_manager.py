@@ -197,6 +197,20 @@ class TestBackground:
             run._save_scaler = lambda folder: run.writer.run(lambda: shutil.rmtree(folder))
             run.save()
 
+    def test_a_failure_that_is_tolerated_is_in_the_report(self, tiny_run: Any) -> None:
+        run = tiny_run(asynchronous=True, on_save_failure="continue")
+        run.writer.tolerant = True
+        run.train(1).save()
+        run.writer.wait()
+        run.events.state.best_global_step = 2
+        run._save_scaler = lambda folder: run.writer.run(lambda: (_ for _ in ()).throw(OSError(28, "No space left")))
+        report = run.train(1).save()
+        run.writer.wait()
+        assert "No space left" in str(report.error) and run.writer.last is report
+        assert run.events.state.best_model_checkpoint is None, "a checkpoint that is not there is not the best"
+        del run._save_scaler
+        assert run.train(1).save().error is None
+
     def test_next_save_waits(self, tiny_run: Any) -> None:
         run = tiny_run(asynchronous=True)
         for _ in range(4):
@@ -391,6 +405,10 @@ class TestErrors:
             raise ZeroDivisionError
         assert f"resume_from_checkpoint='{run.out / 'checkpoint-1'}'" in caplog.text
 
+    def test_a_failed_emergency_save_is_not_called_saved(self, caplog: pytest.LogCaptureFixture) -> None:
+        manager.emergency_save(lambda: "no space", ValueError("x"), consistent=True)
+        assert caplog.messages == ["The emergency checkpoint after ValueError failed too: no space"]
+
     def test_emergency_save(self, caplog: pytest.LogCaptureFixture) -> None:
         saved: list[int] = []
         manager.emergency_save(lambda: saved.append(1), ValueError("x"), consistent=True)
@@ -412,3 +430,23 @@ def test_writer_without_background_runs_at_once() -> None:
         assert done == [1]
     writer.launch(done.append)
     assert done == [1, None] and writer.wait() < 1 and not writer.busy
+
+
+def test_a_node_gives_its_folder_back_when_another_one_failed(tiny_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `save_on_each_node` each node stages for itself, and hears of the others at the end of that."""
+    run = tiny_run().train(1)
+    heard: list[None] = []
+
+    def together(error: Any) -> None:
+        heard.append(None)
+        if error is not None:
+            raise error
+        if len(heard) == 1:
+            raise CheckpointError("Process 1 could not do its part of the checkpoint.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("finetune.checkpoint.writer.raise_together", together)
+        with pytest.raises(CheckpointError, match="Process 1"):
+            run.save()
+    assert not list(run.out.glob(".staging/checkpoint-*"))
+    assert run.save().path.name == "checkpoint-1", "the lock is free again"

@@ -165,6 +165,25 @@ class TestRetention:
         store.rotate(Retention(keep_best=2), None)
         assert sorted(c.step for c in store.checkpoints()) == [3, 6]
 
+    def test_what_is_no_number_is_not_among_the_best(self, tmp_path: Path) -> None:
+        for greater in (False, True):
+            store = CheckpointStore(tmp_path / str(greater))
+            for step, metric in {1: 0.5, 2: float("nan"), 3: 0.1, 4: float("inf"), 5: 0.7}.items():
+                commit(store, step, metric=metric, greater_is_better=not greater)  # of another run's arguments
+            store.rotate(Retention(keep_best=2, greater_is_better=greater), None)
+            assert sorted(c.step for c in store.checkpoints()) == ([1, 5] if greater else [1, 3, 5])
+
+    def test_only_the_best_of_one_stays_at_the_end(self, tmp_path: Path) -> None:
+        store = CheckpointStore(tmp_path)
+        for step in (1, 2, 3):
+            commit(store, step)
+        store.rotate(Retention(total_limit=1), "checkpoint-9", only_best=True)
+        assert [c.step for c in store.checkpoints()] == [3], "one that is not there does not count"
+        commit(store, 4)
+        store.rotate(Retention(total_limit=1), str(tmp_path / "checkpoint-3"), only_best=True)
+        assert [c.step for c in store.checkpoints()] == [3]
+        assert (tmp_path / "latest").read_text() == "checkpoint-3\n"
+
     def test_agrees_with_transformers(self, tmp_path: Path) -> None:
         from transformers.trainer_utils import rotate_checkpoints
 
@@ -205,7 +224,9 @@ class TestRecovery:
         path = commit(CheckpointStore(tmp_path), 9)
         (tmp_path / ".staging").mkdir()
         path.rename(tmp_path / ".staging" / "checkpoint-9")
+        (tmp_path / "latest").write_text("checkpoint-8\n")
         CheckpointStore(tmp_path).recover()
+        assert (tmp_path / "latest").read_text() == "checkpoint-9\n"
         assert find_problem(tmp_path / "checkpoint-9") is None and names(tmp_path) == ["checkpoint-9", "latest"]
 
     @pytest.mark.parametrize("new_is_good", [True, False])

@@ -309,3 +309,37 @@ def test_config_names_the_format_of_gathered_weights(tmp_path) -> None:
     masters = {name: tensor.clone() for name, tensor in llama().state_dict().items()}
     weights.write_model(tmp_path, masters, model=llama().bfloat16(), args=arguments())
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "float32"
+
+
+class WritesItself(torch.nn.Module):
+    """A hand-written model with a `save_pretrained` of its own, as old as the script it is from."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.encoder, self.head = torch.nn.Linear(4, 4), torch.nn.Linear(4, 2)
+
+    def save_pretrained(self, path: str, **kwargs: Any) -> None:
+        torch.save(self.encoder.state_dict(), Path(path) / "encoder.pt")
+
+
+class WritesByName(WritesItself):
+    """One that takes what it is to write by name, and is trusted with it."""
+
+    def save_pretrained(self, path: str, *, state_dict: Any = None, is_main_process: bool = True) -> None:  # type: ignore[override]
+        save_file(dict(self.state_dict() if state_dict is None else state_dict), Path(path) / "model.safetensors")
+        (Path(path) / "own.txt").write_text(str(is_main_process))
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_save_pretrained_of_ones_own_loses_no_weights(tmp_path: Path, background: bool) -> None:
+    for kind, files in ((WritesItself, {"model.safetensors"}), (WritesByName, {"model.safetensors", "own.txt"})):
+        model, other, folder = kind(), kind(seed=1), tmp_path / kind.__name__
+        writer = CheckpointWriter(asynchronous=background)
+        with writer.collecting():
+            weights.write_model(folder, None, model=model, args=arguments(), writer=writer)
+        writer.launch(lambda error: None)
+        writer.wait()
+        assert {path.name for path in folder.iterdir()} == {*files, layout.TRAINING_ARGS}
+        weights.load_weights(folder, other)
+        assert equal(model, other)

@@ -143,6 +143,8 @@ def test_early_stopping_asks_for_what_it_needs(caplog):
     callback, state, control = EarlyStoppingCallback(), TrainerState(), TrainerControl()
     with pytest.raises(ArgumentError, match="`metric_for_best_model` is None"):
         callback.on_train_begin(stop_args(metric_for_best_model=None), state, control)
+    with pytest.raises(ArgumentError, match="`metric_for_best_model` is None"):
+        callback.on_evaluate(stop_args(metric_for_best_model=None), state, control, metrics={"eval_loss": 1.0})
     with pytest.raises(ArgumentError, match="`eval_strategy` is `no`"):
         callback.on_train_begin(stop_args(eval_strategy="no"), state, control)
     callback.on_train_begin(stop_args(load_best_model_at_end=False), state, control)

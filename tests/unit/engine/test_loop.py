@@ -225,3 +225,44 @@ def test_data_without_batches_stops_instead_of_spinning(caplog: pytest.LogCaptur
     run_training(run, hooks, events)
     assert events.state.global_step == 0
     assert "no batch" in caplog.text
+
+
+class StopInside(TrainerCallback):
+    """Stops the epoch between two micro-batches of the second update, once."""
+
+    stopped = False
+
+    def on_substep_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> Any:
+        wanted, self.stopped = state.global_step == 1 and not self.stopped, self.stopped or state.global_step == 1
+        return {"should_epoch_stop": wanted}
+
+
+def test_a_window_that_is_abandoned_leaves_no_gradients() -> None:
+    meter = LossMeter(torch.device("cpu"), "skip_step", 0)
+    run, hooks, events = make(batches=4, accumulation=2, epochs=2, callback=StopInside(), meter=meter)
+    found: list[list[Any]] = []
+    step = hooks.training_step
+
+    def training_step(model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        found.append([parameter.grad for parameter in model.parameters()])
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        step(model, inputs)
+        return torch.tensor(float("nan") if len(found) == 3 else 1.0)
+
+    hooks.training_step = training_step  # type: ignore[method-assign]
+    run_training(run, hooks, events)
+    assert [call for call in hooks.calls if call.startswith("step")] == ["step 0", "step 1", "step 2"] + [
+        f"step {number}" for number in range(4)
+    ]
+    assert found[3] == [None, None], "those of the abandoned micro-batch are gone"
+    assert run.optimizer.steps == 3, "and its loss drops no other update"
+
+
+def test_gradients_of_parameters_unfrozen_later_are_cleared() -> None:
+    model = torch.nn.Linear(1, 1).requires_grad_(False)
+    run, _, _ = make(batches=1, accumulation=1, model=model)
+    model.requires_grad_(True)
+    model(torch.ones(1, 1)).sum().backward()
+    run.clear_gradients()
+    assert [parameter.grad for parameter in model.parameters()] == [None, None]

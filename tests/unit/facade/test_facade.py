@@ -234,3 +234,48 @@ def test_an_exception_saves_if_asked_and_goes_on_to_the_caller(saves: bool, tiny
     with pytest.raises(KeyError, match="bomb"):
         trainer.train()
     assert (tmp_path / "checkpoint-1").is_dir() == saves
+
+
+def test_the_output_folder_is_there_from_the_start(tiny_bert: Any, tmp_path: Path) -> None:
+    finetune.Trainer(tiny_bert(), finetune.TrainingArguments(str(tmp_path / "a" / "b"), **COMMON))
+    assert (tmp_path / "a" / "b").is_dir()
+    (tmp_path / "file").write_text("")
+    trainer = finetune.Trainer(
+        tiny_bert(), finetune.TrainingArguments(str(tmp_path / "file" / "b"), **COMMON), eval_dataset=rows()
+    )
+    assert "eval_loss" in trainer.evaluate(), "evaluating needs no folder"
+
+
+def test_the_process_that_does_not_save_makes_no_folder(tiny_bert: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    args = finetune.TrainingArguments(str(tmp_path / "out"), **COMMON)
+    monkeypatch.setattr(type(args), "should_save", False)
+    finetune.Trainer(tiny_bert(), args)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("devices", [{"": 0}, {"": "cpu"}, {"a": 0, "b": 1}, {}])
+def test_a_model_with_a_device_map_is_not_moved(devices: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, moved = torch.nn.Linear(1, 1), []
+    monkeypatch.setattr(model, "to", moved.append)
+    setup.move_model(model, torch.device("cpu"))
+    model.hf_device_map = devices  # pyright: ignore[reportArgumentType,reportAttributeAccessIssue]
+    setup.move_model(model, torch.device("cpu"))
+    assert moved == [torch.device("cpu")]
+
+
+def test_arguments_set_later_are_the_ones_that_hold(trainer: finetune.Trainer, tmp_path: Path) -> None:
+    seen: list[Any] = []
+
+    class Sees(finetune.TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            seen.append(args)
+
+    trainer.add_callback(Sees())
+    trainer.train_dataset = rows()
+    options = {"per_device_train_batch_size": 2, "max_steps": 3, "logging_steps": 1, "save_strategy": "no"}
+    trainer.args = args = finetune.TrainingArguments(str(tmp_path / "new"), **options, **COMMON)
+    assert trainer.train().global_step == 3 and trainer.args is args
+    assert seen == [args] * 3 and trainer.state.train_batch_size == 2
+    assert len([entry for entry in trainer.state.log_history if "loss" in entry]) == 3
+    trainer.args = transformers.TrainingArguments(str(tmp_path), seed=5, **COMMON)  # pyright: ignore
+    assert isinstance(trainer.args, finetune.TrainingArguments) and trainer.args.seed == 5

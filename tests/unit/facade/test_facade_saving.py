@@ -116,6 +116,152 @@ def test_a_failed_save_does_not_stop_training_if_so_asked(
     assert caplog.text.count("No space left") >= 2
 
 
+class Told(finetune.TrainerCallback):
+    """Notes for which steps it was told of a checkpoint."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.steps.append(state.global_step)
+
+
+def test_nobody_is_told_of_a_checkpoint_that_is_not_there(
+    tiny_bert: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_at(monkeypatch, 2)
+    told, pushed = Told(), []
+
+    class Pushes(finetune.Trainer):
+        def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+            pass
+
+        def _push_from_checkpoint(self, checkpoint_folder: str) -> None:  # type: ignore[override]
+            pushed.append(Path(checkpoint_folder).name)
+
+    make(
+        tiny_bert, tmp_path, cls=Pushes, callbacks=[told], on_save_failure="continue", push_to_hub=True,
+        hub_model_id="me/it",
+    ).train()  # fmt: skip
+    assert told.steps == [1, 3] and pushed == ["checkpoint-1", "checkpoint-3"]
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_an_emergency_checkpoint_that_failed_is_not_called_saved(
+    background: bool, tiny_bert: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Breaks(finetune.TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 2:
+                raise KeyError("broken")
+
+    fail_at(monkeypatch, 2)
+    trainer = make(
+        tiny_bert, tmp_path, callbacks=[Breaks()], async_save=background, on_save_failure="continue",
+        save_on_exception=True, save_strategy="no",
+    )  # fmt: skip
+    with pytest.raises(KeyError):
+        trainer.train()
+    assert "Saved an emergency checkpoint" not in caplog.text
+    assert "The emergency checkpoint after KeyError failed too" in caplog.text
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_the_best_is_never_one_that_could_not_be_written(
+    background: bool, tiny_bert: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each evaluation is better than the one before, so the last checkpoint would be the best."""
+    fail_at(monkeypatch, 3)
+    trainer = make(
+        tiny_bert, tmp_path, async_save=background, on_save_failure="continue", eval_strategy="steps", eval_steps=1,
+        load_best_model_at_end=True, learning_rate=1e-3,
+    )  # fmt: skip
+    losses = iter([3.0, 2.0, 1.0])
+    evaluate = trainer.evaluate
+    trainer.evaluate = lambda *args, **kwargs: {**evaluate(*args, **kwargs), "eval_loss": next(losses)}
+    trainer.train()
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
+
+
+@pytest.mark.parametrize(("limit", "kept"), [(1, ["checkpoint-1"]), (2, ["checkpoint-1", "checkpoint-3"])])
+def test_only_the_best_stays_where_one_may(limit: int, kept: list[str], tiny_bert: Any, tmp_path: Path) -> None:
+    names: dict[str, list[str]] = {}
+    for library in (transformers, finetune):
+        losses = iter([1.0, 2.0, 3.0])
+
+        class Rising(library.Trainer):  # type: ignore[name-defined,misc]
+            def evaluate(self, *args: Any, losses: Any = losses, **kwargs: Any) -> dict[str, float]:
+                return {**super().evaluate(*args, **kwargs), "eval_loss": next(losses)}
+
+        options = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "save_total_limit": limit}
+        out = tmp_path / library.__name__
+        rows = Dataset.from_dict({"input_ids": [[3 + i] * 6 for i in range(24)], "labels": [0, 1, 2] * 8})
+        args = library.TrainingArguments(str(out), **{**COMMON, **options})
+        Rising(model=tiny_bert(), args=args, train_dataset=rows, eval_dataset=rows).train()
+        names[library.__name__] = sorted(path.name for path in out.glob("checkpoint-*"))
+    assert names == {"transformers": kept, "finetune": kept}
+
+
+def test_a_best_checkpoint_in_files_of_ones_own(
+    tiny_bert: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Own(finetune.Trainer):
+        def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+            Path(str(output_dir)).mkdir(parents=True, exist_ok=True)
+            torch.save(self.model.state_dict(), Path(str(output_dir)) / "mine.pt")
+
+    options = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
+    trainer = make(tiny_bert, tmp_path, cls=Own, **options)
+    assert trainer.train().global_step == 3
+    assert "holds no weights under a name known here" in caplog.text
+    assert str(trainer.state.best_model_checkpoint) in caplog.text
+
+
+def test_a_run_is_over_when_its_last_checkpoint_is_there(
+    tiny_bert: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit, found = CheckpointStore.commit, []
+
+    def slow(self: Any, staging: Any, **kwargs: Any) -> Any:
+        time.sleep(0.3)
+        return commit(self, staging, **kwargs)
+
+    class Ends(finetune.TrainerCallback):
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            found.append((tmp_path / "checkpoint-3").is_dir())
+
+    monkeypatch.setattr(CheckpointStore, "commit", slow)
+    make(tiny_bert, tmp_path, async_save=True, callbacks=[Ends()]).train()
+    assert found == [True]
+
+
+def test_a_pruned_trial_leaves_no_write_behind(tiny_bert: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The copies of its last checkpoint are slower than the start of the next trial."""
+    complete = copies.CopyPool.complete
+
+    def slowly(pool: Any) -> None:
+        time.sleep(0.3)
+        complete(pool)
+
+    monkeypatch.setattr(copies.CopyPool, "complete", slowly)
+    trainer = make(tiny_bert, tmp_path, async_save=True)
+    trainer.hp_search_backend, trainer.hp_space, trainer._searched_args = "optuna", lambda trial: {}, trainer.args
+    busy: list[bool] = []
+
+    class Prunes(finetune.TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 1:
+                raise ArithmeticError("pruned")
+
+    trainer.add_callback(Prunes())
+    trainer.model_init = lambda trial: tiny_bert()
+    for number in (0, 1):
+        with pytest.raises(ArithmeticError):
+            trainer.train(trial=SimpleNamespace(number=number, params={}))
+        busy.append(trainer._writer.busy)
+    assert busy == [False, False]
+
+
 def test_an_unknown_policy_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match=r"on_save_failure.*stop.*continue"):
         finetune.TrainingArguments(str(tmp_path), on_save_failure="ignore")

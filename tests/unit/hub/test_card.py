@@ -50,8 +50,7 @@ def arguments(folder, **changes):
         "warmup_steps": 10,
         "max_steps": -1,
         "num_train_epochs": 2.0,
-        "bf16": True,
-        "fp16": False,
+        "mixed_precision": "bf16",
         "label_smoothing_factor": 0.0,
         "hub_token": "hf_secret",
     }

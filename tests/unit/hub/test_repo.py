@@ -341,6 +341,19 @@ def test_a_snapshot_that_cannot_be_made_is_left_out(hub, folder, caplog, monkeyp
     assert caplog.text.count("No space left") == 2
 
 
+def test_a_snapshot_that_cannot_be_filled_leaves_nothing(hub, folder, caplog, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    trainer = FakeTrainer(folder, hub_strategy="checkpoint")
+    trainer.init_hf_repo()
+    path = trainer.checkpoint(1)
+    monkeypatch.setattr(repo.shutil, "copy2", full)
+    trainer._push_from_checkpoint(path)
+    assert trainer.push_to_hub() is None
+    assert "No space left" in caplog.text and not list(folder.glob("_push-*"))
+
+
 def test_leftovers_of_a_killed_run_are_removed(hub, folder):
     (folder / "_push-abc").mkdir()
     FakeTrainer(folder).init_hf_repo()

@@ -13,8 +13,7 @@ def arguments(**changes):
     values = {
         "world_size": 2,
         "device": "cpu",
-        "bf16": False,
-        "fp16": False,
+        "mixed_precision": "no",
         "num_train_epochs": 3.0,
         "max_steps": -1,
         "learning_rate": 2e-5,
@@ -58,7 +57,9 @@ def test_start_says_what_is_trained_and_how():
 
 
 def test_start_of_other_runs():
-    assert "bfloat16 (autocast)" in start(bf16=True) and "float16 (autocast)" in start(fp16=True)
+    assert "bfloat16 (autocast)" in start(mixed_precision="bf16") and "float16 (autocast)" in start(
+        mixed_precision="fp16"
+    )
     assert "30 steps, 3 epochs" in start(max_steps=30)
     assert "continuing at step 7" in start(state=TrainerState(global_step=7))
     sgd = torch.optim.SGD(model_with_frozen_part().parameters())
