@@ -10,21 +10,11 @@ from enum import Enum
 from typing import Any, NoReturn
 
 from finetune.data.chat import is_message_list, parse_json_column
+from finetune.data.roles import KNOWN_ROLES, known_role
 from finetune.errors import DataFormatError, nearest, ticked
 
 Columns = Mapping[str, Sequence[Any]]
 
-ROLE_ALIASES = {
-    "human": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "ai": "assistant",
-    "model": "assistant",
-    "observation": "tool",
-    "function_response": "tool",
-}
-KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 _CUSTOM_PAIRS = (("instruction", "output"), ("instruction", "response"), ("question", "answer"), ("query", "response"))
 
 
@@ -128,7 +118,7 @@ def read_texts(batch: Columns, column: str, rows: Sequence[int], name: str = "tr
 
 
 def read_conversations(batch: Columns, column: str, rows: Sequence[int], name: str = "train") -> Conversations:
-    """Returns clean conversations of a column: known roles, no empty values, `train`/`weight` taken out.
+    """Returns the clean conversations of a column: usual role names, no empty values, `train`/`weight` taken out.
 
     Accepts lists or JSON text, `role`/`content` or `from`/`value`. Raises `DataFormatError` with the row index.
     """
@@ -213,11 +203,8 @@ def _read_message(message: Mapping[str, Any], turn: int, row: int, name: str) ->
         clean["content"] = clean.pop("value")
     if not isinstance(role, str):
         found = f"has the keys {ticked(list(message))} and no role" if role is None else f"has the role {role!r}"
-        _fail(row, name, f"message {turn} {found}", f"`role` must be one of {ticked(KNOWN_ROLES)}.")
-    role = ROLE_ALIASES.get(role, role)
-    if role not in KNOWN_ROLES:
-        hint = f"`role` must be one of {ticked(KNOWN_ROLES)}.{nearest(role, (*KNOWN_ROLES, *ROLE_ALIASES))}"
-        _fail(row, name, f"message {turn} has the role `{role}`", hint)
+        _fail(row, name, f"message {turn} {found}", f"`role` must be text, such as {ticked(KNOWN_ROLES)}.")
+    role = known_role(role)
     content = clean.get("content")
     if content is None and not clean.get("tool_calls"):
         _fail(row, name, f"message {turn} (`{role}`) has no `content`", "Give it text, or `tool_calls`.")
