@@ -40,6 +40,35 @@ class RowFormat:
         """Returns the line printed at the start, for instance ``columns `a`, `text` read as text (`text`)``."""
         return f"columns {ticked(columns)} read as {self.kind.value} (`{self.column}`)"
 
+    @property
+    def is_chat(self) -> bool:
+        """Whether rows hold messages."""
+        return self.kind in (Kind.CHAT, Kind.CHAT_PROMPT_COMPLETION)
+
+    @property
+    def has_completion(self) -> bool:
+        """Whether rows have a border between prompt and completion, which can mismatch."""
+        return self.kind in (Kind.PROMPT_COMPLETION, Kind.CHAT_PROMPT_COMPLETION)
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether rows come as token ids."""
+        return self.kind in (Kind.TOKENIZED, Kind.PACKED)
+
+    def can_mask_prompt(self, row: Mapping[str, Any]) -> bool:
+        """Returns whether rows like `row` tell what is not the completion, for `completion_only_loss=True`."""
+        return self.has_completion or (self.has_tokens and ("labels" in row or "completion_mask" in row))
+
+    def can_mask_turns(self, row: Mapping[str, Any]) -> bool:
+        """Returns whether rows like `row` tell what the assistant says, for `assistant_only_loss=True`."""
+        return self.is_chat or (self.has_tokens and ("labels" in row or "assistant_masks" in row))
+
+    def masks_prompt(self, row: Mapping[str, Any], wanted: bool | None) -> bool:
+        """Returns whether prompts are not trained: as `wanted`, or if None where rows tell what the completion is."""
+        if wanted is not None:
+            return wanted
+        return self.has_completion or (self.has_tokens and "completion_mask" in row)
+
 
 @dataclass
 class Conversations:
