@@ -124,6 +124,43 @@ def test_a_row_of_one_token_is_left_out_unlike_trl(chat_tokenizer: Any, tmp_path
     assert len(prepare_with_ours(rows, chat_tokenizer)) == 1
 
 
+def test_a_completion_mask_is_followed_unlike_trl(chat_tokenizer: Any, tmp_path: Path) -> None:
+    rows = datasets.Dataset.from_dict({"input_ids": [[5, 6, 7, 8]], "completion_mask": [[0, 0, 1, 1]]})
+    assert prepare_with_trl(rows, chat_tokenizer, tmp_path)[0]["labels"] == [5, 6, 7, 8]
+    assert prepare_with_ours(rows, chat_tokenizer)[0]["labels"] == [-100, -100, 7, 8]
+    for wanted in (False, True):
+        expected = prepare_with_trl(rows, chat_tokenizer, tmp_path, completion_only=wanted)
+        assert prepare_with_ours(rows, chat_tokenizer, completion_only_loss=wanted) == expected
+
+
+def test_rows_are_rendered_with_the_models_own_template_unlike_trl(chat_tokenizer: Any) -> None:
+    """TRL trains Qwen3 on a thinking block in every turn; the model's own template writes one in the last turn only."""
+    from trl.chat_template_utils import get_training_chat_template as theirs_for_training
+
+    original = (TEMPLATES / "qwen3.jinja").read_text(encoding="utf-8")
+    chat_tokenizer.chat_template = original
+    marked = theirs_for_training(chat_tokenizer)
+    messages = turns("a", "b c", "red sun", "go down")
+    their_text, _ = spans_of(chat_tokenizer, marked, messages, None)
+    text, _ = spans_of(chat_tokenizer, original, messages, try_training_template(chat_tokenizer, original))
+    assert (their_text.count("<think>"), text.count("<think>")) == (2, 1)
+    assert text == chat_tokenizer.apply_chat_template(messages, tokenize=False)
+
+
+def test_a_template_that_leaves_the_last_answer_open_trains_as_in_trl(chat_tokenizer: Any, tmp_path: Path) -> None:
+    """GLM-4 writes nothing after the last answer: the model ends its turn by saying `<|user|>`."""
+    template = (TEMPLATES / "glm4moe.jinja").read_text(encoding="utf-8")
+    chat_tokenizer.add_special_tokens({"additional_special_tokens": special_tokens_in(template)})
+    chat_tokenizer.chat_template = template
+    rows = datasets.Dataset.from_dict(ROWS["messages"])
+    expected = prepare_with_trl(rows, chat_tokenizer, tmp_path)
+    assert prepare_with_ours(rows, chat_tokenizer) == expected
+    for options in ({}, {"assistant_only_loss": True}):
+        split = prepare_split(rows, chat_tokenizer, DataSettings(**options), say=lambda line: None)
+        split.audit.check()
+        assert not split.audit.warnings()
+
+
 def test_tools_reach_the_template(chat_tokenizer: Any, tmp_path: Path) -> None:
     chat_tokenizer.chat_template = "{% if tools %}{{ tools | tojson }}{% endif %}" + chat_tokenizer.chat_template
     tool = {"type": "function", "function": {"name": "add"}}

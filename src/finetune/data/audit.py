@@ -1,10 +1,10 @@
 """What the model will be trained on, counted before the first step: most wrong fine-tunes look healthy.
 
 The counts come from per-row numbers that the preparation stores with the rows, so a cached data set is audited at
-once. Limits turn a run that would learn nothing, or never learn to stop, into an error with its remedy.
+once. Limits turn a run that would learn nothing, or never learn to stop, into an error with its remedy, or a warning.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -93,25 +93,43 @@ class SupervisionAudit:
         }
         return {**asdict(self), "first_dropped_rows": list(self.first_dropped_rows), **shares}
 
-    def check(self, limits: AuditLimits | None = None, *, max_length: int | None = None) -> None:
-        """Raises `DataFormatError` naming every limit that is broken, with what to change."""
-        limits = limits or AuditLimits()
-        problems = [*self._nothing_to_learn(max_length)]
-        if not problems and limits.require_stop and self._never_trains_stop():
-            problems.append(self._never_stops(max_length))
-        if not problems and limits.max_lost_share is not None and self.lost_share > limits.max_lost_share:
-            problems.append(
+    def check(
+        self,
+        limits: AuditLimits | None = None,
+        *,
+        max_length: int | None = None,
+        warn: Callable[[str], None] | None = None,
+    ) -> None:
+        """Raises `DataFormatError` naming every limit that is broken, with what to change.
+
+        With `warn`, each broken limit is told to it instead. Rows of which nothing is trained are an error either way.
+        """
+        problems = self._nothing_to_learn(max_length)
+        broken = [] if problems else self._broken_limits(limits or AuditLimits(), max_length)
+        if warn is not None:
+            for problem in broken:
+                warn(f"{self.name}: {problem}")
+        elif broken:
+            problems += [*broken, "To train on it nevertheless, set `data_audit='warn'`."]
+        if problems:
+            raise DataFormatError(f"The {self.name} data set cannot be trained on. " + " ".join(problems))
+
+    def _broken_limits(self, limits: AuditLimits, max_length: int | None) -> list[str]:
+        broken = []
+        if limits.require_stop and self._never_trains_stop():
+            broken.append(self._never_stops(max_length))
+        if limits.max_lost_share is not None and self.lost_share > limits.max_lost_share:
+            broken.append(
                 f"`max_length={max_length}` cuts off {self.lost_share:.1%} of all tokens (allowed: "
                 f"{limits.max_lost_share:.1%}). Raise `max_length`, or keep every token with `packing=True` and "
                 "`packing_strategy='bfd_split'`."
             )
-        if problems:
-            raise DataFormatError(f"The {self.name} data set cannot be trained on. " + " ".join(problems))
+        return broken
 
     def _nothing_to_learn(self, max_length: int | None) -> list[str]:
-        if self.num_rows == 0:
+        if self.num_rows == 0 and not self.sampled:
             return ["It has no rows."]
-        if self.num_supervised:
+        if self.num_supervised or self.num_rows == 0:  # of a packed stream nothing is counted
             return []
         if self.num_dropped_by_truncation:
             return [
@@ -222,14 +240,14 @@ def audit_rows(
     )
 
 
-def audit(dataset: Any, *, name: str = "train") -> SupervisionAudit:
+def audit(dataset: Any, *, name: str = "train", format: str = Kind.TOKENIZED.value) -> SupervisionAudit:
     """Returns the audit of a map-style data set with `input_ids` and `labels`, without knowledge of its source.
 
     What preparation alone knows (truncation, stop tokens, borders) is counted as 0. Rows are read in Arrow batches.
     """
     lengths, supervised = count_rows(dataset)
     flags = np.where(supervised == 0, NOTHING_TRAINED | NOTHING_BEFORE_TRUNCATION, 0).astype(np.uint8)
-    return audit_rows(flags, lengths, lengths, supervised, name=name)
+    return audit_rows(flags, lengths, lengths, supervised, name=name, format=format)
 
 
 def count_rows(dataset: Any) -> tuple[np.ndarray, np.ndarray]:

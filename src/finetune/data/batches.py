@@ -10,6 +10,7 @@ from finetune.data.chat import parse_json_column
 from finetune.data.encoder import Encoder
 from finetune.data.formats import (
     Columns,
+    Conversations,
     Kind,
     RowFormat,
     apply_formatting,
@@ -23,7 +24,7 @@ from finetune.data.pretokenized import read_tokenized
 from finetune.data.rows import WEIGHTS
 from finetune.data.settings import DataSettings
 from finetune.data.spans import ChatRenderer, RenderedBatch
-from finetune.data.templates import stop_token_ids, try_training_template
+from finetune.data.templates import leaves_last_answer_open, stop_token_ids, try_training_template
 from finetune.data.tokenize import TokenBatch, tokenize_pairs, tokenize_plain, tokenize_spans
 from finetune.errors import DataFormatError
 
@@ -58,10 +59,10 @@ class BatchProcessor:
         self.format: RowFormat = detect_format(row, field, name)
         self._check_row(row)
         self.assistant_only = settings.assistant_only_loss or self._has_flags(row, ("train", "weight"))
-        self.completion_only = self._resolve_completion_only(row)
+        self.completion_only = self.format.masks_prompt(row, settings.completion_only_loss)
         if weighted is None or self.formats:
             weighted = self._has_flags(row, ("weight",))
-        self.weighted = WEIGHTS in row if self.format.kind is Kind.TOKENIZED else weighted and self._is_chat
+        self.weighted = WEIGHTS in row if self.format.has_tokens else weighted and self.format.is_chat
         self.encoder = Encoder(self.tokenizer)
         template = settings.chat_template
         self.stop_ids = stop_token_ids(processing_class, template)
@@ -69,7 +70,8 @@ class BatchProcessor:
             self.stop_ids |= {self.tokenizer.convert_tokens_to_ids(settings.eos_token)}
         self._stops = StopTokens(self.tokenizer, self.stop_ids)
         self.renderer: ChatRenderer | None = None
-        if self._is_chat:
+        if self.format.is_chat:
+            self._ends_answers = not leaves_last_answer_open(processing_class, template)
             training = try_training_template(processing_class, template) if self.assistant_only else None
             self.renderer = ChatRenderer(
                 processing_class, template, training, dict(settings.chat_template_kwargs), name
@@ -79,21 +81,12 @@ class BatchProcessor:
 
     @property
     def mask_method(self) -> str:
-        """How the trained tokens are chosen: `all`, `completion`, `labels`, or how assistant turns are found."""
-        if self.format.kind is Kind.TOKENIZED:
+        """How the trained tokens are chosen: `all`, `completion`, `given` (with the rows), or how turns are found."""
+        if self.format.has_tokens:
             return "given"
         if self.assistant_only and self.renderer is not None:
             return f"assistant turns by {self.renderer.method}" + (", weighted" if self.weighted else "")
         return "completion" if self.completion_only else "all"
-
-    @property
-    def _is_chat(self) -> bool:
-        return self.format.kind in (Kind.CHAT, Kind.CHAT_PROMPT_COMPLETION)
-
-    @property
-    def boundary_known(self) -> bool:
-        """Whether rows have a border between prompt and completion that can mismatch."""
-        return self.format.kind in (Kind.PROMPT_COMPLETION, Kind.CHAT_PROMPT_COMPLETION)
 
     def process(self, batch: Columns, rows: Sequence[int], *, truncate: bool = True) -> LabelledBatch:
         """Returns the labelled tokens of rows with the given indices; `truncate=False` leaves them whole."""
@@ -122,7 +115,7 @@ class BatchProcessor:
 
     def _process(self, batch: Columns, rows: Sequence[int], truncate: bool) -> LabelledBatch:
         expects_stop: np.ndarray | bool = self.settings.append_eos
-        if self.format.kind is Kind.TOKENIZED:
+        if self.format.has_tokens:
             tokens = read_tokenized(batch, rows, self.tokenizer, self.name)
             expects_stop = False
         elif self.format.kind is Kind.TEXT:
@@ -153,7 +146,7 @@ class BatchProcessor:
     def _tokenize_chats(self, batch: Columns, rows: Sequence[int]) -> tuple[TokenBatch, np.ndarray]:
         assert self.renderer is not None
         chats = read_conversations(batch, self.format.column, rows, self.name)
-        ends = np.array([messages[-1]["role"] == "assistant" for messages in chats.messages], bool)
+        ends = self._with_end(chats)
         if any(train is not None for train in chats.train) and not self.assistant_only:
             raise DataFormatError(
                 f"The {self.name} data set sets `train`/`weight` in the messages of some rows but not in the first "
@@ -170,7 +163,7 @@ class BatchProcessor:
         assert self.renderer is not None
         prompts = read_conversations(batch, "prompt", rows, self.name)
         chats = read_conversations({**batch, "messages": _join(batch)}, "messages", rows, self.name)
-        ends = np.array([messages[-1]["role"] == "assistant" for messages in chats.messages], bool)
+        ends = self._with_end(chats)
         prompt_texts = self.renderer.render(prompts, rows, add_generation_prompt=True)
         if not self.assistant_only:
             texts, spans, weights = self.renderer.render(chats, rows), None, None
@@ -178,6 +171,11 @@ class BatchProcessor:
             rendered = self.renderer.render_with_spans(chats, rows)
             texts, spans, weights = rendered.texts, rendered.spans, self._weights(rendered, rows)
         return tokenize_pairs(self.encoder, prompt_texts, texts, special=False, spans=spans, weights=weights), ends
+
+    def _with_end(self, chats: Conversations) -> np.ndarray:
+        """Returns (B,) bool: the conversation ends with an answer, and the template writes an end after it."""
+        answered = [messages[-1]["role"] == "assistant" and self._ends_answers for messages in chats.messages]
+        return np.array(answered, bool)
 
     def _weights(self, rendered: RenderedBatch, rows: Sequence[int]) -> list[list[float]] | None:
         if self.weighted:
@@ -194,7 +192,7 @@ class BatchProcessor:
         return text if text.endswith(self._eos) else text + self._eos
 
     def _resolve_eos(self) -> str:
-        if self.format.kind is Kind.TOKENIZED or not self.settings.append_eos:
+        if self.format.has_tokens or not self.settings.append_eos:
             return ""
         eos = self.settings.eos_token or self.tokenizer.eos_token
         if eos is None:
@@ -208,31 +206,25 @@ class BatchProcessor:
         return "" if adds_eos else eos
 
     def _check_row(self, row: Mapping[str, Any]) -> None:
-        kind, settings = self.format.kind, self.settings
-        found = self.format.describe(list(row))
-        masked = kind is Kind.TOKENIZED and ("labels" in row or "assistant_masks" in row)
-        if settings.assistant_only_loss and kind in (Kind.TEXT, Kind.PROMPT_COMPLETION, Kind.TOKENIZED) and not masked:
+        settings, found = self.settings, self.format.describe(list(row))
+        if settings.assistant_only_loss and not self.format.can_mask_turns(row):
             raise DataFormatError(
                 f"`assistant_only_loss=True` needs conversations, but the {self.name} data set has {found}. Set "
                 "`assistant_only_loss=False`, or give the rows `messages`."
             )
-        split = self.boundary_known or (kind is Kind.TOKENIZED and ("labels" in row or "completion_mask" in row))
-        if settings.completion_only_loss and not split:
+        if settings.completion_only_loss and not self.format.can_mask_prompt(row):
             raise DataFormatError(
                 f"`completion_only_loss=True` needs `prompt` and `completion` (or a `completion_mask`), but the "
                 f"{self.name} data set has {found}. Set `completion_only_loss=None`, or use `assistant_only_loss=True` "
                 "for conversations."
             )
 
-    def _resolve_completion_only(self, row: Mapping[str, Any]) -> bool:
-        if self.settings.completion_only_loss is not None:
-            return self.settings.completion_only_loss
-        return self.boundary_known or "completion_mask" in row
-
     def _has_flags(self, row: Mapping[str, Any], flags: tuple[str, ...]) -> bool:
         """Returns whether any message of a row has one of these keys."""
-        columns = ("prompt", "completion") if self.boundary_known else (self.format.column,)
-        chats = [parse_json_column(row[c], c, f"row 0 of the {self.name} data set") for c in columns if self._is_chat]
+        if not self.format.is_chat:
+            return False
+        columns = ("prompt", "completion") if self.format.has_completion else (self.format.column,)
+        chats = [parse_json_column(row[c], c, f"row 0 of the {self.name} data set") for c in columns]
         messages = [message for chat in chats if isinstance(chat, (list, tuple)) for message in chat]
         return any(isinstance(message, Mapping) and any(flag in message for flag in flags) for message in messages)
 

@@ -52,21 +52,26 @@ def fingerprint(parts: KeyParts) -> str:
     return _hash(json.dumps(parts, sort_keys=True))[:32]
 
 
-def cache_file(dataset: Any, key: str, cache_dir: str | None) -> str | None:
-    """Returns where the prepared rows are kept: in `cache_dir`, or beside the data's own files; None for neither."""
+def cache_file(dataset: Any, key: str, cache_dir: str | None) -> tuple[str | None, str]:
+    """Returns where the prepared rows are kept: in `cache_dir`, or beside the data's own files.
+
+    None where they are kept nowhere, with the reason.
+    """
     import datasets
 
     if not datasets.is_caching_enabled():
-        return None
+        return None, "caching is disabled"
     if cache_dir is None and dataset.cache_files:
         cache_dir = os.path.dirname(dataset.cache_files[0]["filename"])
     if cache_dir is None:
-        return None
+        return None, "the rows live in memory"
     try:
         os.makedirs(cache_dir, exist_ok=True)
-    except OSError:
-        return None
-    return os.path.join(cache_dir, f"cache-{key}.arrow") if os.access(cache_dir, os.W_OK) else None
+    except OSError as error:
+        return None, f"the folder `{cache_dir}` cannot be made: {error.strerror or error}"
+    if not os.access(cache_dir, os.W_OK):
+        return None, f"the folder `{cache_dir}` cannot be written to"
+    return os.path.join(cache_dir, f"cache-{key}.arrow"), ""
 
 
 def is_cached(path: str) -> bool:

@@ -10,21 +10,11 @@ from enum import Enum
 from typing import Any, NoReturn
 
 from finetune.data.chat import is_message_list, parse_json_column
+from finetune.data.roles import KNOWN_ROLES, known_role
 from finetune.errors import DataFormatError, nearest, ticked
 
 Columns = Mapping[str, Sequence[Any]]
 
-ROLE_ALIASES = {
-    "human": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "ai": "assistant",
-    "model": "assistant",
-    "observation": "tool",
-    "function_response": "tool",
-}
-KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 _CUSTOM_PAIRS = (("instruction", "output"), ("instruction", "response"), ("question", "answer"), ("query", "response"))
 
 
@@ -49,6 +39,35 @@ class RowFormat:
     def describe(self, columns: Sequence[str]) -> str:
         """Returns the line printed at the start, for instance ``columns `a`, `text` read as text (`text`)``."""
         return f"columns {ticked(columns)} read as {self.kind.value} (`{self.column}`)"
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether rows hold messages."""
+        return self.kind in (Kind.CHAT, Kind.CHAT_PROMPT_COMPLETION)
+
+    @property
+    def has_completion(self) -> bool:
+        """Whether rows have a border between prompt and completion, which can mismatch."""
+        return self.kind in (Kind.PROMPT_COMPLETION, Kind.CHAT_PROMPT_COMPLETION)
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether rows come as token ids."""
+        return self.kind in (Kind.TOKENIZED, Kind.PACKED)
+
+    def can_mask_prompt(self, row: Mapping[str, Any]) -> bool:
+        """Returns whether rows like `row` tell what is not the completion, for `completion_only_loss=True`."""
+        return self.has_completion or (self.has_tokens and ("labels" in row or "completion_mask" in row))
+
+    def can_mask_turns(self, row: Mapping[str, Any]) -> bool:
+        """Returns whether rows like `row` tell what the assistant says, for `assistant_only_loss=True`."""
+        return self.is_chat or (self.has_tokens and ("labels" in row or "assistant_masks" in row))
+
+    def masks_prompt(self, row: Mapping[str, Any], wanted: bool | None) -> bool:
+        """Returns whether prompts are not trained: as `wanted`, or if None where rows tell what the completion is."""
+        if wanted is not None:
+            return wanted
+        return self.has_completion or (self.has_tokens and "completion_mask" in row)
 
 
 @dataclass
@@ -128,7 +147,7 @@ def read_texts(batch: Columns, column: str, rows: Sequence[int], name: str = "tr
 
 
 def read_conversations(batch: Columns, column: str, rows: Sequence[int], name: str = "train") -> Conversations:
-    """Returns clean conversations of a column: known roles, no empty values, `train`/`weight` taken out.
+    """Returns the clean conversations of a column: usual role names, no empty values, `train`/`weight` taken out.
 
     Accepts lists or JSON text, `role`/`content` or `from`/`value`. Raises `DataFormatError` with the row index.
     """
@@ -213,11 +232,8 @@ def _read_message(message: Mapping[str, Any], turn: int, row: int, name: str) ->
         clean["content"] = clean.pop("value")
     if not isinstance(role, str):
         found = f"has the keys {ticked(list(message))} and no role" if role is None else f"has the role {role!r}"
-        _fail(row, name, f"message {turn} {found}", f"`role` must be one of {ticked(KNOWN_ROLES)}.")
-    role = ROLE_ALIASES.get(role, role)
-    if role not in KNOWN_ROLES:
-        hint = f"`role` must be one of {ticked(KNOWN_ROLES)}.{nearest(role, (*KNOWN_ROLES, *ROLE_ALIASES))}"
-        _fail(row, name, f"message {turn} has the role `{role}`", hint)
+        _fail(row, name, f"message {turn} {found}", f"`role` must be text, such as {ticked(KNOWN_ROLES)}.")
+    role = known_role(role)
     content = clean.get("content")
     if content is None and not clean.get("tool_calls"):
         _fail(row, name, f"message {turn} (`{role}`) has no `content`", "Give it text, or `tool_calls`.")

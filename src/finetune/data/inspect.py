@@ -17,7 +17,7 @@ import numpy as np
 from finetune.data.audit import SupervisionAudit, audit_table
 from finetune.data.batches import BatchProcessor
 from finetune.data.labels import truncate
-from finetune.data.pipeline import first_row, is_stream, plain_rows
+from finetune.data.pipeline import first_row, is_iterable_dataset, plain_rows
 from finetune.data.rows import IGNORE_INDEX
 from finetune.data.settings import DataSettings
 from finetune.data.tokenize import NOTHING_TRAINED, TokenBatch
@@ -111,12 +111,11 @@ def preview(
 
     Raises `DataFormatError` like `prepare_split`.
     """
-    if not is_stream(dataset):
+    is_stream = is_iterable_dataset(dataset)
+    if not is_stream:
         dataset = plain_rows(dataset, name)
     processor = BatchProcessor(processing_class, settings, first_row(dataset, name), name)
-    raw = (
-        list(dataset.take(num_rows)) if is_stream(dataset) else [dataset[i] for i in range(min(num_rows, len(dataset)))]
-    )
+    raw = list(dataset.take(num_rows) if is_stream else dataset.select(range(min(num_rows, len(dataset)))))
     batch = {column: [row.get(column) for row in raw] for column in raw[0]}
     indices = list(range(len(raw)))
     whole = processor.process(batch, indices, truncate=False).tokens

@@ -100,7 +100,7 @@ def output_features(processor: BatchProcessor, kept: Mapping[str, Any], *, strea
     types: dict[str, Any] = dict(kept)
     types |= {"input_ids": Sequence(Value("int32")), "labels": Sequence(Value("int32")), LENGTH: Value("int32")}
     if processor.settings.emit_masks:
-        if processor.boundary_known:
+        if processor.format.has_completion:
             types["completion_mask"] = Sequence(Value("int8"))
         if processor.assistant_only and processor.renderer is not None:
             types["assistant_masks"] = Sequence(Value("int8"))

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from finetune.data import cache
-from finetune.data.audit import SupervisionAudit, audit_rows, count_rows
+from finetune.data.audit import SupervisionAudit, audit, audit_rows
 from finetune.data.batches import BatchProcessor
 from finetune.data.formats import Kind
 from finetune.data.mapped import (
@@ -33,7 +33,7 @@ from finetune.data.mapped import (
     output_features,
 )
 from finetune.data.settings import DataSettings
-from finetune.data.tokenize import NOTHING_BEFORE_TRUNCATION, NOTHING_TRAINED
+from finetune.data.tokenize import NOTHING_TRAINED
 from finetune.data.watchdog import map_with_workers
 from finetune.errors import DataFormatError
 
@@ -67,7 +67,7 @@ def prepare_split(
     """
     say = say or say_on_main_process
     row = first_row(dataset, name)
-    if is_stream(dataset):
+    if is_iterable_dataset(dataset):
         return _prepare_stream(dataset, processing_class, settings, row, name, say)
     dataset = plain_rows(dataset, name)
     row = first_row(dataset, name)
@@ -124,11 +124,23 @@ def plain_rows(dataset: Any, name: str) -> Any:
     return dataset if dataset.format["type"] is None else dataset.with_format(None)
 
 
-def is_stream(dataset: Any) -> bool:
-    """Returns whether a data set can only be read in order (`datasets.IterableDataset`)."""
+def is_iterable_dataset(dataset: Any) -> bool:
+    """Returns whether rows come as a stream that can be mapped, a `datasets.IterableDataset`.
+
+    `position.is_stream` also holds for torch's, which give rows and nothing else.
+    """
     from datasets import IterableDataset
 
     return isinstance(dataset, IterableDataset)
+
+
+def as_dataset(rows: Any) -> Any:
+    """Returns a `datasets.Dataset` for a list of dictionaries; anything else as it is."""
+    if not isinstance(rows, list):
+        return rows
+    from datasets import Dataset
+
+    return Dataset.from_list(rows)
 
 
 def say_on_main_process(message: str) -> None:
@@ -142,7 +154,7 @@ def _map(dataset: Any, processor: BatchProcessor, processing_class: Any, name: s
     template = processor.renderer.template if processor.renderer is not None else None
     parts = cache.key_parts(dataset, processing_class, settings, template)
     key = cache.fingerprint(parts)
-    path = cache.cache_file(dataset, key, settings.cache_dir)
+    path, nowhere = cache.cache_file(dataset, key, settings.cache_dir)
     keep = kept_columns(settings, dataset.column_names)
     options = {
         "with_indices": True,
@@ -160,8 +172,7 @@ def _map(dataset: Any, processor: BatchProcessor, processing_class: Any, name: s
     function = MapFunction(processor, keep)
     workers = settings.num_proc if settings.num_proc and settings.num_proc > 1 else None
     if path is None:
-        reason = "off (the rows live in memory)" if not dataset.cache_files else "off (caching is disabled)"
-        return _run(run, function, workers, settings, say), reason
+        return _run(run, function, workers, settings, say), f"off ({nowhere})"
     if cache.is_cached(path):
         return run(function, workers), "HIT"
     with cache.lock(path, lambda message: say(f"{name}: {message}")):
@@ -217,16 +228,13 @@ def _already_prepared(dataset: Any, columns: Sequence[str], settings: DataSettin
         )
     if odd:
         return None  # the rows are read one by one, and the bad one is named
-    lengths, supervised = count_rows(dataset)
-    limit = settings.max_length if settings.truncate else None
-    if not packed and ((limit is not None and (lengths > limit).any()) or (supervised == 0).any()):
-        return None
     if not packed and LENGTH not in columns:
         return None
-    kind = Kind.PACKED if packed else Kind.TOKENIZED
-    flags = np.where(supervised == 0, NOTHING_TRAINED | NOTHING_BEFORE_TRUNCATION, 0).astype(np.uint8)
-    audit = audit_rows(flags, lengths, lengths, supervised, name=name, format=kind.value)
-    return PreparedSplit(dataset, audit, "already prepared")
+    made = audit(dataset, name=name, format=(Kind.PACKED if packed else Kind.TOKENIZED).value)
+    too_long = settings.truncate and settings.max_length is not None and made.longest > settings.max_length
+    if not packed and (too_long or made.num_dropped):
+        return None
+    return PreparedSplit(dataset, made, "already prepared")
 
 
 def _not_utf8(dataset: Any, name: str, error: UnicodeDecodeError) -> str:

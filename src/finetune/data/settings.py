@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from finetune.errors import ArgumentError
 
-PIPELINE_VERSION = 2
+PIPELINE_VERSION = 3
 """Part of the cache key: raise it whenever the same rows and settings give other tokens, labels or counts."""
 
 

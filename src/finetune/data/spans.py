@@ -14,7 +14,7 @@ Worked example (`<u>`, `<a>`, `<e>` are markers of a template): for user "Hi", a
 "Yo<e>".
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,13 +38,14 @@ class RenderedBatch:
 class ChatRenderer:
     """Renders batches of conversations with one chat template and finds their assistant spans.
 
-    `tokenizer` provides the special tokens and, when `template` is None, the template. `training_template` is an
-    equal template with `{% generation %}` markers, or None.
+    `processing_class`, a tokenizer or a processor around one, provides the special tokens and, when `template` is None,
+    the template: a processor its own if it has one. `training_template` is an equal template with `{% generation %}`
+    markers, or None.
     """
 
     def __init__(
         self,
-        tokenizer: Any,
+        processing_class: Any,
         template: str | None = None,
         training_template: str | None = None,
         template_kwargs: dict[str, Any] | None = None,
@@ -52,12 +53,12 @@ class ChatRenderer:
     ) -> None:
         from finetune.data.templates import has_generation_markers, resolve_template
 
-        self.tokenizer = tokenizer
+        self.tokenizer = getattr(processing_class, "tokenizer", processing_class)
         self.name = name
-        self.template = resolve_template(tokenizer, template)
-        self.tool_template = resolve_template(tokenizer, template, tools=True)
+        self.template = resolve_template(processing_class, template)
+        self.tool_template = resolve_template(processing_class, template, tools=True)
         self.training_template = training_template
-        self.template_kwargs = {**tokenizer.special_tokens_map, **(template_kwargs or {})}
+        self.template_kwargs = {**self.tokenizer.special_tokens_map, **(template_kwargs or {})}
         self.has_markers = has_generation_markers(self.template)
 
     @property
@@ -102,28 +103,10 @@ class ChatRenderer:
         return spans
 
     def _try_training_template(self, batch: Conversations) -> tuple[list[str | None], list[list[Span]]]:
-        from transformers.utils.chat_template_utils import render_jinja_template
+        def leave_out(i: int, error: Exception) -> tuple[str | None, list[Span]]:
+            return None, []  # a row outside what the training template models goes to the prefix method
 
-        if not any(batch.tools) and not any(batch.template_kwargs):
-            try:
-                return render_jinja_template(  # pyright: ignore[reportReturnType]
-                    conversations=batch.messages,
-                    chat_template=self.training_template,
-                    return_assistant_tokens_mask=True,
-                    **self.template_kwargs,
-                )
-            except Exception:
-                pass
-        texts: list[str | None] = []
-        spans: list[list[Span]] = []
-        for i in range(len(batch.messages)):
-            try:
-                text, found = self._render_one(batch, i, template=self.training_template, markers=True)
-            except Exception:  # a row outside what the training template models goes to the prefix method
-                text, found = None, []
-            texts.append(text)
-            spans.append(found)
-        return texts, spans
+        return self._render_rows(batch, leave_out, template=self.training_template, markers=True)
 
     def _marked_spans(self, batch: Conversations, i: int, row: int, found: list[Span]) -> list[Span]:
         spans = _merge_adjacent([span for span in found if span[1] > span[0]])
@@ -208,37 +191,39 @@ class ChatRenderer:
         return max(ends, default=end)
 
     def _render(
-        self,
-        batch: Conversations,
-        rows: Sequence[int],
-        *,
-        markers: bool = False,
-        add_generation_prompt: bool = False,
+        self, batch: Conversations, rows: Sequence[int], *, markers: bool = False, add_generation_prompt: bool = False
     ) -> tuple[list[str], list[list[Span]]]:
-        from transformers.utils.chat_template_utils import render_jinja_template
+        def refuse(i: int, error: Exception) -> tuple[str, list[Span]]:
+            raise DataFormatError(
+                f"Row {rows[i]} of the {self.name} data set: the chat template refuses the conversation with the "
+                f"roles {[m['role'] for m in batch.messages[i]]}: {type(error).__name__}: {error}. Repair the "
+                "row, or pass another template (`chat_template_path`)."
+            ) from error
 
-        plain = not any(batch.tools) and not any(batch.template_kwargs)
-        if plain:
+        return self._render_rows(batch, refuse, markers=markers, add_generation_prompt=add_generation_prompt)
+
+    def _render_rows(
+        self, batch: Conversations, refused: Callable[[int, Exception], tuple[Any, list[Span]]], **options: Any
+    ) -> tuple[list[Any], list[list[Span]]]:
+        """Returns the text of each conversation and, with `markers`, the spans its template marks.
+
+        `options` are those of `_render_one`. `refused(i, error)` gives what stands for a conversation that the template
+        refuses, or raises.
+        """
+        if not any(batch.tools) and not any(batch.template_kwargs):
             try:
-                return render_jinja_template(  # pyright: ignore[reportReturnType]
-                    conversations=batch.messages,
-                    chat_template=self.template,
-                    return_assistant_tokens_mask=markers,
-                    add_generation_prompt=add_generation_prompt,
-                    **self.template_kwargs,
-                )
+                return self._render_all(batch.messages, **options)
             except Exception:
+                # Templates raise whatever they like, and one conversation stops the whole batch: rendered one by one,
+                # each has its own result or error.
                 pass
-        texts, spans = [], []
-        for i, row in enumerate(rows):
+        texts: list[Any] = []
+        spans: list[list[Span]] = []
+        for i in range(len(batch.messages)):
             try:
-                text, found = self._render_one(batch, i, markers=markers, add_generation_prompt=add_generation_prompt)
+                text, found = self._render_one(batch, i, **options)
             except Exception as error:
-                raise DataFormatError(
-                    f"Row {row} of the {self.name} data set: the chat template refuses the conversation with the "
-                    f"roles {[m['role'] for m in batch.messages[i]]}: {type(error).__name__}: {error}. Repair the "
-                    "row, or pass another template (`chat_template_path`)."
-                ) from error
+                text, found = refused(i, error)
             texts.append(text)
             spans.append(found)
         return texts, spans
@@ -253,18 +238,37 @@ class ChatRenderer:
         markers: bool = False,
         add_generation_prompt: bool = False,
     ) -> tuple[str, list[Span]]:
+        tools = batch.tools[i]
+        texts, spans = self._render_all(
+            [list(messages if messages is not None else batch.messages[i])],
+            template=template or (self.tool_template if tools else self.template),
+            markers=markers,
+            add_generation_prompt=add_generation_prompt,
+            tools=tools,
+            own_kwargs=batch.template_kwargs[i],
+        )
+        return texts[0], (list(spans[0]) if markers else [])
+
+    def _render_all(
+        self,
+        conversations: list[list[dict[str, Any]]],
+        *,
+        template: str | None = None,
+        markers: bool = False,
+        add_generation_prompt: bool = False,
+        tools: list[Any] | None = None,
+        own_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[list[str], list[list[Span]]]:
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        tools = batch.tools[i]
-        texts, spans = render_jinja_template(
-            conversations=[list(messages if messages is not None else batch.messages[i])],
+        return render_jinja_template(  # pyright: ignore[reportReturnType]
+            conversations=conversations,
             tools=tools,
-            chat_template=template or (self.tool_template if tools else self.template),
+            chat_template=template or self.template,
             return_assistant_tokens_mask=markers,
             add_generation_prompt=add_generation_prompt,
-            **{**self.template_kwargs, **(batch.template_kwargs[i] or {})},
+            **{**self.template_kwargs, **(own_kwargs or {})},
         )
-        return texts[0], (list(spans[0]) if markers else [])  # pyright: ignore[reportReturnType]
 
 
 def _merge_adjacent(spans: Sequence[Span]) -> list[Span]:

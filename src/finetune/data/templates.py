@@ -75,16 +75,18 @@ def clone_chat_template(
     return model, tokenizer, fit_vocabulary(model, tokenizer, added, resize_to_multiple_of)
 
 
-def adopt_chat_template(tokenizer: Any, path: str, argument: str = "source_tokenizer_path") -> list[str]:
-    """Gives the tokenizer the chat template of a `.jinja` file, or of another tokenizer with its EOS and added tokens.
+def adopt_chat_template(processing_class: Any, path: str, argument: str = "source_tokenizer_path") -> list[str]:
+    """Gives a tokenizer the chat template of a `.jinja` file, or of another tokenizer with its EOS and added tokens.
 
-    Returns the tokens that are new. This is the half of `clone_chat_template` that needs no model.
+    A processor gets the template beside its tokenizer. Returns the tokens that are new. This is the half of
+    `clone_chat_template` that needs no model.
     """
-    if path.endswith((".jinja", ".j2")):
-        tokenizer.chat_template = load_chat_template(path)
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    source = None if path.endswith((".jinja", ".j2")) else _load_tokenizer(path, argument)
+    template = load_chat_template(path) if source is None else resolve_template(source)
+    processing_class.chat_template = tokenizer.chat_template = template
+    if source is None:
         return []
-    source = _load_tokenizer(path, argument)
-    tokenizer.chat_template = resolve_template(source)
     vocabulary = tokenizer.get_vocab()
     added = [token for token in source.added_tokens_decoder.values() if token.content not in vocabulary]
     tokenizer.add_tokens(added)
@@ -92,10 +94,13 @@ def adopt_chat_template(tokenizer: Any, path: str, argument: str = "source_token
     return [token.content for token in added]
 
 
-def fit_vocabulary(model: Any, tokenizer: Any, added: list[str], resize_to_multiple_of: int | None = 64) -> list[int]:
+def fit_vocabulary(
+    model: Any, processing_class: Any, added: list[str], resize_to_multiple_of: int | None = 64
+) -> list[int]:
     """Gives `model` rows for the tokenizer's tokens and its EOS; returns the ids of `added` and of the placeholders."""
     from transformers import AddedToken
 
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
     added = list(added)
     model.config.get_text_config().eos_token_id = tokenizer.eos_token_id
     if getattr(model, "generation_config", None) is not None:
@@ -148,22 +153,37 @@ def stop_token_ids(processing_class: Any, chat_template: str | None = None) -> s
     The marker is the first token after the text of an assistant turn that belongs to the added vocabulary.
     """
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
-    stops = {tokenizer.eos_token_id} - {None}
+    after = _after_answer(processing_class, chat_template, 3)
+    if after is None:
+        after = _after_answer(processing_class, chat_template, 2) or []
+    added = set(tokenizer.get_added_vocab().values())
+    return ({tokenizer.eos_token_id} - {None}) | set([token for token in after if token in added][:1])
+
+
+def leaves_last_answer_open(processing_class: Any, chat_template: str | None = None) -> bool:
+    """Returns whether a template ends an answer by the header of the next turn, so that nothing ends the last one.
+
+    GLM-4 is such a family: `<|user|>` is what the model has to say when its answer is complete.
+    """
+    stops = stop_token_ids(processing_class, chat_template)
+    last, inner = (_after_answer(processing_class, chat_template, length) for length in (2, 3))
+    return last is not None and stops.isdisjoint(last) and not stops.isdisjoint(inner or [])
+
+
+def _after_answer(processing_class: Any, chat_template: str | None, num_turns: int) -> list[int] | None:
+    """Returns the tokens between an answer and the next user's text, in a conversation of 2 or 3 turns.
+
+    None where there is no template, or it refuses such a conversation.
+    """
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    turns = [("user", "probe"), ("assistant", "answer#0"), ("user", "user#1")][:num_turns]
     try:
         template = resolve_template(processing_class, chat_template)
-    except DataFormatError:
-        return stops
-    added = set(tokenizer.get_added_vocab().values())
-    turns = [("user", "probe"), ("assistant", "answer#0"), ("user", "user#1")]
-    for length in (3, 2):
-        try:
-            text = _render_with(tokenizer, template)([{"role": r, "content": c} for r, c in turns[:length]])
-        except Exception:  # some templates refuse a conversation that does not end with an answer
-            continue
-        after = text.partition("answer#0")[2].partition("user#1")[0]
-        ids = tokenizer(after, add_special_tokens=False)["input_ids"]
-        return stops | set([token for token in ids if token in added][:1])
-    return stops
+        text = _render_with(tokenizer, template)([{"role": role, "content": content} for role, content in turns])
+    except Exception:  # some templates refuse a conversation that does not end with an answer
+        return None
+    after = text.partition("answer#0")[2].partition("user#1")[0]
+    return tokenizer(after, add_special_tokens=False)["input_ids"]
 
 
 def is_chat_template_stop_token_trained(processing_class: Any, chat_template: str | None = None) -> bool:

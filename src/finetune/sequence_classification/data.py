@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune.data import cache
-from finetune.data.pipeline import first_row, is_stream
+from finetune.data.pipeline import first_row, is_iterable_dataset
 from finetune.errors import DataFormatError, first_nearest, nearest, ticked
 from finetune.sequence_classification.labels import LABELS, SINGLE, Task, encode_labels, feature_of
 
@@ -33,15 +33,6 @@ class Columns:
 
     texts: tuple[str, ...]
     label: str | None
-
-
-def as_dataset(rows: Any) -> Any:
-    """Returns a `datasets.Dataset` for a list of dictionaries; anything else as it is."""
-    if not isinstance(rows, list):
-        return rows
-    from datasets import Dataset
-
-    return Dataset.from_list(rows)
 
 
 def find_columns(dataset: Any, text_columns: Sequence[str] | None, label_column: str | None, name: str) -> Columns:
@@ -96,7 +87,7 @@ def prepare_rows(
     Test sets of public benchmarks carry -1 (or nothing) in place of every label; these count as unlabelled.
     """
     label = columns.label
-    if label is not None and name != "train" and not is_stream(dataset):
+    if label is not None and name != "train" and not is_iterable_dataset(dataset):
         values = list(dataset.with_format(None)[label])
         unlabelled = (None, -1) if task.problem_type == SINGLE and -1 not in task.ids else (None,)
         label = None if all(not isinstance(value, list) and value in unlabelled for value in values) else label
@@ -115,7 +106,7 @@ def prepare_rows(
             made["labels"] = encode_labels(batch[label], task, label, name, feature)
         return made
 
-    if is_stream(dataset):
+    if is_iterable_dataset(dataset):
         return dataset.map(convert, batched=True, with_indices=True, remove_columns=list(first_row(dataset, name)))
     parts: dict[str, Any] = {"data": dataset._fingerprint, "tokenizer": cache.tokenizer_digest(tokenizer)}
     parts |= {"columns": [*columns.texts, label], "task": [task.problem_type, task.names], "max_length": max_length}

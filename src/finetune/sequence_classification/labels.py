@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from finetune.data.pipeline import first_row, is_stream
+from finetune.data.pipeline import first_row, is_iterable_dataset
 from finetune.data.rows import IGNORE_INDEX
 from finetune.errors import ArgumentError, DataFormatError, first_nearest, nearest, ticked
 
@@ -62,7 +62,7 @@ def read_task(
         )
     feature = feature_of(dataset, column)
     names = list(getattr(feature, "names", None) or class_names or [])
-    stream = is_stream(dataset)
+    stream = is_iterable_dataset(dataset)
     values = [row[column]] if stream else list(dataset.with_format(None)[column])
     _refuse_missing(values, column)
     kind = problem_type or _kind_of(values)

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from finetune.data.pipeline import is_stream, say_on_main_process
+from finetune.data.pipeline import is_iterable_dataset, say_on_main_process
 from finetune.distributed.ranks import broadcast_object
 from finetune.errors import ArgumentError
 from finetune.features.compiled import length_bucket
@@ -76,8 +76,8 @@ def settle_padding(tokenizer: Any, model: Any, pad_token: str | None, dataset: A
 
 
 def _ends_with(dataset: Any, token_id: int | None) -> bool:
-    """Returns whether one of the first 1000 rows ends with the token."""
+    """Returns whether one of the first 1000 rows (64 of a stream) ends with the token."""
     if token_id is None:
         return False
-    rows = dataset.take(64) if is_stream(dataset) else dataset.select(range(min(len(dataset), 1000)))
+    rows = dataset.take(64) if is_iterable_dataset(dataset) else dataset.select(range(min(len(dataset), 1000)))
     return any(row["input_ids"][-1] == token_id for row in rows)

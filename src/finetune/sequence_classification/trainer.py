@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from finetune.arguments.coerce import coerce_training_arguments
 from finetune.data.collate import default_collator
-from finetune.data.pipeline import first_row, say_on_main_process
+from finetune.data.pipeline import as_dataset, first_row, say_on_main_process
 from finetune.data.rows import IGNORE_INDEX
 from finetune.engine import setup
 from finetune.errors import ArgumentError
@@ -23,7 +23,7 @@ from finetune.models.load import load_tokenizer
 from finetune.models.traits import takes_argument
 from finetune.sequence_classification.build import labels_of, load_classifier, with_adapters
 from finetune.sequence_classification.config import SequenceClassificationConfig
-from finetune.sequence_classification.data import as_dataset, find_columns, prepare_rows
+from finetune.sequence_classification.data import find_columns, prepare_rows
 from finetune.sequence_classification.labels import MULTI, SINGLE, Task, balanced_weights, read_task
 from finetune.sequence_classification.metrics import first_output, metrics_for
 from finetune.sequence_classification.padding import (

@@ -16,6 +16,7 @@ PACKING_STRATEGIES = ["bfd", "bfd_split", "wrapped"]
 LOSS_TYPES = ["nll", "dft", "chunked_nll"]
 DATASET_OPTIONS = ["skip_prepare_dataset", "add_special_tokens", "append_concat_token"]
 TRUNCATION_MODES = ["keep_end", "keep_start"]
+DATA_AUDITS = ["raise", "warn"]
 
 # Values that older releases of TRL used, and today's.
 _OLD_VALUES = {
@@ -73,6 +74,11 @@ class SFTArguments(ArgumentGroup):
         const=True,
     )
     assistant_only_loss: bool = arg(False, "Train on the assistant's turns only.")
+    data_audit: str = arg(
+        "raise",
+        "What happens when no training row teaches to stop, or nearly all tokens are cut off: `raise`, or `warn`.",
+        choices=DATA_AUDITS,
+    )
     loss_type: str = arg("nll", "Loss: `nll`, or `dft` (dynamic fine-tuning).", choices=LOSS_TYPES)
     activation_offloading: bool = arg(False, "Keep activations in host memory until the backward pass.")
 
@@ -80,11 +86,21 @@ class SFTArguments(ArgumentGroup):
         require_choice("packing_strategy", self.packing_strategy, PACKING_STRATEGIES)
         require_choice("loss_type", self.loss_type, LOSS_TYPES)
         require_choice("truncation_mode", self.truncation_mode, TRUNCATION_MODES)
+        require_choice("data_audit", self.data_audit, DATA_AUDITS)
         require_positive("max_length", self.max_length)
+        require(
+            (self.max_length or 2) >= 2, "`max_length` must be at least 2: the first token of a row is never predicted."
+        )
         require_positive("dataset_num_proc", self.dataset_num_proc)
         require_positive("pad_to_multiple_of", self.pad_to_multiple_of)
         packs = self.packing or bool(self.eval_packing)
         require(not packs or self.max_length is not None, "`packing=True` needs a row length: set `max_length`.")
+        smoothing = getattr(self, "label_smoothing_factor", 0)
+        require(
+            self.loss_type != "dft" or not smoothing,
+            f"`loss_type='dft'` weighs each token by its own probability, which `label_smoothing_factor={smoothing}` "
+            "blurs. Set one of them to its default, 'nll' or 0.",
+        )
         for key in self.dataset_kwargs or {}:
             require_choice("dataset_kwargs", key, DATASET_OPTIONS)
             value = (self.dataset_kwargs or {})[key]  # pyright: ignore

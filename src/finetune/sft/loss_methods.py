@@ -150,6 +150,14 @@ class SFTLossMethods(Trainer):
         return {**super()._stateful(), "tokens": self._tokens, "token_metrics": self._metrics["train"]}
 
 
+def refuse_loss_function(args: Any, compute_loss_func: Any) -> None:
+    """Raises `ArgumentError` for a `compute_loss_func` beside the `loss_type` that it would replace."""
+    if compute_loss_func is not None and args.loss_type == "dft":
+        raise ArgumentError(
+            "`compute_loss_func` computes the whole loss, so `loss_type='dft'` would not act. Drop one of them."
+        )
+
+
 def _num_tokens(inputs: Mapping[str, Any]) -> Tensor | int:
     """Returns the tokens of a batch without padding."""
     if "attention_mask" in inputs:

@@ -1,6 +1,7 @@
 """How `SFTTrainer` turns rows into tokens: the training rows, the evaluation rows, and rows given later."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +11,7 @@ from finetune.data.audit import SupervisionAudit
 from finetune.data.collate import DataCollatorForLanguageModeling
 from finetune.data.inspect import Preview, preview
 from finetune.data.packing import pack_dataset, packing_report
-from finetune.data.pipeline import first_row, is_stream, prepare_split, say_on_main_process
+from finetune.data.pipeline import as_dataset, first_row, is_iterable_dataset, prepare_split, say_on_main_process
 from finetune.data.settings import DataSettings
 from finetune.facade.raw_rows import RawRowMethods, prepare_each
 from finetune.sft.config import SFTConfig
@@ -37,24 +38,23 @@ class SFTRowMethods(RawRowMethods):
         """Returns the rows as token ids and labels, packed if asked. Called for the training and each eval data set."""
         if self._plan.skip_prepare:
             return dataset
-        if isinstance(dataset, list):
-            from datasets import Dataset
-
-            dataset = Dataset.from_list(dataset)
-        if args.shuffle_dataset and dataset_name == "train":
+        dataset = as_dataset(dataset)
+        is_train = dataset_name == "train"
+        shuffles = args.shuffle_dataset and is_train
+        if shuffles:
             dataset = dataset.shuffle(seed=args.seed)
         settings = DataSettings.from_args(args, packing=packing, formatting_func=formatting_func)
         split = prepare_split(dataset, processing_class, settings, name=dataset_name)
-        split.audit.check(max_length=args.max_length)
         rows, audit = split.dataset, split.audit
+        # The first rows of a stream, and what is only evaluated, are no reason to refuse a run.
+        warns = args.data_audit == "warn" or not is_train or audit.sampled
+        audit.check(max_length=args.max_length, warn=say_on_main_process if warns else None)
         if packing and "seq_lengths" not in (rows.column_names or ()):
-            options = {} if is_stream(rows) else {"desc": f"Packing {dataset_name} rows"}
-            packed = pack_dataset(rows, args.max_length or 0, args.packing_strategy, options)
-            if not is_stream(rows):
-                audit = audit.with_packing(packing_report(rows, packed, args.max_length or 0).efficiency)
-            rows = packed
+            rows, audit = _packed(rows, args, audit)
+            if shuffles:
+                rows = _shuffled_blocks(rows, args.seed)
         self.audits[dataset_name] = audit
-        if dataset_name == "train":
+        if is_train:
             self._preview = preview(dataset, processing_class, settings)
         return rows
 
@@ -69,24 +69,61 @@ class SFTRowMethods(RawRowMethods):
         )
 
     def _prepare_given(self, dataset: Any, name: str) -> Any:
-        """Returns rows given to `evaluate` or `predict` as token ids and labels. Predictions are never packed."""
+        """Returns rows given to `evaluate` or `predict` as token ids and labels, as those given to the constructor.
+
+        Rows for predictions are never packed, and those that have labels stay as they are: each has its prediction.
+        """
         if not isinstance(dataset, list) and not hasattr(dataset, "column_names"):
             return dataset
-        if {"input_ids", "labels"} <= set(first_row(dataset, name)):
+        predicts = name == "test"
+        has_labels = {"input_ids", "labels"} <= set(first_row(dataset, name))
+        if has_labels and (predicts or any(dataset is own for own in self._prepared_rows())):
             return dataset
-        packing = self._plan.eval_packing and name != "test"
+        packing = self._plan.eval_packing and not predicts
         rows = self._prepare_dataset(dataset, self.processing_class, self.args, packing, self._formatting_func, name)
-        if name == "test" and (audit := self.audits.get(name)) is not None and audit.num_dropped:
+        if predicts and (audit := self.audits.get(name)) is not None and audit.num_dropped:
             say_on_main_process("\n".join(f"test: {line}" for line in audit.warnings()))
         return rows
 
+    def _prepared_rows(self) -> list[Any]:
+        evaluated = self.eval_dataset
+        return [self.train_dataset, *(evaluated.values() if isinstance(evaluated, Mapping) else [evaluated])]
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """As `Trainer.get_eval_dataloader`; raw rows are prepared, and packed ones collated as such."""
+        with self._collating(padding_free=self._plan.eval_padding_free or None):
+            return super().get_eval_dataloader(eval_dataset)
+
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
         """As `Trainer.get_test_dataloader`; raw rows are prepared, and each has its own row of predictions."""
-        collator = self.data_collator
         is_packed = "seq_lengths" in (getattr(test_dataset, "column_names", None) or ())
-        if not is_packed and isinstance(collator, DataCollatorForLanguageModeling) and collator.padding_free:
-            self.data_collator = replace(collator, padding_free=False)
-        try:
+        with self._collating(padding_free=None if is_packed else False):
             return super().get_test_dataloader(test_dataset)
+
+    @contextmanager
+    def _collating(self, *, padding_free: bool | None) -> Iterator[None]:
+        """Within, loaders get a collator that is padding-free or not; None leaves it, and so does one of the user's."""
+        collator = self.data_collator
+        if padding_free is not None and isinstance(collator, DataCollatorForLanguageModeling):
+            self.data_collator = replace(collator, padding_free=padding_free)
+        try:
+            yield
         finally:
             self.data_collator = collator
+
+
+def _packed(rows: Any, args: Any, audit: SupervisionAudit) -> tuple[Any, SupervisionAudit]:
+    """Returns prepared rows packed, and their audit with the share of the slots that is filled."""
+    length = args.max_length or 0
+    if is_iterable_dataset(rows):
+        return pack_dataset(rows, length, args.packing_strategy), audit
+    packed = pack_dataset(rows, length, args.packing_strategy, {"desc": f"Packing {audit.name} rows"})
+    return packed, audit.with_packing(packing_report(rows, packed, length).efficiency)
+
+
+def _shuffled_blocks(packed: Any, seed: int) -> Any:
+    """Returns packed rows in random order: of every block of rows that was packed, the fullest come first."""
+    if not is_iterable_dataset(packed):
+        return packed.shuffle(seed=seed)
+    # One shard at a time, or each shard would be packed for itself.
+    return packed.shuffle(seed=seed, max_buffer_input_shards=1)

@@ -7,9 +7,10 @@ from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from finetune.arguments.coerce import coerce_training_arguments
-from finetune.compat import TrainOutput
+from finetune.compat import EvalLoopOutput, TrainOutput
 from finetune.data import inspect
 from finetune.data.audit import SupervisionAudit
 from finetune.data.collate import DataCollatorForLanguageModeling
@@ -18,14 +19,12 @@ from finetune.data.rows import WEIGHTS
 from finetune.engine import setup
 from finetune.engine.meter import MetricBag, TokenCounter
 from finetune.errors import ArgumentError
-from finetune.features.compiled import length_bucket
 from finetune.features.offload import offload_activations
 from finetune.hub.card import create_sft_model_card
 from finetune.kernels.attention import use_packed_attention
 from finetune.kernels.fused_head import fuse_head
-from finetune.models.tokens import choose_pad_token
-from finetune.models.traits import max_positions
 from finetune.sft import recompute
+from finetune.sft.batching import make_collator, settle_padding
 from finetune.sft.build import (
     brings_packed_attention,
     can_be_padding_free,
@@ -34,11 +33,10 @@ from finetune.sft.build import (
     load_model_for_sft,
     load_tokenizer_for_sft,
     prove_isolation,
-    refuse_virtual_tokens,
 )
 from finetune.sft.config import SFTConfig
 from finetune.sft.experts import own_weight_is_zero, router_coefficient
-from finetune.sft.loss_methods import SFTLossMethods
+from finetune.sft.loss_methods import SFTLossMethods, refuse_loss_function
 from finetune.sft.plan import DataPlan
 from finetune.sft.preparation import SFTRowMethods
 
@@ -93,6 +91,7 @@ class SFTTrainer(SFTRowMethods, SFTLossMethods):
         self._plan = DataPlan.resolve(args, first_row(train_dataset), formatting_func)
         self._formatting_func = formatting_func
         check_model_options(args, model, quantization_config)
+        refuse_loss_function(args, compute_loss_func)
         tokenizer = load_tokenizer_for_sft(args, model, processing_class)
         processing_class = tokenizer.processing_class
         self.audits: dict[str, SupervisionAudit] = {}
@@ -104,26 +103,18 @@ class SFTTrainer(SFTRowMethods, SFTLossMethods):
         model = load_model_for_sft(args, model, tokenizer, quantization_config, peft_config)
         check_rows(model, processing_class, train_dataset, eval_dataset, packing=self._plan.packing)
         self._router_coefficient = router_coefficient(model, args.router_aux_loss_coef)
-        wants_logits = compute_metrics or preprocess_logits_for_metrics or compute_loss_func
-        # Code of the user's expects a row per sample with its `attention_mask`, as every other trainer hands it over.
-        reads_batches = wants_logits or self._overrides("compute_loss", "prediction_step", "training_step")
-        ours = data_collator is None and not reads_batches and not self._plan.packing
-        compiles = args.torch_compile_backend is not None
-        # Compiled layers want few different shapes, which rows without padding do not have.
-        if compiles or not ours:
-            self._plan = self._plan.settle(padding_free=False)
-        if self._plan.padding_free:
-            refuse_virtual_tokens(model)
+        wants_logits = bool(compute_metrics or preprocess_logits_for_metrics or compute_loss_func)
+        self._plan = settle_padding(
+            self._plan,
+            args,
+            model,
+            has_collator=data_collator is not None,
+            reads_training=self._overrides("training_step"),
+            reads_eval=wants_logits or self._overrides("compute_loss", "prediction_step"),
+        )
         self._collator_is_ours = data_collator is None
         if data_collator is None:
-            data_collator = DataCollatorForLanguageModeling(
-                pad_token_id=choose_pad_token(processing_class, model, args.pad_token),
-                padding_free=bool(self._plan.padding_free),
-                pad_to_multiple_of=args.pad_to_multiple_of
-                or (length_bucket(args.max_length, max_positions(model)) if compiles else None),
-            )
-        elif self._plan.padding_free:
-            raise ArgumentError("`padding_free` and `packing` need their own collator: drop `data_collator`.")
+            data_collator = make_collator(self._plan, args, model, processing_class)
         super().__init__(
             model=model,
             args=args,
@@ -196,11 +187,11 @@ class SFTTrainer(SFTRowMethods, SFTLossMethods):
 
     def _change_model(self, stack: ExitStack) -> None:
         """Lets the model attend within samples and compute its loss without logits."""
-        if self._plan.padding_free and not brings_packed_attention(self.model):
-            stack.enter_context(use_packed_attention(self.model))
-            if not self._isolation_is_proven:
-                prove_isolation(self.model)
-                self._isolation_is_proven = True
+        if self._plan.padding_free:
+            self._keep_samples_apart(stack)
+        elif self._plan.eval_padding_free:
+            with ExitStack() as proof:  # now, because the weights may be sharded when an evaluation comes
+                self._keep_samples_apart(proof)
         if self._router_coefficient is not None:
             stack.enter_context(own_weight_is_zero(self.model))
         if self.args.activation_offloading:
@@ -211,6 +202,31 @@ class SFTTrainer(SFTRowMethods, SFTLossMethods):
             # Whoever else calls the model meanwhile (an overridden `compute_loss`, a callback) gets its logits.
             stack.enter_context(self._head.suspended())
             stack.callback(setattr, self, "_head", None)
+
+    def _keep_samples_apart(self, stack: ExitStack) -> None:
+        """Lets the model attend within the samples of a row, and proves once that it does."""
+        if brings_packed_attention(self.model):
+            return
+        stack.enter_context(use_packed_attention(self.model))
+        if not self._isolation_is_proven:
+            prove_isolation(self.model)
+            self._isolation_is_proven = True
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """As `Trainer.evaluation_loop`; packed rows attend within samples, also where training rows are padded."""
+        with self._model_features(), ExitStack() as stack:
+            if self._plan.eval_padding_free and not self._plan.padding_free:
+                self._keep_samples_apart(stack)
+            return super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
 
     def train(
         self,

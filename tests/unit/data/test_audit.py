@@ -73,6 +73,51 @@ def test_a_stop_token_outside_the_markers_is_an_error(chat_tokenizer: Any) -> No
     audit_of(rows, chat_tokenizer, chat_template=OUTSIDE).check()
 
 
+def test_broken_limits_are_named_together_and_can_be_warnings(chat_tokenizer: Any) -> None:
+    long = " ".join(["the cat sat"] * 100)
+    made = audit_of({"prompt": ["the"], "completion": [f" {long}"]}, chat_tokenizer, max_length=4)
+    both = r"(?s)Every row is cut at `max_length=4`.*cuts off 9\d\.\d% of all tokens.*set `data_audit='warn'`\.$"
+    with pytest.raises(DataFormatError, match=both):
+        made.check(max_length=4)
+    lines: list[str] = []
+    made.check(max_length=4, warn=lines.append)
+    assert [line.split(":")[0] for line in lines] == ["train", "train"]
+    assert not any("data_audit" in line for line in lines)
+
+
+def test_rows_that_train_nothing_are_never_a_warning(chat_tokenizer: Any) -> None:
+    made = audit_of({"input_ids": [[5, 6]], "labels": [[5, -100]]}, chat_tokenizer)
+    lines: list[str] = []
+    with pytest.raises(DataFormatError, match="None of its 1 rows has a supervised token") as error:
+        made.check(warn=lines.append)
+    assert "data_audit" not in str(error.value) and not lines
+
+
+def test_a_packed_stream_of_which_nothing_is_counted_passes(chat_tokenizer: Any) -> None:
+    rows = Dataset.from_dict({"input_ids": [[5, 6]], "labels": [[5, 6]], "seq_lengths": [[2]]}).to_iterable_dataset()
+    split = prepare_split(rows, chat_tokenizer, DataSettings(), say=lambda line: None)
+    split.audit.check()
+
+
+HEADERS = "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content }}{% endfor %}"
+NO_END = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+
+
+@pytest.mark.parametrize("form", ["messages", "prompt-completion"])
+def test_answers_that_end_with_the_next_turn_need_no_stop(form: str, chat_tokenizer: Any) -> None:
+    chat_tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>"]})
+    chats = [chat("what", "the cat"), chat("a", "b", "what", "sun")]
+    rows: dict[str, list[Any]] = {"messages": chats}
+    if form != "messages":
+        rows = {"prompt": [each[:-1] for each in chats], "completion": [each[-1:] for each in chats]}
+    made = audit_of(rows, chat_tokenizer, chat_template=HEADERS)
+    made.check()
+    assert made.num_stop_expected == 0
+    assert not made.warnings()
+    with pytest.raises(DataFormatError, match="will not learn to stop"):
+        audit_of(rows, chat_tokenizer, chat_template=NO_END).check()
+
+
 def test_rows_that_are_all_cut_before_their_end_are_an_error(chat_tokenizer: Any) -> None:
     made = audit_of({"prompt": ["the cat"], "completion": [" sat on a mat"]}, chat_tokenizer, max_length=4)
     with pytest.raises(DataFormatError, match="Every row is cut at `max_length=4`"):

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from finetune.data import roles
 from finetune.data.formats import Kind, apply_formatting, detect_format, read_conversations, read_texts
 from finetune.data.pipeline import prepare_split
 from finetune.data.settings import DataSettings
@@ -65,7 +66,6 @@ def test_a_text_that_is_none_is_an_error_with_its_row(bad: Any) -> None:
         ([], "an empty list"),
         (["hello"], "message 0 of `messages` is `str`"),
         ([{"content": "a"}], "no role"),
-        ([{"role": "asistant", "content": "a"}], "Did you mean `assistant`"),
         ([{"role": 3, "content": "a"}], "has the role 3"),
         ([{"role": "user", "content": None}], "has no `content`"),
         ([{"role": "user", "content": b"a"}], "`content` of message 0 (`user`) is `bytes`"),
@@ -83,6 +83,29 @@ def test_bad_conversations_are_errors_with_their_row(bad: Any, said: str) -> Non
         read_conversations({"messages": [[USER, ASSISTANT], bad]}, "messages", [4, 5])
     assert "ow 5 of the train data set" in str(error.value)
     assert said in str(error.value)
+
+
+def test_the_template_judges_other_roles(caplog: Any, chat_tokenizer: Any) -> None:
+    from datasets import Dataset
+
+    roles._warn_of.cache_clear()
+    chats = [[USER, {"role": "document", "content": "x"}, {"role": "assistent", "content": "y"}, ASSISTANT]] * 2
+    read = read_conversations({"messages": chats}, "messages", [0, 1])
+    assert [message["role"] for message in read.messages[1]] == ["user", "document", "assistent", "assistant"]
+    said = [record.getMessage() for record in caplog.records]
+    assert [line.partition("`")[2].partition("`")[0] for line in said] == ["document", "assistent"]
+    assert said[1].endswith("Did you mean `assistant`?")
+    made = prepare_split(Dataset.from_dict({"messages": chats}), chat_tokenizer, DataSettings(), say=lambda line: None)
+    assert "<|im_start|>document\nx" in chat_tokenizer.decode(made.dataset[0]["input_ids"])
+
+
+def test_a_template_that_refuses_a_role_names_the_roles(chat_tokenizer: Any) -> None:
+    from datasets import Dataset
+
+    picky = "{% for m in messages if m.role == 'thought' %}{{ raise_exception('no thoughts') }}{% endfor %}"
+    rows = Dataset.from_dict({"messages": [[USER, {"role": "thought", "content": "x"}, ASSISTANT]]})
+    with pytest.raises(DataFormatError, match=r"Row 0 .*'user', 'thought', 'assistant'.*no thoughts"):
+        prepare_split(rows, chat_tokenizer, DataSettings(chat_template=picky), say=lambda line: None)
 
 
 def test_conversations_are_cleaned() -> None:

@@ -195,6 +195,24 @@ def test_rows_in_memory_are_not_cached_without_a_folder(chat_tokenizer: Any, tmp
     assert cache_line(Dataset.from_dict({"text": TEXTS}), chat_tokenizer, cache_dir=str(tmp_path)) == "HIT"
 
 
+def test_a_folder_that_cannot_be_made_is_named(on_disk: Any, chat_tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    line = cache_line(on_disk, chat_tokenizer, cache_dir=str(tmp_path / "file" / "cache"))
+    assert line.startswith(f"off (the folder `{tmp_path}/file/cache` cannot be made: ")
+    datasets.disable_caching()
+    try:
+        assert cache_line(on_disk, chat_tokenizer) == "off (caching is disabled)"
+    finally:
+        datasets.enable_caching()
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(
+    on_disk: Any, chat_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda *args: False)  # whoever runs the tests may be allowed everything
+    assert cache_line(on_disk, chat_tokenizer, cache_dir=str(tmp_path)).endswith(f"`{tmp_path}` cannot be written to)")
+
+
 def test_a_killed_preparation_leaves_no_rows_behind(on_disk: Any, chat_tokenizer: Any, tmp_path: Path) -> None:
     bad = Dataset.from_dict({"text": ["a", None]})
     for _ in range(2):

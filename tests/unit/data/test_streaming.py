@@ -83,6 +83,9 @@ STREAMS = {
     "datasets": hub_stream,
     "shuffled": lambda: hub_stream(buffer=8),
     "packed": lambda: pack_dataset(packable(), 8, map_kwargs={"batch_size": 7}),
+    "packed and shuffled": lambda: pack_dataset(packable(), 8, map_kwargs={"batch_size": 7}).shuffle(
+        seed=3, buffer_size=4
+    ),
     "mapped": lambda: hub_stream().map(lambda b: {"x": [v * 2 for v in b["x"]]}, batched=True, batch_size=5),
 }
 

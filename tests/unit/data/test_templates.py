@@ -1,14 +1,22 @@
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset
+from transformers import ProcessorMixin
 
 from finetune.data.formats import Conversations
+from finetune.data.pipeline import prepare_split
+from finetune.data.settings import DataSettings
 from finetune.data.span_check import verify_spans
 from finetune.data.spans import ChatRenderer
 from finetune.data.templates import (
+    adopt_chat_template,
+    clone_chat_template,
     get_training_chat_template,
     has_generation_markers,
+    leaves_last_answer_open,
     load_chat_template,
     resolve_template,
     stop_token_ids,
@@ -167,3 +175,51 @@ def test_stop_tokens_are_eos_and_the_end_of_a_turn(chat_tokenizer: Any) -> None:
     assert stop_token_ids(chat_tokenizer) == {end, eos}
     chat_tokenizer.chat_template = None
     assert stop_token_ids(chat_tokenizer) == {eos}
+
+
+def test_templates_that_end_an_answer_with_the_next_turn(chat_tokenizer: Any) -> None:
+    assert not leaves_last_answer_open(chat_tokenizer)
+    headers = "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}{% endfor %}"
+    assert not leaves_last_answer_open(chat_tokenizer, headers), "`<|user|>` is text for this tokenizer"
+    chat_tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>"]})
+    assert leaves_last_answer_open(chat_tokenizer, headers)
+    assert not leaves_last_answer_open(chat_tokenizer, headers + "{{ eos_token }}")
+    chat_tokenizer.chat_template = None
+    assert not leaves_last_answer_open(chat_tokenizer)
+
+
+# ---- Processors ----
+
+
+class Processor(ProcessorMixin):
+    """What models for images and text come with, without the images."""
+
+    def __init__(self, tokenizer: Any = None, chat_template: str | None = None) -> None:
+        super().__init__(tokenizer, chat_template=chat_template)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_processor_renders_with_its_own_template(own: bool, chat_tokenizer: Any) -> None:
+    processor = Processor(chat_tokenizer, "{{ messages[1].content + eos_token }}" if own else None)
+    rows = Dataset.from_dict({"messages": [CHAT]})
+    split = prepare_split(rows, processor, DataSettings(), say=lambda line: None)
+    assert chat_tokenizer.decode(split.dataset[0]["input_ids"]).startswith("Yo<|im_end|>" if own else "<|im_start|>")
+    split.audit.check()
+    plain = ChatRenderer(Processor(chat_tokenizer, PLAIN + GENERATE))
+    assert trained(plain, CHAT) == [["Yo<|im_end|>\n"]]
+
+
+def test_a_processor_adopts_a_template_and_its_tokens(chat_tokenizer: Any, tiny_llama: Any, tmp_path: Path) -> None:
+    source = copy.deepcopy(chat_tokenizer)
+    source.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
+    source.chat_template, source.eos_token = "{{ '<|turn|>' }}", "<|turn|>"
+    source.save_pretrained(tmp_path)
+    processor, model = Processor(chat_tokenizer, "old"), tiny_llama()
+    _, same, added = clone_chat_template(model, processor, str(tmp_path))
+    assert same is processor
+    assert processor.chat_template == chat_tokenizer.chat_template == source.chat_template
+    assert added[0] == chat_tokenizer.eos_token_id == model.config.eos_token_id
+    assert model.get_input_embeddings().weight.shape[0] == len(chat_tokenizer)
+    (tmp_path / "a.jinja").write_text("{{ 'new' }}")
+    assert adopt_chat_template(processor, str(tmp_path / "a.jinja")) == []
+    assert processor.chat_template == chat_tokenizer.chat_template == "{{ 'new' }}"

@@ -137,3 +137,21 @@ def test_token_ids_may_be_tensors(tiny_llama: Any, chat_tokenizer: Any, tmp_path
     trainer = make(tiny_llama(vocab_size=512), chat_tokenizer, tmp_path, rows, eval_dataset=rows)
     assert trainer.train_dataset[0]["labels"] == [-100, 6, 7]
     trainer.train()
+
+
+def test_a_loss_function_beside_dft_is_refused(tiny_llama: Any, chat_tokenizer: Any, tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match=r"`compute_loss_func` .*`loss_type='dft'`"):
+        make(
+            tiny_llama(vocab_size=512),
+            chat_tokenizer,
+            tmp_path,
+            options={"loss_type": "dft"},
+            compute_loss_func=lambda outputs, labels, num_items_in_batch=None: outputs.loss,
+        )
+
+
+def test_rows_that_are_packed_already(tiny_llama: Any, chat_tokenizer: Any, tmp_path: Path) -> None:
+    row = {"input_ids": [5, 6, 7, 8], "labels": [5, 6, 7, 8], "seq_lengths": [2, 2]}
+    trainer = make(tiny_llama(vocab_size=512), chat_tokenizer, tmp_path, Dataset.from_list([row] * 4))
+    trainer.train()
+    assert trainer.audits["train"].num_rows == 4
