@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from finetune.errors import ArgumentError, nearest
 
 _MISSING = object()
-_INSTALL = "Install it with `pip install finetune[liger]`, or set `use_liger_kernel=False`."
+_INSTALL = "Install it: `pip install liger-kernel`, or set `use_liger_kernel=False`."
 
 
 class LigerHandle:
