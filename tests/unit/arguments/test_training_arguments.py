@@ -158,6 +158,16 @@ def test_json_texts_become_dicts():
         ({"dataloader_multiprocessing_context": "thread"}, "is not one of"),
         ({"train_sampling_strategy": "by_length"}, "Did you mean `group_by_length`"),
         ({"torch_empty_cache_steps": 0}, "whole number above 0"),
+        ({"gradient_checkpointing_kwargs": {"selective": True}}, "`gradient_checkpointing` is off"),
+        (
+            {
+                "gradient_checkpointing": True,
+                "gradient_checkpointing_kwargs": {"selective": True, "use_reentrant": True},
+            },
+            "exclude each other",
+        ),
+        ({"gradient_checkpointing": True, "gradient_checkpointing_kwargs": '{"selective": true}'}, None),
+        ({"gradient_checkpointing_kwargs": {"selective": False}}, None),
         ({"num_train_epochs": None}, "`num_train_epochs=None` must be at least 0, unless `max_steps` is"),
         ({"max_steps": None}, "`max_steps=None` must be a number"),
         ({"per_device_train_batch_size": 0}, "must be above 0"),
