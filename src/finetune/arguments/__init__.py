@@ -21,6 +21,7 @@ from finetune.arguments.reporting import LoggingArguments, TrackingArguments
 from finetune.arguments.resolved import replace_arguments, resolved_config, sources_of, write_resolved_config
 from finetune.arguments.saving import HubArguments, OutputArguments, ProgramArguments, SavingArguments
 from finetune.arguments.training import TrainingArguments
+from finetune.arguments.trl_parser import TrlParser
 
 __all__ = [
     "REGISTERED_OPTIMIZERS",
@@ -44,6 +45,7 @@ __all__ = [
     "ScheduleArguments",
     "TrackingArguments",
     "TrainingArguments",
+    "TrlParser",
     "arg",
     "parse_arguments",
     "replace_arguments",
