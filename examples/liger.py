@@ -1,4 +1,4 @@
-"""Liger kernels, only the chosen ones (needs a GPU and `pip install finetune[liger]`; says so without).
+"""Liger kernels, only the chosen ones (needs a GPU and `pip install liger-kernel`; says so without).
 
 The fused loss of this package stays on where Liger does not replace it.
 """

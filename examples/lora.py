@@ -1,4 +1,4 @@
-"""LoRA: the model stays as it is, a small adapter is trained and saved (needs `pip install finetune[peft]`)."""
+"""LoRA: the model stays as it is, a small adapter is trained and saved (needs `pip install peft`)."""
 
 from common import read_options, show
 from peft import LoraConfig

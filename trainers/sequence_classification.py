@@ -26,30 +26,47 @@ from collections.abc import Sequence
 from typing import Any
 
 
-def parse(argv: Sequence[str] | None = None, prog: str | None = None) -> tuple[Any, Any, Any]:
-    """Returns (ScriptArguments, SequenceClassificationConfig, ModelConfig), checked without model and data set."""
-    from finetune import ModelConfig, ScriptArguments, SequenceClassificationConfig, check_before_start, parse_arguments
+def parse(argv: Sequence[str] | None = None, prog: str | None = None) -> tuple[Any, Any, Any, Any]:
+    """Returns (ScriptArguments, SequenceClassificationConfig, ModelConfig, DatasetMixtureConfig).
 
-    types = (ScriptArguments, SequenceClassificationConfig, ModelConfig)
-    script_args, training_args, model_args = parse_arguments(types, argv, prog=prog, description=__doc__)
-    check_before_start(training_args, model_args.model_name_or_path)
-    return script_args, training_args, model_args
+    They are checked as far as that needs no model and no data set.
+    """
+    from finetune import (
+        DatasetMixtureConfig,
+        ModelConfig,
+        ScriptArguments,
+        SequenceClassificationConfig,
+        check_before_start,
+        parse_arguments,
+    )
+
+    types = (ScriptArguments, SequenceClassificationConfig, ModelConfig, DatasetMixtureConfig)
+    script_args, training_args, model_args, dataset_args = parse_arguments(types, argv, prog=prog, description=__doc__)
+    check_before_start(
+        training_args,
+        model_args.model_name_or_path,
+        model_args=model_args,
+        script_args=script_args,
+        dataset_args=dataset_args,
+    )
+    return script_args, training_args, model_args, dataset_args
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Trains, evaluates if asked, and saves."""
-    script_args, training_args, model_args = parse(argv, prog)
+    script_args, training_args, model_args, dataset_args = parse(argv, prog)
 
     from finetune import (
         SequenceClassificationTrainer,
         finish_program,
         get_peft_config,
         get_quantization_config,
+        ignore_bias_buffers,
         load_datasets,
         with_model_options,
     )
 
-    train_dataset, eval_dataset = load_datasets(script_args, evaluate=training_args.eval_strategy != "no")
+    train_dataset, eval_dataset = load_datasets(script_args, dataset_args, evaluate=training_args.eval_strategy != "no")
     trainer = SequenceClassificationTrainer(
         model=model_args.model_name_or_path,
         args=with_model_options(training_args, model_args),
@@ -58,6 +75,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
+    if script_args.ignore_bias_buffers:
+        ignore_bias_buffers(trainer.model)
     result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     finish_program(trainer, result, {"dataset": script_args.dataset_name}, evaluate=eval_dataset is not None)
 

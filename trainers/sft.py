@@ -27,30 +27,47 @@ from collections.abc import Sequence
 from typing import Any
 
 
-def parse(argv: Sequence[str] | None = None, prog: str | None = None) -> tuple[Any, Any, Any]:
-    """Returns (ScriptArguments, SFTConfig, ModelConfig), checked as far as that needs no model and no data set."""
-    from finetune import ModelConfig, ScriptArguments, SFTConfig, check_before_start, parse_arguments
+def parse(argv: Sequence[str] | None = None, prog: str | None = None) -> tuple[Any, Any, Any, Any]:
+    """Returns (ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig).
 
-    types = (ScriptArguments, SFTConfig, ModelConfig)
-    script_args, training_args, model_args = parse_arguments(types, argv, prog=prog, description=__doc__)
-    check_before_start(training_args, model_args.model_name_or_path)
-    return script_args, training_args, model_args
+    They are checked as far as that needs no model and no data set.
+    """
+    from finetune import (
+        DatasetMixtureConfig,
+        ModelConfig,
+        ScriptArguments,
+        SFTConfig,
+        check_before_start,
+        parse_arguments,
+    )
+
+    types = (ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig)
+    script_args, training_args, model_args, dataset_args = parse_arguments(types, argv, prog=prog, description=__doc__)
+    check_before_start(
+        training_args,
+        model_args.model_name_or_path,
+        model_args=model_args,
+        script_args=script_args,
+        dataset_args=dataset_args,
+    )
+    return script_args, training_args, model_args, dataset_args
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Trains and saves."""
-    script_args, training_args, model_args = parse(argv, prog)
+    script_args, training_args, model_args, dataset_args = parse(argv, prog)
 
     from finetune import (
         SFTTrainer,
         finish_program,
         get_peft_config,
         get_quantization_config,
+        ignore_bias_buffers,
         load_datasets,
         with_model_options,
     )
 
-    train_dataset, eval_dataset = load_datasets(script_args, evaluate=training_args.eval_strategy != "no")
+    train_dataset, eval_dataset = load_datasets(script_args, dataset_args, evaluate=training_args.eval_strategy != "no")
     trainer = SFTTrainer(
         model=model_args.model_name_or_path,
         args=with_model_options(training_args, model_args),
@@ -60,9 +77,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
         peft_config=get_peft_config(model_args),
     )
     if script_args.ignore_bias_buffers:
-        model: Any = trainer.model
-        boolean = [name for name, buffer in model.named_buffers() if not buffer.is_floating_point()]
-        model._ddp_params_and_buffers_to_ignore = boolean  # what torch's DDP reads
+        ignore_bias_buffers(trainer.model)
     result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     finish_program(trainer, result, {"dataset_name": script_args.dataset_name})
 

@@ -1,11 +1,13 @@
 """The public names with their types. At run time `__init__.py` imports them when first used."""
 
 from finetune.arguments import TrainingArguments as TrainingArguments
+from finetune.arguments import TrlParser as TrlParser
 from finetune.arguments import parse_arguments as parse_arguments
 from finetune.cli.datasets import get_dataset as get_dataset
 from finetune.cli.datasets import load_datasets as load_datasets
 from finetune.cli.programs import check_before_start as check_before_start
 from finetune.cli.programs import finish_program as finish_program
+from finetune.cli.programs import ignore_bias_buffers as ignore_bias_buffers
 from finetune.cli.programs import run_program as run_program
 from finetune.cli.script_arguments import DatasetConfig as DatasetConfig
 from finetune.cli.script_arguments import DatasetMixtureConfig as DatasetMixtureConfig

@@ -27,6 +27,7 @@ from finetune.arguments.resolved import (
 )
 from finetune.arguments.saving import HubArguments, OutputArguments, ProgramArguments, SavingArguments
 from finetune.arguments.training import TrainingArguments
+from finetune.arguments.trl_parser import TrlParser
 
 __all__ = [
     "REGISTERED_OPTIMIZERS",
@@ -50,6 +51,7 @@ __all__ = [
     "ScheduleArguments",
     "TrackingArguments",
     "TrainingArguments",
+    "TrlParser",
     "arg",
     "note_arguments",
     "parse_arguments",

@@ -12,6 +12,7 @@ import sys
 import typing
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,21 +40,49 @@ def parse_arguments(
     cannot be honoured.
     """
     types = [dataclass_types] if isinstance(dataclass_types, type) else list(dataclass_types)
+    return parse_known(types, argv, config_key, prog=prog, description=description).instances
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """What a command line and its YAML file said: an instance per dataclass, and the words that belong to none.
+
+    `unknown_keys` are those of the file, written as flags: `["--key", "value", ...]`.
+    """
+
+    instances: tuple[Any, ...]
+    unknown_flags: list[str]
+    unknown_keys: list[str]
+
+
+def parse_known(
+    types: Sequence[type],
+    argv: Sequence[str] | None = None,
+    config_key: str = "--config",
+    *,
+    prog: str | None = None,
+    description: str | None = None,
+    keep_flags: bool = False,
+    keep_keys: bool = False,
+) -> Parsed:
+    """As `parse_arguments`, but unknown flags are returned with `keep_flags`, unknown keys with `keep_keys`."""
     parser, options, old_names = make_parser(types, config_key, prog=prog, description=description)
     namespace, unknown = parser.parse_known_args(sys.argv[1:] if argv is None else list(argv))
     flags = vars(namespace)
     known = [*options, *old_names, config_key.lstrip("-")]
-    for word in unknown:
+    for word in [] if keep_flags else unknown:
         name = word.split("=")[0]
         hint = nearest(name.lstrip("-").replace("-", "_"), known).replace("`", "`--", 1) if name.startswith("-") else ""
         parser.error(f"unrecognized argument `{name}`.{hint} `--help` lists all of them.")
     config = flags.pop("_config_file", None)
     sources = {name: f"flag --{name}" for name in flags}
+    keys: list[str] = []
     try:
-        values = {**_read_config(config, options, old_names), **flags} if config else dict(flags)
+        read = _read_config(config, options, old_names, keys if keep_keys else None) if config else {}
+        values = {**read, **flags}
         sources = {**dict.fromkeys(values, f"file {config}"), **sources}
         _use_new_names(types, values, sources)
-        return tuple(_build(cls, values, sources) for cls in types)
+        return Parsed(tuple(_build(cls, values, sources) for cls in types), unknown, keys)
     except (ArgumentError, OSError) as error:
         parser.error(str(error))
 
@@ -143,8 +172,12 @@ def _help(field: dataclasses.Field[Any]) -> str:
     return f"{text} [{'unset' if field.default is None else field.default}]"
 
 
-def _read_config(path: str, options: dict[str, Option], old_names: set[str]) -> dict[str, Any]:
+def _read_config(
+    path: str, options: dict[str, Option], old_names: set[str], unknown: list[str] | None
+) -> dict[str, Any]:
     """Returns the values of a YAML file, converted as flags are, after exporting its `env` mapping.
+
+    Unknown keys go to `unknown`, written as flags; without it they are errors.
 
     Raises:
         ArgumentError: no such file, not a mapping, an unknown key, or a value that cannot be read.
@@ -173,6 +206,8 @@ def _read_config(path: str, options: dict[str, Option], old_names: set[str]) -> 
                 raise ArgumentError(f"`{key}: {value}` in {path}: {error}") from None
         elif name in old_names:
             values[name] = value
+        elif unknown is not None:
+            unknown += [f"--{key}", str(value)]
         else:
             raise ArgumentError(f"`{key}` in {path} is not an argument.{nearest(name, [*options, *old_names])}")
     return values

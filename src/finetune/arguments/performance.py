@@ -57,7 +57,9 @@ class MemoryArguments(ArgumentGroup):
         None, "Recompute activations in the backward pass instead of keeping them.", nargs="?", const=True
     )
     activation_checkpointing_kwargs: dict[str, Any] | str | None = arg(
-        None, "Settings of activation checkpointing: `every_n_layers`, `offload`, or those of torch's checkpoint."
+        None,
+        "Settings of activation checkpointing: `every_n_layers`, `offload`, `selective` (keeps attention), or "
+        "those of torch's checkpoint.",
     )
     gradient_checkpointing: bool | None = arg(
         None, "The same as `activation_checkpointing`, under its usual name.", nargs="?", const=True
@@ -75,6 +77,18 @@ class MemoryArguments(ArgumentGroup):
             steps is None or (isinstance(steps, int) and steps > 0),
             f"`torch_empty_cache_steps={steps!r}` must be a whole number above 0, or None.",
         )
+        given = self.activation_checkpointing_kwargs
+        if isinstance(given, dict) and given.get("selective"):
+            require(
+                self.activation_checkpointing is not False,
+                "`gradient_checkpointing_kwargs` has `selective`, and `gradient_checkpointing` is off. Set it to True, "
+                "or drop `selective`.",
+            )
+            require(
+                not given.get("use_reentrant"),
+                "`gradient_checkpointing_kwargs` has `selective` and `use_reentrant=True`, which exclude each other. "
+                "Drop one of them.",
+            )
         require(
             not self.offload_optimizer_state or (accelerator_present() and not getattr(self, "use_cpu", False)),
             "`offload_optimizer_state=True` needs an accelerator; on a CPU run the state is in host memory already. Set"

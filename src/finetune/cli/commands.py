@@ -13,13 +13,13 @@ from finetune.errors import FinetuneError
 
 REQUIRED = ("torch", "transformers", "accelerate", "datasets", "safetensors", "huggingface_hub", "numpy")
 OPTIONAL = {
-    "peft": "LoRA: pip install 'finetune[peft]'",
-    "bitsandbytes": "8-bit optimizers, 4-bit models: pip install 'finetune[8bit]'",
-    "liger_kernel": "Liger kernels: pip install 'finetune[liger]'",
-    "deepspeed": "ZeRO: pip install 'finetune[deepspeed]'",
-    "matplotlib": "curves as PNG: pip install 'finetune[plots]'",
-    "tensorboard": "TensorBoard logs: pip install 'finetune[tracking]'",
-    "sklearn": "classification metrics: pip install 'finetune[glue]'",
+    "peft": "LoRA: pip install peft",
+    "bitsandbytes": "8-bit optimizers, 4-bit models: pip install bitsandbytes",
+    "liger_kernel": "Liger kernels: pip install liger-kernel",
+    "deepspeed": "ZeRO: pip install deepspeed",
+    "matplotlib": "curves as PNG: pip install matplotlib",
+    "tensorboard": "TensorBoard logs: pip install tensorboard",
+    "sklearn": "classification metrics: pip install scikit-learn scipy",
 }
 _DISTRIBUTIONS = {"sklearn": "scikit-learn"}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,21 +26,52 @@ READERS = {
 }
 
 
-def load_datasets(script_args: ScriptArguments, *, evaluate: bool) -> tuple[Any, Any]:
+@dataclass(frozen=True)
+class _Arguments:
+    """How errors call the argument that names a data set, the one that names its split, and how to give another."""
+
+    data: str
+    split: str
+    another: str
+    evaluates: bool = False
+
+    @classmethod
+    def of_split(cls, argument: str) -> _Arguments:
+        evaluates = argument == "dataset_test_split"
+        return cls("`dataset_name`", f"`{argument}`", f"Choose another with `--{argument}`.", evaluates)
+
+
+_OF_MIXTURE = _Arguments(
+    "`path` in `datasets`", "`split` in `datasets`", "Choose another with the `split` of this entry of `datasets`."
+)
+
+
+def load_datasets(
+    script_args: ScriptArguments, mixture: DatasetMixtureConfig | None = None, *, evaluate: bool
+) -> tuple[Any, Any]:
     """Returns the training data set, and the evaluation data set if `evaluate` (else None).
 
+    They are those of `mixture` if it lists any, else the one that `script_args` names.
     A single file has one split, `train`; parts of it are named `train[:90%]` and `train[90%:]`.
 
     Raises:
-        ArgumentError: no data set, or a split that it does not have.
+        ArgumentError: no data set, two kinds of them, or a split that it does not have.
         DataFormatError: it cannot be read, or a split has no rows.
     """
-    if script_args.datasets:
-        return _load_mixture(script_args, evaluate=evaluate)
-    if not script_args.dataset_name:
-        raise ArgumentError("no data set was named. Give a Hub id, a file or a folder: `--dataset_name`.")
+    check_one_source(script_args, mixture)
+    if mixture is not None and mixture.datasets:
+        return _load_mixture(mixture, evaluate=evaluate)
     train = _load_split(script_args, "dataset_train_split")
     return train, _load_split(script_args, "dataset_test_split") if evaluate else None
+
+
+def check_one_source(script_args: ScriptArguments, mixture: DatasetMixtureConfig | None) -> None:
+    """Raises `ArgumentError` unless exactly one of `dataset_name` and `datasets` names the data."""
+    is_mixed = mixture is not None and bool(mixture.datasets)
+    if is_mixed and script_args.dataset_name:
+        raise ArgumentError("`dataset_name` and `datasets` both name the data. Keep one.")
+    if not is_mixed and not script_args.dataset_name:
+        raise ArgumentError("no data set was named. Give a Hub id, a file or a folder: `--dataset_name`.")
 
 
 def get_dataset(mixture: DatasetMixtureConfig) -> Any:
@@ -65,13 +97,13 @@ def get_dataset(mixture: DatasetMixtureConfig) -> Any:
     return joined.train_test_split(test_size=size if size < 1 else int(size), seed=42)
 
 
-def _load_mixture(script_args: ScriptArguments, *, evaluate: bool) -> tuple[Any, Any]:
-    if evaluate and script_args.test_split_size is None:
+def _load_mixture(mixture: DatasetMixtureConfig, *, evaluate: bool) -> tuple[Any, Any]:
+    if evaluate and mixture.test_split_size is None:
         raise ArgumentError(
             "`eval_strategy` asks for evaluation, and the mixture (`datasets`) holds nothing out. Set "
             "`test_split_size`, or `--eval_strategy no`."
         )
-    splits = get_dataset(script_args)
+    splits = get_dataset(mixture)
     return splits["train"], splits["test"] if evaluate else None
 
 
@@ -81,7 +113,7 @@ def _load_part(part: DatasetConfig, streaming: bool) -> Any:
     options: dict[str, Any] = {"split": part.split, "streaming": streaming}
     try:
         if part.data_dir is None and part.data_files is None:
-            rows = _read(part.path, part.name, part.split, "split", streaming)
+            rows = _read(part.path, part.name, part.split, _OF_MIXTURE, streaming)
         else:
             rows = load_dataset(
                 part.path, name=part.name, data_dir=part.data_dir, data_files=part.data_files, **options
@@ -89,9 +121,9 @@ def _load_part(part: DatasetConfig, streaming: bool) -> Any:
     except FinetuneError:
         raise
     except Exception as error:
-        raise _read_error(part.path, part.split, "split", error) from error
+        raise _read_error(part.path, part.split, _OF_MIXTURE, error) from error
     if hasattr(rows, "__len__") and len(rows) == 0:
-        raise DataFormatError(f"`datasets`: the split {part.split!r} of {part.path!r} has no rows.")
+        raise _empty(part.path, part.split, _OF_MIXTURE)
     missing = sorted(set(part.columns or ()) - set(rows.column_names or part.columns or ()))
     if missing:
         raise ArgumentError(f"`columns` of {part.path!r} names {missing}; it has {sorted(rows.column_names)}.")
@@ -128,22 +160,23 @@ def _concatenate(parts: list[Any], names: list[str]) -> Any:
 
 def _load_split(script_args: ScriptArguments, argument: str) -> Any:
     name, split = str(script_args.dataset_name), getattr(script_args, argument)
+    arguments = _Arguments.of_split(argument)
     try:
-        dataset = _read(name, script_args.dataset_config, split, argument, script_args.dataset_streaming)
+        dataset = _read(name, script_args.dataset_config, split, arguments, script_args.dataset_streaming)
     except FinetuneError:
         raise
     except Exception as error:
-        raise _read_error(name, split, argument, error) from error
+        raise _read_error(name, split, arguments, error) from error
     if hasattr(dataset, "__len__") and len(dataset) == 0:
-        raise _empty(name, split, argument)
+        raise _empty(name, split, arguments)
     return dataset
 
 
-def _empty(name: str, split: str, argument: str) -> DataFormatError:
-    return DataFormatError(f"the split {split!r} of {name!r} has no rows. Choose another with `--{argument}`.")
+def _empty(name: str, split: str, arguments: _Arguments) -> DataFormatError:
+    return DataFormatError(f"the split {split!r} of {name!r} has no rows. {arguments.another}")
 
 
-def _read(name: str, config: str | None, split: str, argument: str, streaming: bool) -> Any:
+def _read(name: str, config: str | None, split: str, arguments: _Arguments, streaming: bool) -> Any:
     from datasets import load_dataset
 
     path = Path(name).expanduser()
@@ -151,35 +184,35 @@ def _read(name: str, config: str | None, split: str, argument: str, streaming: b
         reader = READERS.get(path.suffix.lower())
         if reader is None:
             raise DataFormatError(
-                f"`dataset_name` is the file {name!r}; readable are {', '.join(READERS)}. Convert it to one of them."
+                f"{arguments.data} is the file {name!r}; readable are {', '.join(READERS)}. Convert it to one of them."
             )
         options: dict[str, Any] = {"sep": "\t"} if path.suffix.lower() == ".tsv" else {}
-        _check_split(split, ["train"], name, argument)
+        _check_split(split, ["train"], name, arguments)
         return load_dataset(reader, data_files={"train": str(path)}, split=split, streaming=streaming, **options)
     if path.is_dir():
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-            return _from_disk(path, split, argument, streaming)
+            return _from_disk(path, split, arguments, streaming)
         if not any(each.suffix.lower() in READERS for each in path.rglob("*")):
             raise DataFormatError(
-                f"`dataset_name` is the folder {name!r}, which holds no data file. Readable are {', '.join(READERS)}, "
+                f"{arguments.data} is the folder {name!r}, which holds no data file. Readable are {', '.join(READERS)} "
                 "and folders written by `save_to_disk`."
             )
         return load_dataset(str(path), name=config, split=split, streaming=streaming)
     if name.startswith((os.sep, ".", "~")) or path.suffix.lower() in READERS or name.count("/") > 1:
         siblings = [str(each) for each in path.parent.glob("*")] if path.parent.is_dir() else []
-        raise DataFormatError(f"`dataset_name` is {name!r}, which does not exist.{nearest(str(path), siblings)}")
+        raise DataFormatError(f"{arguments.data} is {name!r}, which does not exist.{nearest(str(path), siblings)}")
     return load_dataset(name, name=config, split=split, streaming=streaming)
 
 
-def _from_disk(path: Path, split: str, argument: str, streaming: bool) -> Any:
+def _from_disk(path: Path, split: str, arguments: _Arguments, streaming: bool) -> Any:
     from datasets import DatasetDict, load_from_disk
 
     found = load_from_disk(str(path))
     if isinstance(found, DatasetDict):
         if split not in found:
-            _check_split(split, [str(each) for each in found], str(path), argument, parts=False)
+            _check_split(split, [str(each) for each in found], str(path), arguments, parts=False)
         found = found[split]
-    elif argument == "dataset_test_split":
+    elif arguments.evaluates:
         raise ArgumentError(
             f"{str(path)!r} holds one data set without splits, and `eval_strategy` asks for evaluation. "
             "Save a `DatasetDict` with a train and a test split, or set `--eval_strategy no`."
@@ -187,26 +220,26 @@ def _from_disk(path: Path, split: str, argument: str, streaming: bool) -> Any:
     return found.to_iterable_dataset() if streaming else found
 
 
-def _check_split(split: str, allowed: list[str], name: str, argument: str, parts: bool = True) -> None:
+def _check_split(split: str, allowed: list[str], name: str, arguments: _Arguments, parts: bool = True) -> None:
     wanted = re.findall(r"([^\[\]+]+)(?:\[[^\]]*\])?", split) if parts else [split]
     for each in wanted:
         if each.strip() not in allowed:
             hint = f" A part of one is written {allowed[0] + '[90%:]'!r}." if parts else ""
             raise ArgumentError(
-                f"`{argument}` is {split!r}, but {name!r} has the splits {', '.join(map(repr, allowed))}."
+                f"{arguments.split} is {split!r}, but {name!r} has the splits {', '.join(map(repr, allowed))}."
                 f"{nearest(each, allowed)}{hint}"
             )
 
 
-def _read_error(name: str, split: str, argument: str, error: Exception) -> FinetuneError:
+def _read_error(name: str, split: str, arguments: _Arguments, error: Exception) -> FinetuneError:
     """Returns one error for the many ways in which the library datasets can fail."""
     cause = error.__cause__ or error
     said = " ".join(str(cause).split())
     said = said if len(said) <= 300 else said[:297] + "..."
     if "Unknown split" in said or ("split" in said.lower() and "not found" in said.lower()):
-        return ArgumentError(f"`{argument}` is {split!r}, which {name!r} does not have: {said}")
+        return ArgumentError(f"{arguments.split} is {split!r}, which {name!r} does not have: {said}")
     if "corresponds to no data" in said or isinstance(cause, StopIteration):
-        return _empty(name, split, argument)
+        return _empty(name, split, arguments)
     local = Path(name).expanduser().exists()
     remedy = (
         "Check that every line or row has the same columns."

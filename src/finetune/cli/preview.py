@@ -23,12 +23,12 @@ def run_preview(argv: Sequence[str] | None = None) -> None:
     """
     from finetune.arguments.parse import parse_arguments
     from finetune.cli.datasets import load_datasets
-    from finetune.cli.script_arguments import ModelConfig, ScriptArguments, with_model_options
+    from finetune.cli.script_arguments import DatasetMixtureConfig, ModelConfig, ScriptArguments, with_model_options
     from finetune.errors import ArgumentError
     from finetune.sft.config import SFTConfig
 
-    types = (PreviewArguments, ScriptArguments, SFTConfig, ModelConfig)
-    options, script_args, args, model_args = parse_arguments(types, argv, prog="finetune preview")
+    types = (PreviewArguments, ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig)
+    options, script_args, args, model_args, mixture = parse_arguments(types, argv, prog="finetune preview")
     for name in ("rows", "counted_rows"):
         if (number := getattr(options, name)) < 1:
             raise ArgumentError(f"`{name}` is {number}; it must be at least 1.")
@@ -42,7 +42,7 @@ def run_preview(argv: Sequence[str] | None = None) -> None:
     from finetune.data.settings import DataSettings
     from finetune.sft.build import load_tokenizer_for_sft
 
-    dataset, _ = load_datasets(script_args, evaluate=False)
+    dataset, _ = load_datasets(script_args, mixture, evaluate=False)
     args = with_model_options(args, model_args)
     tokenizer = load_tokenizer_for_sft(args, model_args.model_name_or_path).processing_class
     some = Dataset.from_list(list(islice(dataset, max(options.rows, options.counted_rows))))

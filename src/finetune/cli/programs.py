@@ -109,23 +109,46 @@ def finish_program(trainer: Any, result: Any, card: dict[str, Any], evaluate: bo
     trainer.end()
 
 
-def check_before_start(args: Any, model: str | None) -> None:
+def check_before_start(
+    args: Any, model: str | None, *, model_args: Any = None, script_args: Any = None, dataset_args: Any = None
+) -> None:
     """Raises for what would fail later, or destroy something, before a model or data set is read.
 
-    `args` are training arguments, `model` is `--model_name_or_path`.
+    `args` are training arguments, `model` is `--model_name_or_path`; the others are the further arguments of a program
+    (`ModelConfig`, `ScriptArguments`, `DatasetMixtureConfig`), checked where given.
 
     Raises:
-        ArgumentError: no model was named, or `output_dir` cannot be written or holds a finished run.
+        ArgumentError: no model or data set was named, or two data sets; weights that nothing would train; or
+            `output_dir` cannot be written or holds a finished run.
         CheckpointError: there is no folder where training should go on.
-        ModelLoadError: the model folder is none.
+        ModelLoadError: the model folder is none, or holds an adapter alone.
     """
     if not model:
         raise ArgumentError("no model was named. Give a folder or a Hub id: `--model_name_or_path`.")
+    if model_args is not None and (model_args.load_in_8bit or model_args.load_in_4bit) and not model_args.use_peft:
+        bits = "load_in_8bit" if model_args.load_in_8bit else "load_in_4bit"
+        raise ArgumentError(f"`{bits}` freezes the weights, so nothing would be trained. Add `--use_peft`.")
+    if script_args is not None:
+        from finetune.cli.datasets import check_one_source
+
+        check_one_source(script_args, dataset_args)
     check_output_dir(args)
     check_resume(args.resume_from_checkpoint)
-    from finetune.models.load import check_model_path
+    from finetune.models.paths import check_model_path, refuse_adapter_folder
 
     check_model_path(model)
+    refuse_adapter_folder(model)
+
+
+def ignore_bias_buffers(model: Any) -> None:
+    """Leaves the boolean buffers of `model` out of what DDP sends around (`--ignore_bias_buffers`).
+
+    Old models of GPT-2's kind hold their causal masks as such; torch's DDP reads the names from the model.
+    """
+    import torch
+
+    names = [name for name, buffer in model.named_buffers() if buffer.dtype == torch.bool]
+    model._ddp_params_and_buffers_to_ignore = names
 
 
 def check_resume(value: Any) -> None:

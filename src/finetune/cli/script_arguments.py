@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
 
 _DTYPES = ["auto", "bfloat16", "float16", "float32"]
+# What makes a name of layers a regular expression; a dot does not, paths have dots.
+_PATTERN_SIGNS = frozenset(r"\^$*+?()[]{}|")
 
 Arguments = TypeVar("Arguments", bound=Any)
 
@@ -68,7 +70,7 @@ def _dataset_config(given: Any) -> DatasetConfig:
 
 
 @dataclass
-class ScriptArguments(DatasetMixtureConfig):
+class ScriptArguments:
     """Which data set to train on."""
 
     dataset_name: str | None = arg(
@@ -79,11 +81,6 @@ class ScriptArguments(DatasetMixtureConfig):
     dataset_test_split: str = arg("test", "Split to evaluate on, used unless `eval_strategy` is `no`.")
     dataset_streaming: bool = arg(False, "Read the data set while training instead of before.")
     ignore_bias_buffers: bool = arg(False, "Leave boolean buffers out of DDP's broadcast (old GPT-2 like models).")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.datasets and self.dataset_name:
-            raise ArgumentError("`dataset_name` and `datasets` both name the data. Keep one.")
 
 
 @dataclass
@@ -100,7 +97,9 @@ class ModelConfig:
     lora_r: int = arg(16, "Rank of the adapter.")
     lora_alpha: int = arg(32, "Scale of the adapter, divided by its rank.")
     lora_dropout: float = arg(0.05, "Dropout in front of the adapter.")
-    lora_target_modules: list[str] | None = arg(None, "Names of the layers to adapt, or `all-linear`.")
+    lora_target_modules: list[str] | None = arg(
+        None, "Names of the layers to adapt, a regular expression for their paths, or `all-linear`."
+    )
     lora_target_parameters: list[str] | None = arg(None, "Names of the parameters to adapt (experts, for one).")
     lora_modules_to_save: list[str] | None = arg(None, "Layers that are trained and saved in full.")
     lora_task_type: str = arg("CAUSAL_LM", "PEFT's task type.")
@@ -115,11 +114,21 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.load_in_8bit and self.load_in_4bit:
             raise ArgumentError("`load_in_8bit` and `load_in_4bit` exclude each other. Keep one.")
-        if (self.load_in_8bit or self.load_in_4bit) and not self.use_peft:
-            bits = "load_in_8bit" if self.load_in_8bit else "load_in_4bit"
-            raise ArgumentError(f"`{bits}` freezes the weights, so nothing would be trained. Add `--use_peft`.")
         if self.lora_r < 1:
             raise ArgumentError(f"`lora_r` is {self.lora_r}; it must be at least 1.")
+        self.lora_target_modules = _target_modules(self.lora_target_modules)
+
+
+def _target_modules(names: Any) -> Any:
+    """Returns what PEFT understands as what was meant: names as a list, a pattern or `all-linear` as a text.
+
+    PEFT matches a text with the whole path of a layer, so "q_proj" alone would match none; of a list it compares the
+    ends. The flag makes a list of either.
+    """
+    if not isinstance(names, list) or len(names) != 1:
+        return names
+    is_pattern = names[0].lower() == "all-linear" or any(sign in names[0] for sign in _PATTERN_SIGNS)
+    return names[0] if is_pattern else names
 
 
 def get_peft_config(model_args: ModelConfig) -> LoraConfig | None:
@@ -129,16 +138,13 @@ def get_peft_config(model_args: ModelConfig) -> LoraConfig | None:
     try:
         from peft import LoraConfig
     except ImportError as error:
-        raise ModelLoadError("`use_peft` needs the package peft: `pip install finetune[peft]`.") from error
-    targets: Any = model_args.lora_target_modules
-    if targets is not None and len(targets) == 1:
-        targets = targets[0]  # "all-linear" or a regular expression; a list would be taken as layer names
+        raise ModelLoadError("`use_peft` needs the package peft. Install it: `pip install peft`.") from error
     return LoraConfig(
         task_type=model_args.lora_task_type,
         r=model_args.lora_r,
         lora_alpha=model_args.lora_alpha,
         lora_dropout=model_args.lora_dropout,
-        target_modules=targets,
+        target_modules=model_args.lora_target_modules,
         target_parameters=model_args.lora_target_parameters,
         modules_to_save=model_args.lora_modules_to_save,
         use_rslora=model_args.use_rslora,

@@ -253,7 +253,7 @@ def _ddp_kwargs(args: Any, model: nn.Module | None) -> Any:
             any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
             or _checkpoints_activations(args)
         )
-        find_unused = not (is_transformers_model and checkpointed)
+        find_unused = not (is_transformers_model and checkpointed) or _has_idle_parts(args, model)
     options = {
         "bucket_cap_mb": args.ddp_bucket_cap_mb,
         "broadcast_buffers": args.ddp_broadcast_buffers,
@@ -280,6 +280,14 @@ def _parallelism_config(args: Any, model: nn.Module | None) -> Any:
     merged = copy.copy(asked)
     merged.tp_size, merged.dp_shard_size = tensor_parallel, sharded
     return merged
+
+
+def _has_idle_parts(args: Any, model: nn.Module | None) -> bool:
+    """Returns whether a batch of text leaves a part of the model (its vision tower) without gradients."""
+    reentrant = (args.activation_checkpointing_kwargs or {}).get("use_reentrant")  # excludes the search
+    return not reentrant and any(
+        hasattr(getattr(model, "config", None), f"{kind}_config") for kind in ("vision", "audio")
+    )
 
 
 def _checkpoints_activations(args: Any) -> bool:

@@ -15,6 +15,7 @@ from finetune.arguments.base import old_names_of
 from finetune.engine.step import LabelSmoother
 from finetune.errors import ArgumentError, nearest
 from finetune.models.adapters import unwrap
+from finetune.models.architecture import class_names, image_text_classes
 from finetune.models.traits import ModelTraits
 
 if TYPE_CHECKING:
@@ -53,7 +54,8 @@ def call_model_init(model_init: Callable[..., Any], trial: Any) -> nn.Module:
 def label_smoother(args: "TrainingArguments", model: nn.Module) -> LabelSmoother | None:
     """Returns the smoother for `label_smoothing_factor`, None when it is 0.
 
-    Labels are shifted for decoder-only language models, as transformers does by class name.
+    Labels are shifted for decoder-only language models by class name, as transformers does, and for those that take
+    images too, whose own loss shifts them as well.
     """
     if args.label_smoothing_factor == 0:
         return None
@@ -65,12 +67,15 @@ def label_smoother(args: "TrainingArguments", model: nn.Module) -> LabelSmoother
         )
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    names = {
-        name
-        for value in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-        for name in ([value] if isinstance(value, str) else value)
-    }
-    return LabelSmoother(args.label_smoothing_factor, shift_labels=type(base).__name__ in names)
+    shifted = class_names(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    if not getattr(getattr(base, "config", None), "is_encoder_decoder", False):
+        shifted |= image_text_classes()
+    return LabelSmoother(args.label_smoothing_factor, shift_labels=type(base).__name__ in shifted)
+
+
+def name_or_model(model: Any) -> Any:
+    """Returns `model`, a path as text: a model is told from its name by the type."""
+    return os.fspath(model) if isinstance(model, os.PathLike) else model
 
 
 def folder_for(model: Any, purpose: str) -> str:

@@ -42,7 +42,8 @@ class PackedAttention:
         before, self._before = self._before, []
         for hook in hooks:
             hook.remove()
-        for config, implementation in reversed(before):
+        # The outer configuration first: setting it sets those inside it too.
+        for config, implementation in before:
             config._attn_implementation = implementation
 
     def __enter__(self) -> PackedAttention:

@@ -22,7 +22,7 @@ from finetune.errors import ArgumentError, nearest
 from finetune.kernels.attention import base_model
 
 _MISSING = object()
-_INSTALL = "Install it with `pip install finetune[liger]`, or set `use_liger_kernel=False`."
+_INSTALL = "Install it: `pip install liger-kernel`, or set `use_liger_kernel=False`."
 
 
 class LigerHandle:

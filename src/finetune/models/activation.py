@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from finetune.errors import ArgumentError
 from finetune.models.adapters import unwrap
@@ -14,6 +16,8 @@ from finetune.models.adapters import unwrap
 _FLAG = "gradient_checkpointing"
 _FUNCTION = "_gradient_checkpointing_func"
 _HOOKS = ("_require_grads_hooks", "_require_grads_hook")
+# Operators of attention, by parts of their names: torch's, its varlen kernel, and the packages that bring flash-attn.
+_ATTENTION = ("aten._scaled_dot_product_", "flash_attn", "_varlen_attn")
 _MISSING = object()
 
 
@@ -24,8 +28,9 @@ def activation_checkpointing(
     """Recomputes activations in the backward pass inside the block; afterwards the model is as it was before.
 
     `kwargs` are `args.activation_checkpointing_kwargs`: `every_n_layers` and `offload` choose where it applies
-    (transformers >= 5.22), the rest goes to `torch.utils.checkpoint.checkpoint`. With `enabled=False` nothing happens
-    (a model on which the user switched it on himself keeps it). Raises `ArgumentError` for a model without support.
+    (transformers >= 5.22), `selective` keeps what attention returned (TRL's key), the rest goes to
+    `torch.utils.checkpoint.checkpoint`. With `enabled=False` nothing happens (a model on which the user switched it on
+    himself keeps it). Raises `ArgumentError` for a model without support, or keys that exclude each other.
     """
     if not enabled:
         yield
@@ -76,7 +81,7 @@ def use_cache(model: nn.Module, value: bool) -> Iterator[None]:
 
 def _enable(target: Any, kwargs: dict[str, Any]) -> None:
     placement = {name: kwargs.pop(name) for name in ("every_n_layers", "offload") if name in kwargs}
-    checkpoint_kwargs = kwargs or None
+    checkpoint_kwargs = _with_selection(kwargs) or None
     try:
         if hasattr(target, "activation_checkpointing_enable"):
             target.activation_checkpointing_enable(activation_checkpointing_kwargs=checkpoint_kwargs, **placement)
@@ -90,6 +95,34 @@ def _enable(target: Any, kwargs: dict[str, Any]) -> None:
             "`activation_checkpointing=False` (`gradient_checkpointing` is the same argument), or correct "
             "`activation_checkpointing_kwargs`."
         ) from error
+
+
+def _with_selection(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of torch's checkpoint, with `selective` written out.
+
+    Attention is the part of a layer that takes longest to compute again, above all in long rows, and what it returns is
+    one hidden state per layer.
+    """
+    rest = {name: value for name, value in kwargs.items() if name != "selective"}
+    if not kwargs.get("selective"):
+        return rest
+    if rest.get("use_reentrant") or "context_fn" in rest:
+        other = "use_reentrant=True" if rest.get("use_reentrant") else "context_fn"
+        raise ArgumentError(
+            f"`gradient_checkpointing_kwargs` has `selective` and `{other}`, which exclude each other: `selective` is "
+            "a `context_fn` of checkpointing that is not reentrant. Drop one of them."
+        )
+    return {
+        **rest,
+        "use_reentrant": False,
+        "context_fn": partial(create_selective_checkpoint_contexts, _keep_attention),
+    }
+
+
+def _keep_attention(_context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+    name = str(operator)
+    is_attention = any(part in name for part in _ATTENTION) and "backward" not in name
+    return CheckpointPolicy.MUST_SAVE if is_attention else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _own(module: nn.Module, *names: str) -> dict[str, Any]:

@@ -115,28 +115,43 @@ def add_adapters(
 
 
 def prepare_quantized(model: nn.Module, *, activation_checkpointing: bool = False) -> nn.Module:
-    """Returns a bitsandbytes model made ready for adapters: base frozen, norms and head in float32.
+    """Returns a bitsandbytes model made ready for adapters: frozen, and every weight in the dtype it was loaded in.
 
-    Other models are returned as they are. With `activation_checkpointing` the embedding's output is made to require
-    gradients; recomputation itself is switched on for the run only (`models/activation.py`). See
-    `peft.prepare_model_for_kbit_training`.
+    Other models, and those that have adapters, are returned as they are. With `activation_checkpointing` the
+    embedding's output is made to require gradients; recomputation itself is switched on for the run only
+    (`models/activation.py`). `peft.prepare_model_for_kbit_training` would also cast embedding, head and norms to
+    float32, which QLoRA does not need and a large vocabulary pays for.
     """
-    if not is_quantized(model):
+    if not is_quantized(model) or is_peft_model(model):
         return model
-    prepared: Any = _import_peft().prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
     if activation_checkpointing:
-        prepared.enable_input_require_grads()
-    return prepared
+        quantized: Any = model
+        quantized.enable_input_require_grads()
+    return model
+
+
+def cast_given_adapters(model: nn.Module) -> None:
+    """Casts the adapters that a quantized `model` came with as `add_adapters` casts new ones; no other model."""
+    if is_peft_model(model) and is_quantized(unwrap_adapters(model)):
+        _cast_trainable(model, _low_bit_adapter_dtype(model))
 
 
 def reentrant_checkpointing_kwargs(model: nn.Module, kwargs: dict[str, Any] | None, zero_stage: int) -> dict[str, Any]:
     """Returns the activation-checkpointing arguments that are right for `model`: ZeRO-3 with adapters needs reentrant.
 
-    See https://github.com/huggingface/trl/issues/2514. Raises `ArgumentError` when `use_reentrant=False` was asked.
+    See https://github.com/huggingface/trl/issues/2514. Raises `ArgumentError` when `use_reentrant=False` or `selective`
+    was asked.
     """
     resolved = dict(kwargs or {})
     if not (is_peft_model(model) and zero_stage == 3):
         return resolved
+    if resolved.pop("selective", False):
+        raise ArgumentError(
+            "adapters under DeepSpeed ZeRO-3 need reentrant checkpointing, which `gradient_checkpointing_kwargs` with "
+            "`selective` excludes. Remove `selective`, or use ZeRO-2."
+        )
     if resolved.get("use_reentrant") is False:
         raise ArgumentError(
             "adapters under DeepSpeed ZeRO-3 need reentrant checkpointing, but `gradient_checkpointing_kwargs` says "
@@ -154,8 +169,8 @@ def _import_peft() -> Any:
         import peft
     except ImportError as error:
         raise ModelLoadError(
-            "adapters were asked for (`peft_config`) but the package peft is not installed. Install it with "
-            "`pip install finetune[peft]`, or drop `peft_config` to train all weights."
+            "adapters were asked for (`peft_config`) but the package peft is not installed. Install it: "
+            "`pip install peft`, or drop `peft_config` to train all weights."
         ) from error
     return peft
 

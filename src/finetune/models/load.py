@@ -12,12 +12,14 @@ import torch
 from torch import nn
 
 from finetune.errors import ArgumentError, ModelLoadError, nearest
+from finetune.models.architecture import CAUSAL, language_model_class, takes_images
+from finetune.models.load_options import options_of_config, warn_of_unused_options
+from finetune.models.paths import check_model_path, refuse_adapter_folder
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
-_CONFIG_FILES = ("config.json", "adapter_config.json")
 # A head that the checkpoint lacks is ordinary (classification); most of the weights missing is a wrong folder.
 _MISSING_WEIGHTS_LIMIT = 0.5
 
@@ -25,7 +27,7 @@ _MISSING_WEIGHTS_LIMIT = 0.5
 def load_model(
     model: str | os.PathLike[str] | nn.Module,
     *,
-    auto_class: str | type = "AutoModelForCausalLM",
+    auto_class: str | type | None = None,
     model_init_kwargs: Mapping[str, Any] | None = None,
     dtype: str | torch.dtype | None = None,
     quantization_config: Any = None,
@@ -35,21 +37,16 @@ def load_model(
 
     Weights are float32 unless `dtype` or `model_init_kwargs["dtype"]` says otherwise, as in TRL: mixed precision
     computes in bfloat16 and keeps float32 masters. `auto_class` is a class with `from_pretrained`, or its name in
-    transformers. Nothing is placed on a device here except by a `device_map`.
+    transformers; None takes the one that keeps the whole checkpoint (`models/architecture.py`). Nothing is placed on a
+    device here except by a `device_map`.
 
     Raises:
-        ModelLoadError: the folder or id cannot be read, or its weights belong to another model.
+        ModelLoadError: the folder or id cannot be read, holds an adapter alone, or its weights belong to another model.
         ArgumentError: `dtype` is unknown, or an option is given twice.
     """
     kwargs = dict(model_init_kwargs or {})
     if isinstance(model, nn.Module):
-        for option, given in (("model_init_kwargs", kwargs), ("quantization_config", quantization_config)):
-            if given:
-                warnings.warn(
-                    f"`{option}` says how to load a model, but `model` is loaded already ({type(model).__name__}): "
-                    f"it has no effect. Pass `model` as a path or Hub id, or drop `{option}`.",
-                    stacklevel=2,
-                )
+        warn_of_unused_options(model, kwargs, quantization_config)
         return model
     name = os.fspath(model)
     if quantization_config is not None:
@@ -59,7 +56,8 @@ def load_model(
     kwargs["dtype"] = parse_dtype(kwargs.get("dtype", kwargs.pop("torch_dtype", None)))
     kwargs.setdefault("trust_remote_code", trust_remote_code)
     check_model_path(name)
-    loader = _auto_class(auto_class)
+    refuse_adapter_folder(name)
+    loader = _auto_class(_class_of(name, kwargs) if auto_class is None else auto_class)
     try:
         loaded = loader.from_pretrained(name, output_loading_info=True, **kwargs)
     except Exception as error:
@@ -81,15 +79,6 @@ def _forget_unused_conversions(model: Any) -> None:
         model._weight_conversions = [each for each in known if each.was_used()]
 
 
-def refuse_load_options(model_init_kwargs: Mapping[str, Any] | None, quantization_config: Any) -> None:
-    """Raises `ArgumentError` if there are options of loading, for a trainer whose `model` is loaded already."""
-    if model_init_kwargs or quantization_config is not None:
-        raise ArgumentError(
-            "`model_init_kwargs` and `quantization_config` act when the model is loaded here, but a loaded `model` "
-            "was passed. Pass its name, or drop them."
-        )
-
-
 def load_config(model: str | os.PathLike[str], *, trust_remote_code: bool = False, **kwargs: Any) -> PretrainedConfig:
     """Returns the configuration of a model without its weights: the cheap first check of a path or id.
 
@@ -99,6 +88,7 @@ def load_config(model: str | os.PathLike[str], *, trust_remote_code: bool = Fals
 
     name = os.fspath(model)
     check_model_path(name)
+    refuse_adapter_folder(name)
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **kwargs)
     except Exception as error:
@@ -128,21 +118,57 @@ def load_tokenizer(
         raise _load_error("tokenizer", name, error) from error
 
 
-def check_model_path(name: str) -> None:
-    """Raises `ModelLoadError` when `name` is meant as a folder and cannot be a model's. Hub ids pass unread."""
-    path = Path(name).expanduser()
-    if not name.strip():
-        raise ModelLoadError("`model` is empty. Give a folder written by `save_pretrained`, or a Hub id `owner/name`.")
-    if path.is_file():
-        raise ModelLoadError(f"`model` is the file {name!r}. Give the folder that holds it ({str(path.parent)!r}).")
-    if path.is_dir():
-        _check_folder(path)
-    elif name.startswith((os.sep, ".", "~")) or name.count("/") > 1:
-        siblings = [str(each) for each in path.parent.glob("*")] if path.parent.is_dir() else []
-        raise ModelLoadError(
-            f"`model` names the folder {name!r}, which does not exist.{nearest(str(path), siblings)} Give a folder "
-            "written by `save_pretrained`, or a Hub id `owner/name`."
+def load_processing_class(
+    model_or_path: str | os.PathLike[str] | nn.Module,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
+    """Returns what turns rows into tokens: the tokenizer, or the processor of a model that takes images too.
+
+    Where the processor cannot be made (often a package is missing), a warning says why, and the tokenizer is returned:
+    text needs no more, but the folder that is saved will have no processor. Raises `ModelLoadError` without a
+    tokenizer.
+    """
+    options = {} if revision is None else {"revision": revision}
+    if _has_processor(model_or_path, trust_remote_code, options):
+        from transformers import AutoProcessor
+
+        name = _origin(model_or_path)
+        try:
+            found: Any = AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
+            if hasattr(found, "get_vocab") or hasattr(found, "tokenizer"):
+                return found
+            cause = f"{type(found).__name__} has no tokenizer"
+        except Exception as error:
+            cause = f"{type(error).__name__}: {_shortened(error)}"
+        warnings.warn(
+            f"the processor of {name!r} cannot be made ({cause}), so its tokenizer is used: for rows of text that is "
+            "enough, but what is saved will have no processor. Install what is missing, or pass `processing_class`.",
+            stacklevel=4,
         )
+    return load_tokenizer(model_or_path, trust_remote_code=trust_remote_code, **options)
+
+
+def _has_processor(model_or_path: Any, trust_remote_code: bool, options: dict[str, Any]) -> bool:
+    if isinstance(model_or_path, nn.Module):
+        return takes_images(getattr(model_or_path, "config", None))
+    try:
+        return takes_images(load_config(model_or_path, trust_remote_code=trust_remote_code, **options))
+    except ModelLoadError:  # a folder without configuration may hold a tokenizer all the same
+        return False
+
+
+def _class_of(name: str, kwargs: Mapping[str, Any]) -> str:
+    """Returns the auto class that keeps the whole checkpoint; `CAUSAL`, which says what is wrong, if there is none."""
+    config = kwargs.get("config")
+    if isinstance(config, (str, os.PathLike)) or config is None:
+        options = options_of_config(kwargs)
+        try:
+            config = load_config(config or name, trust_remote_code=kwargs["trust_remote_code"], **options)
+        except ModelLoadError:
+            return CAUSAL
+    return language_model_class(config)
 
 
 def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | str:
@@ -163,23 +189,6 @@ def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | str:
             "It is set by `--dtype` or `model_init_kwargs`."
         )
     return getattr(torch, short)
-
-
-def _check_folder(path: Path) -> None:
-    if not os.access(path, os.R_OK | os.X_OK):
-        raise ModelLoadError(f"`model` is the folder {str(path)!r}, which cannot be read: permission denied.")
-    names = sorted(each.name for each in path.iterdir())
-    if any(name in names for name in _CONFIG_FILES):
-        return
-    if any(name.endswith(".gguf") for name in names):
-        return
-    nested = [name for name in names if (path / name / "config.json").is_file()]
-    hint = f" {str(path / nested[-1])!r} has one; is that the folder you mean?" if nested else ""
-    shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") if names else "nothing"
-    raise ModelLoadError(
-        f"`model` is the folder {str(path)!r}, which holds {shown} and no config.json, so it is no saved model.{hint} "
-        "Expected is a folder written by `save_pretrained` or `trainer.save_model`."
-    )
 
 
 def _auto_class(auto_class: str | type) -> Any:
@@ -218,8 +227,7 @@ def _origin(model_or_path: Any) -> str:
 
 def _load_error(what: str, name: str, error: Exception) -> ModelLoadError:
     """Returns one error for the dozen ways in which transformers, safetensors and the Hub client can fail."""
-    cause = " ".join(str(error).split())
-    cause = cause if len(cause) <= 300 else cause[:297] + "..."
+    cause = _shortened(error)
     if isinstance(error, TypeError) and "unexpected keyword argument" in cause:
         remedy = "Check the spelling of the options it is loaded with (`model_init_kwargs`)."
     elif Path(name).expanduser().is_dir():
@@ -231,6 +239,11 @@ def _load_error(what: str, name: str, error: Exception) -> ModelLoadError:
             "`HF_TOKEN` for gated models; offline (`HF_HUB_OFFLINE=1`) it must be in the cache already."
         )
     return ModelLoadError(f"the {what} {name!r} cannot be loaded: {type(error).__name__}: {cause} {remedy}")
+
+
+def _shortened(error: Exception) -> str:
+    cause = " ".join(str(error).split())
+    return cause if len(cause) <= 300 else cause[:297] + "..."
 
 
 def _check_weights(model: nn.Module, info: Mapping[str, Any], name: str) -> None:

@@ -86,8 +86,9 @@ def check_trainable(model: nn.Module) -> None:
         _check_quantized(kept, base, quantizer)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         remedy = (
-            "Load the adapter for training: `PeftModel.from_pretrained(..., is_trainable=True)`."
-            if is_peft_model(kept)
+            "Load the adapter for training: `PeftModel.from_pretrained(model, adapter, is_trainable=True)`, or merge "
+            "it into the model (`merge_and_unload()`) and pass that."
+            if is_peft_model(kept) or getattr(base, "_hf_peft_config_loaded", False)
             else "Unfreeze some with `requires_grad_(True)` or pass `peft_config`."
         )
         raise ArgumentError(f"every parameter of `model` ({name}) is frozen, so there is nothing to train. {remedy}")

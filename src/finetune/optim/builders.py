@@ -151,7 +151,7 @@ _BITSANDBYTES = {
 def bitsandbytes(request: OptimizerRequest) -> ClassAndArguments:
     """Returns a bitsandbytes optimizer with 8- or 32-bit states, paged or not."""
     family, bits, paged = _BITSANDBYTES[request.name]
-    cls = getattr(import_or_explain("bitsandbytes.optim", "pip install 'finetune[8bit]'", request), family)
+    cls = getattr(import_or_explain("bitsandbytes.optim", "pip install bitsandbytes", request), family)
     args, options = request.args, request.options
     kwargs: dict[str, Any] = {"lr": args.learning_rate, "optim_bits": bits}
     if family != "RMSprop":
@@ -182,7 +182,7 @@ def override_embedding_bits(model: nn.Module) -> None:
 @register_optimizer("adamw_torch_4bit", "adamw_torch_8bit")
 def torchao(request: OptimizerRequest) -> ClassAndArguments:
     """Returns torchao's 4- or 8-bit AdamW."""
-    module = import_or_explain("torchao.optim", "pip install 'finetune[torchao]'", request)
+    module = import_or_explain("torchao.optim", "pip install torchao", request)
     cls = module.AdamW4bit if request.name == "adamw_torch_4bit" else module.AdamW8bit
     defaults = {"block_size": 256, "bf16_stochastic_round": False}
     return _with_options(cls, {**request.adam, **defaults}, request)
@@ -191,7 +191,7 @@ def torchao(request: OptimizerRequest) -> ClassAndArguments:
 @register_optimizer("schedule_free_radam", "schedule_free_adamw", "schedule_free_sgd")
 def schedule_free(request: OptimizerRequest) -> ClassAndArguments:
     """Returns a schedule-free optimizer, which the trainer must switch between `train()` and `eval()`."""
-    module = import_or_explain("schedulefree", "pip install 'finetune[optimizers]'", request)
+    module = import_or_explain("schedulefree", "pip install schedulefree", request)
     args, options = request.args, request.options
     kwargs: dict[str, Any] = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
     if request.name != "schedule_free_sgd":
@@ -217,7 +217,7 @@ def schedule_free(request: OptimizerRequest) -> ClassAndArguments:
 @register_optimizer("lomo", "adalomo")
 def lomo(request: OptimizerRequest) -> ClassAndArguments:
     """Returns LOMO or AdaLOMO, which update inside backward: the trainer passes `learning_rate` to it."""
-    module = import_or_explain("lomo_optim", "pip install 'finetune[optimizers]'", request)
+    module = import_or_explain("lomo_optim", "pip install lomo-optim", request)
     cls = module.AdaLomo if request.name == "adalomo" else module.Lomo
     if request.name == "adalomo" and not torch.cuda.is_available():
         raise ArgumentError("`optim=adalomo` needs a CUDA device: the package allocates there. Use `optim=lomo`.")
@@ -229,7 +229,7 @@ def grokadamw(request: OptimizerRequest) -> ClassAndArguments:
     """Returns GrokAdamW, with its state where torch's optimizers have it."""
     root = logging.getLogger()
     level, handlers = root.level, root.handlers[:]
-    cls = import_or_explain("grokadamw", "pip install 'finetune[optimizers]'", request).GrokAdamW
+    cls = import_or_explain("grokadamw", "pip install grokadamw", request).GrokAdamW
     # Importing the package reconfigures the logging of the whole program.
     root.setLevel(level)
     root.handlers[:] = handlers
@@ -269,7 +269,7 @@ def _with_state_in_its_place(cls: Any) -> Any:
 @register_optimizer("stable_adamw")
 def stable_adamw(request: OptimizerRequest) -> ClassAndArguments:
     """Returns StableAdamW of torch-optimi."""
-    cls = import_or_explain("optimi", "pip install 'finetune[optimizers]'", request).StableAdamW
+    cls = import_or_explain("optimi", "pip install torch-optimi", request).StableAdamW
     options = request.options
     max_lr = options.take("max_lr", float, float("nan"))
     kahan = options.choice("kahan_sum", ("true", "false", "auto"), "auto")

@@ -73,7 +73,7 @@ def _own_galore(request: OptimizerRequest, model: nn.Module, targets: list[Tenso
     kwargs.update(request.adam)
     if rule == "galore_adamw":
         return galore_rules.GaLoreAdamW, kwargs
-    import_or_explain("bitsandbytes.functional", "pip install 'finetune[8bit]'", request)
+    import_or_explain("bitsandbytes.functional", "pip install bitsandbytes", request)
     kwargs["wide"] = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
     return galore_rules.GaLoreAdamW8bit, kwargs
 
@@ -86,7 +86,7 @@ def _galore_torch(request: OptimizerRequest, targets: list[Tensor], shared: dict
             f"clipping and checkpoints. Remove `implementation`, or use "
             f"`optim={request.name.removesuffix('_layerwise')}`."
         )
-    module = import_or_explain("galore_torch", "pip install 'finetune[galore]'", request)
+    module = import_or_explain("galore_torch", "pip install galore-torch", request)
     logger.warning(
         "galore_torch keeps Python objects in its state: such a checkpoint cannot be resumed. Leave out "
         "`implementation=galore_torch` to be able to."

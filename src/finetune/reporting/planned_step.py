@@ -11,6 +11,7 @@ from finetune.kernels.fused_head import fuse_head
 from finetune.kernels.head_support import unsupported_reason
 from finetune.models.activation import activation_checkpointing
 from finetune.models.adapters import add_adapters
+from finetune.models.architecture import language_model_class
 from finetune.optim.registry import build_optimizer
 from finetune.reporting.ledger import ModelSizes
 from finetune.reporting.memory_trace import MemoryTrace, trace_updates
@@ -68,11 +69,11 @@ class PlannedStep:
 
     def make_model(self) -> Any:
         """Returns the model as `SFTTrainer` trains it: adapters, checkpointing and the fused head are on."""
-        from transformers import AutoModelForCausalLM
+        import transformers
 
-        args = self.args
+        args, loader = self.args, getattr(transformers, language_model_class(self.config))
         with unset_fake_temporarily(), torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype, **self._options)
+            model: Any = loader.from_config(self.config, dtype=self.dtype, **self._options)
             model.tie_weights()
             self.model_class = type(model).__name__
             if self.peft_config is not None:

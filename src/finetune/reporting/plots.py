@@ -261,9 +261,7 @@ def _save_png(chart: Chart, path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ArgumentError(
-            "PNG pictures need matplotlib. Run `pip install finetune[plots]`, or choose `svg`."
-        ) from None
+        raise ArgumentError("PNG pictures need matplotlib. Run `pip install matplotlib`, or choose `svg`.") from None
     figure = Figure(figsize=(7, 3.6), layout="constrained")
     axes = figure.subplots()
     for index, (name, points) in enumerate(chart.series.items()):

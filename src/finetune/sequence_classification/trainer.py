@@ -1,6 +1,5 @@
 """`SequenceClassificationTrainer`: classes, several classes per row, or numbers from text, on the common trainer."""
 
-import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,7 +20,13 @@ from finetune.kernels.unpadded import use_unpadded_trunk
 from finetune.models.adapters import is_peft_model, unwrap
 from finetune.models.load import load_tokenizer
 from finetune.models.traits import takes_argument
-from finetune.sequence_classification.build import labels_of, load_classifier, with_adapters
+from finetune.sequence_classification.build import (
+    check_smoothing,
+    config_of,
+    labels_of,
+    load_classifier,
+    with_adapters,
+)
 from finetune.sequence_classification.config import SequenceClassificationConfig
 from finetune.sequence_classification.data import find_columns, prepare_rows
 from finetune.sequence_classification.labels import MULTI, SINGLE, Task, balanced_weights, read_task
@@ -85,14 +90,14 @@ class SequenceClassificationTrainer(RawRowMethods, Trainer):
         **old_names: Any,
     ) -> None:
         processing_class = setup.accept_old_names(old_names, processing_class, type(self), SequenceClassificationConfig)
-        if isinstance(model, os.PathLike):
-            model = os.fspath(model)
+        model = setup.name_or_model(model)
         if args is None:
             args = SequenceClassificationConfig(setup.folder_for(model, "classification"))
         args = coerce_training_arguments(args, SequenceClassificationConfig)
         if train_dataset is None:
             raise ArgumentError("`train_dataset` is required.")
         setup.seed_everything(args)
+        config = config_of(model, args)
         train_dataset = as_dataset(train_dataset)
         self._columns = find_columns(train_dataset, args.text_columns, args.label_column, "train")
         self.task = read_task(
@@ -100,14 +105,15 @@ class SequenceClassificationTrainer(RawRowMethods, Trainer):
             self._columns.label,
             problem_type=args.problem_type,
             class_names=args.class_names,
-            model_labels=labels_of(model, args),
+            model_labels=labels_of(model, config),
         )
+        check_smoothing(args, self.task)
         weights = None if args.class_weights is None else balanced_weights(self.task, args.class_weights)
         self._class_weights = None if weights is None else torch.tensor(weights)
         if processing_class is None:
             revision = (args.model_init_kwargs or {}).get("revision")
             processing_class = load_tokenizer(model, revision=revision, trust_remote_code=args.trust_remote_code)
-        model = load_classifier(model, args, self.task, quantization_config)
+        model = load_classifier(model, config, args, self.task, quantization_config)
         self._max_length = longest_row(args.max_length, processing_class, model)
         train_dataset = self._prepare_dataset(train_dataset, processing_class, args, "train")
         eval_dataset = self._prepare_eval(eval_dataset, processing_class, args)
@@ -216,8 +222,6 @@ def loss_sum(logits: Tensor, labels: Tensor, task: Task, weights: Tensor | None,
         return functional.cross_entropy(logits, labels, weights, reduction="sum", label_smoothing=label_smoothing)
     kept, labels = labels.ne(IGNORE_INDEX), labels.float()
     if task.problem_type == MULTI:
-        if label_smoothing:
-            labels = labels * (1 - label_smoothing) + label_smoothing / 2
         losses = functional.binary_cross_entropy_with_logits(logits, labels, reduction="none", pos_weight=weights)
     else:
         losses = functional.mse_loss(logits.view_as(labels), labels, reduction="none")

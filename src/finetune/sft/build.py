@@ -13,8 +13,10 @@ from finetune.distributed.divided import whole_where_used
 from finetune.errors import ArgumentError
 from finetune.kernels.attention import packed_unsupported_reason, use_packed_attention
 from finetune.kernels.isolation import probe_isolation, require_isolation
-from finetune.models.adapters import add_adapters, prepare_quantized, unwrap
-from finetune.models.load import load_model, load_tokenizer, refuse_load_options
+from finetune.models.adapters import add_adapters, cast_given_adapters, prepare_quantized, unwrap
+from finetune.models.load import load_model, load_processing_class
+from finetune.models.load_options import warn_of_unused_options, without_device_map
+from finetune.models.paths import refuse_adapter_folder
 from finetune.models.tokens import choose_eos_token
 from finetune.models.traits import learned_positions
 from finetune.sft.config import SFTConfig
@@ -23,9 +25,10 @@ from finetune.sft.recompute import longest_row
 
 @dataclass(frozen=True)
 class SFTTokenizer:
-    """A tokenizer ready for rows: EOS and chat template chosen. `added` are tokens that the model has no rows for yet.
+    """A tokenizer, or a processor with one, ready for rows: EOS and chat template chosen.
 
-    `is_cloned`: the template is another tokenizer's, so the model follows its EOS.
+    `added` are tokens that the model has no rows for yet. `is_cloned`: the template is another tokenizer's, so the
+    model follows its EOS.
     """
 
     processing_class: Any
@@ -36,7 +39,7 @@ class SFTTokenizer:
 def load_tokenizer_for_sft(args: SFTConfig, model: Any, processing_class: Any = None) -> SFTTokenizer:
     """Returns the tokenizer for the rows of `model` (a name, or loaded). No weights are read."""
     if processing_class is None:
-        processing_class = load_tokenizer(
+        processing_class = load_processing_class(
             model, revision=_init_kwargs(args).get("revision"), trust_remote_code=args.trust_remote_code
         )
     if args.eos_token is not None:
@@ -44,14 +47,19 @@ def load_tokenizer_for_sft(args: SFTConfig, model: Any, processing_class: Any = 
     path = args.chat_template_path
     if path is None:
         return SFTTokenizer(processing_class, [], False)
-    added = adopt_chat_template(processing_class, path, "chat_template_path")
+    inner = _tokenizer(processing_class)
+    added = adopt_chat_template(inner, path, "chat_template_path")
+    if inner is not processing_class:
+        processing_class.chat_template = inner.chat_template
     return SFTTokenizer(processing_class, added, not path.endswith((".jinja", ".j2")))
 
 
 def check_model_options(args: SFTConfig, model: Any, quantization_config: Any) -> None:
-    """Raises `ArgumentError` for options of loading when `model` is loaded already."""
-    if not isinstance(model, str):
-        refuse_load_options(_init_kwargs(args), quantization_config)
+    """Warns of options of loading when `model` is loaded already; raises `ModelLoadError` for an adapter's folder."""
+    if isinstance(model, str):
+        refuse_adapter_folder(model)
+    else:
+        warn_of_unused_options(model, _init_kwargs(args), quantization_config)
 
 
 def load_model_for_sft(
@@ -61,14 +69,17 @@ def load_model_for_sft(
     if isinstance(model, str):
         model = load_model(
             model,
-            model_init_kwargs=_init_kwargs(args),
+            model_init_kwargs=without_device_map(_init_kwargs(args), args),
             quantization_config=quantization_config,
             trust_remote_code=args.trust_remote_code,
         )
     if args.eos_token is not None:
         choose_eos_token(tokenizer.processing_class, args.eos_token, model)
-    added = fit_vocabulary(model, tokenizer.processing_class, tokenizer.added) if tokenizer.is_cloned else []
+    added = (
+        fit_vocabulary(model, _tokenizer(tokenizer.processing_class), tokenizer.added) if tokenizer.is_cloned else []
+    )
     if peft_config is None:
+        cast_given_adapters(model)
         return model
     checkpointing = args.gradient_checkpointing is not False  # unset is decided when training starts
     model = prepare_quantized(model, activation_checkpointing=checkpointing)
@@ -95,7 +106,7 @@ def check_rows(
     samples (`packing`) are longer than what takes positions.
     """
     splits = [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, Mapping) else [eval_dataset])]
-    _check_vocabulary(model, getattr(processing_class, "tokenizer", processing_class), splits)
+    _check_vocabulary(model, _tokenizer(processing_class), splits)
     positions = None if packing else learned_positions(model)
     longest = max(longest_row(split, None) or 0 for split in splits)
     if positions is not None and longest > positions:
@@ -103,6 +114,10 @@ def check_rows(
             f"The longest row has {longest} tokens, and {type(unwrap(model)).__name__} has {positions} positions. Set "
             f"`max_length={positions}`."
         )
+
+
+def _tokenizer(processing_class: Any) -> Any:
+    return getattr(processing_class, "tokenizer", processing_class)
 
 
 def _check_vocabulary(model: nn.Module, tokenizer: Any, splits: list[Any]) -> None:
@@ -157,8 +172,8 @@ def _can_be_padding_free_here(model: nn.Module) -> bool:
     with use_packed_attention(model):
         try:
             return probe_isolation(model).isolated
-        except (ArgumentError, TypeError, ValueError):
-            return False
+        except (ArgumentError, TypeError, ValueError, RuntimeError, AttributeError, LookupError):
+            return False  # models of images and text refuse such a batch in many ways
 
 
 def prove_isolation(model: nn.Module) -> None:

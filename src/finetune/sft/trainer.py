@@ -1,7 +1,6 @@
 """`SFTTrainer`: supervised fine-tuning of causal language models, with TRL's constructor and behaviour."""
 
 import logging
-import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -83,8 +82,7 @@ class SFTTrainer(SFTRowMethods, SFTLossMethods):
         **old_names: Any,
     ) -> None:
         processing_class = setup.accept_old_names(old_names, processing_class, type(self), SFTConfig)
-        if isinstance(model, os.PathLike):
-            model = os.fspath(model)
+        model = setup.name_or_model(model)
         args = SFTConfig(setup.folder_for(model, "SFT")) if args is None else coerce_training_arguments(args, SFTConfig)
         if train_dataset is None:
             raise ArgumentError("`train_dataset` is required.")

@@ -169,6 +169,16 @@ def test_json_texts_become_dicts():
         ({"eval_strategy": "steps", "eval_steps": float("inf")}, "`eval_steps=inf` must be a whole number of steps"),
         ({"liger_kernel_config": "rope"}, "`liger_kernel_config='rope'` must be a dict"),
         ({"lr_scheduler_kwargs": ["a"]}, "`lr_scheduler_kwargs=.*must be a dict"),
+        ({"gradient_checkpointing_kwargs": {"selective": True}}, "`gradient_checkpointing` is off"),
+        (
+            {
+                "gradient_checkpointing": True,
+                "gradient_checkpointing_kwargs": {"selective": True, "use_reentrant": True},
+            },
+            "exclude each other",
+        ),
+        ({"gradient_checkpointing": True, "gradient_checkpointing_kwargs": '{"selective": true}'}, None),
+        ({"gradient_checkpointing_kwargs": {"selective": False}}, None),
         ({"per_device_train_batch_size": 0}, "must be above 0"),
         ({"gradient_accumulation_steps": 0}, "must be above 0"),
         ({"label_smoothing_factor": 1.5}, "must be in"),

@@ -150,15 +150,15 @@ def test_a_mixture_has_the_rows_of_trls(tmp_path: Path, fractions: tuple[float |
 
 
 def test_a_mixture_in_a_yaml_file_reaches_the_program(tmp_path: Path) -> None:
-    from finetune import ScriptArguments, parse_arguments
+    from finetune import DatasetMixtureConfig, ScriptArguments, parse_arguments
 
     config = mixture(tmp_path, 1, 1)
     lines = [f"  - path: {part.path}\n    columns: [text]\n    fraction: {part.fraction}\n" for part in config.datasets]
     (tmp_path / "run.yaml").write_text("datasets:\n" + "".join(lines) + "test_split_size: 4\n")
-    (args,) = parse_arguments(ScriptArguments, ["--config", str(tmp_path / "run.yaml")])
-    train, test = load_datasets(args, evaluate=True)
+    args = parse_arguments((ScriptArguments, DatasetMixtureConfig), ["--config", str(tmp_path / "run.yaml")])
+    train, test = load_datasets(*args, evaluate=True)
     assert (len(train), len(test)) == (16, 4)
-    assert load_datasets(args, evaluate=True)[1][:] == test[:]
+    assert load_datasets(*args, evaluate=True)[1][:] == test[:]
 
 
 @pytest.mark.parametrize(
@@ -166,12 +166,45 @@ def test_a_mixture_in_a_yaml_file_reaches_the_program(tmp_path: Path) -> None:
     [
         ({"datasets": [{"path": "x", "fractoin": 1}]}, "Did you mean `fraction`"),
         ({"datasets": [{"name": "x"}]}, "without `path`"),
-        ({"datasets": [{"path": "x"}], "dataset_name": "y"}, "Keep one"),
     ],
 )
 def test_a_mixture_that_cannot_be_is_refused_at_once(options: dict[str, Any], said: str) -> None:
+    from finetune import DatasetMixtureConfig
+
     with pytest.raises(ArgumentError, match=said):
-        ScriptArguments(**options)
+        DatasetMixtureConfig(**options)
+
+
+def test_two_sources_of_data_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match="Keep one"):
+        load_datasets(ScriptArguments(dataset_name="y"), mixture(tmp_path, 1), evaluate=False)
+    with pytest.raises(ArgumentError, match="--dataset_name"):
+        load_datasets(ScriptArguments(), mixture(tmp_path), evaluate=False)
+    with pytest.raises(ArgumentError, match="--dataset_name"):
+        load_datasets(ScriptArguments(), evaluate=False)
+
+
+def test_a_mistake_in_a_mixture_names_its_entry_and_no_flag(tmp_path: Path) -> None:
+    from datasets import Dataset, DatasetDict
+
+    from finetune import DatasetMixtureConfig, get_dataset
+
+    def said(**entry: str) -> str:
+        with pytest.raises((ArgumentError, DataFormatError)) as raised:
+            get_dataset(DatasetMixtureConfig(datasets=[entry]))
+        assert "dataset_name" not in str(raised.value) and "--" not in str(raised.value)
+        return str(raised.value)
+
+    (tmp_path / "rows.docx").write_text("x")
+    (tmp_path / "nothing").mkdir()
+    (tmp_path / "empty.csv").write_text("prompt,completion\n")
+    rows = write_rows(tmp_path / "rows.jsonl")
+    DatasetDict({"train": Dataset.from_list(ROWS)}).save_to_disk(str(tmp_path / "saved"))
+    for name in ("rows.docx", "nothing", "row.jsonl"):
+        assert said(path=str(tmp_path / name)).startswith("`path` in `datasets` is")
+    assert "Choose another with the `split` of this entry" in said(path=str(tmp_path / "empty.csv"))
+    for name in (rows, tmp_path / "saved"):
+        assert "`split` in `datasets` is 'test'" in said(path=str(name), split="test")
 
 
 def test_a_mixture_that_cannot_be_loaded_says_why(tmp_path: Path) -> None:
@@ -187,9 +220,8 @@ def test_a_mixture_that_cannot_be_loaded_says_why(tmp_path: Path) -> None:
         get_dataset(mixture(tmp_path, None, None, streaming=True, test_split_size=0.1))
     stream = get_dataset(mixture(tmp_path, None, None, streaming=True))["train"]
     assert sum(1 for _ in stream) == 30
-    args = ScriptArguments(datasets=mixture(tmp_path, 1, 1).datasets)
     with pytest.raises(ArgumentError, match="test_split_size"):
-        load_datasets(args, evaluate=True)
+        load_datasets(ScriptArguments(), mixture(tmp_path, 1, 1), evaluate=True)
     Dataset.from_list([{"text": [1, 2]}]).to_parquet(str(tmp_path / "other.parquet"))
     parts = [*mixture(tmp_path, None).datasets, {"path": str(tmp_path / "other.parquet")}]
     with pytest.raises(DataFormatError, match="go together"):

@@ -4,9 +4,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from finetune.cli import programs
-from finetune.errors import ArgumentError, CheckpointError, DataFormatError
+from finetune.errors import ArgumentError, CheckpointError, DataFormatError, ModelLoadError
 
 
 def arguments(folder: Path, **changes: object) -> SimpleNamespace:
@@ -96,6 +97,42 @@ def test_no_model_and_no_such_model_are_errors(tmp_path: Path) -> None:
         programs.check_before_start(arguments(tmp_path), None)
     with pytest.raises(OSError, match="does not exist"):
         programs.check_before_start(arguments(tmp_path), str(tmp_path / "no-model"))
+
+
+def test_a_folder_with_an_adapter_is_named_as_such(tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/base"}')
+    with pytest.raises(
+        ModelLoadError, match=r"holds an adapter.*from 'owner/base'.*is_trainable=True.*merge_and_unload"
+    ):
+        programs.check_before_start(arguments(tmp_path), str(tmp_path / "adapter"))
+
+
+@pytest.mark.parametrize("program", ["sft", "classify"])
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--load_in_4bit"], "`load_in_4bit` freezes the weights"),
+        (["--load_in_8bit"], "Add `--use_peft`"),
+        (["--dataset_name", "rows", "--config", "{config}"], "both name the data"),
+        ([], "`--dataset_name`"),
+    ],
+)
+def test_a_program_refuses_early_what_it_knows_early(tmp_path: Path, program: str, words: list[str], said: str) -> None:
+    (tmp_path / "run.yaml").write_text("datasets:\n  - path: x\n")
+    words = [word.format(config=tmp_path / "run.yaml") for word in words]
+    with pytest.raises(ArgumentError, match=said):
+        programs.load_program(program).parse(
+            ["--model_name_or_path", "owner/name", "--output_dir", str(tmp_path / "out"), "--use_cpu", *words]
+        )
+
+
+def test_boolean_buffers_and_no_others_are_left_out_of_what_ddp_sends() -> None:
+    model = torch.nn.Linear(2, 2)
+    for name, value in (("mask", torch.ones(2) > 0), ("counts", torch.ones(2).long()), ("mean", torch.ones(2))):
+        model.register_buffer(name, value)
+    programs.ignore_bias_buffers(model)
+    assert model._ddp_params_and_buffers_to_ignore == ["mask"]
 
 
 def test_a_wrong_name_brings_the_nearest() -> None:

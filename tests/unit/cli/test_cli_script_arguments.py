@@ -1,6 +1,7 @@
 """Model and adapter flags: names and defaults of TRL, and the configurations they become."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,7 @@ from finetune.errors import ArgumentError
     [
         (ModelConfig, ["ModelConfig"]),
         (DatasetMixtureConfig, ["DatasetMixtureConfig"]),
-        (ScriptArguments, ["ScriptArguments", "DatasetMixtureConfig"]),  # the programs of TRL take both
+        (ScriptArguments, ["ScriptArguments"]),
     ],
 )
 def test_fields_and_defaults_are_those_of_trl(cls: type, names: list[str]) -> None:
@@ -54,9 +55,39 @@ def test_adapter_flags_become_the_configuration_that_trl_makes() -> None:
     assert get_peft_config(ModelConfig()) is None
 
 
-def test_one_target_is_a_pattern_and_not_a_list() -> None:
-    config = get_peft_config(ModelConfig(use_peft=True, lora_target_modules=["all-linear"]))
-    assert config is not None and config.target_modules == "all-linear"
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["all-linear"], "all-linear"),
+        ([r".*\.(q|v)_proj"], r".*\.(q|v)_proj"),
+        (["q_proj"], {"q_proj"}),
+        (["self_attn.q_proj"], {"self_attn.q_proj"}),
+        (["q_proj", "v_proj"], {"q_proj", "v_proj"}),
+        (r".*_proj", r".*_proj"),
+        (None, None),
+    ],
+)
+def test_names_of_layers_stay_names_and_patterns_become_texts(given: Any, expected: Any) -> None:
+    from peft import LoraConfig
+
+    args = ModelConfig(use_peft=True, lora_target_modules=given)
+    config = get_peft_config(args)
+    assert config is not None and config.target_modules == expected
+    assert LoraConfig(target_modules=args.lora_target_modules).target_modules == expected
+
+
+def test_one_name_on_the_command_line_adapts_the_layers_of_that_name(tiny_llama: Any) -> None:
+    from peft import get_peft_model
+
+    from finetune import parse_arguments
+
+    (args,) = parse_arguments(ModelConfig, ["--use_peft", "--lora_target_modules", "q_proj"])
+    config = get_peft_config(args)
+    assert config is not None
+    adapted = {
+        name.split(".")[-4] for name, _ in get_peft_model(tiny_llama(), config).named_parameters() if "lora_" in name
+    }
+    assert adapted == {"q_proj"}
 
 
 def test_quantization_flags_become_the_configuration_that_trl_makes() -> None:
@@ -73,13 +104,18 @@ def test_quantization_flags_become_the_configuration_that_trl_makes() -> None:
     "flags",
     [
         {"load_in_4bit": True, "load_in_8bit": True, "use_peft": True},
-        {"load_in_4bit": True},
         {"use_peft": True, "lora_r": 0},
     ],
 )
 def test_flags_that_contradict_each_other_are_errors(flags: dict) -> None:
     with pytest.raises(ArgumentError):
         ModelConfig(**flags)
+
+
+def test_quantized_weights_without_a_flag_for_adapters_are_a_matter_of_the_programs() -> None:
+    """A script of one's own may bring a `LoraConfig` of its own."""
+    config = get_quantization_config(ModelConfig(load_in_4bit=True))
+    assert config is not None and config.load_in_4bit
 
 
 def test_model_options_are_added_to_a_copy() -> None:

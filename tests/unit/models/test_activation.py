@@ -1,9 +1,13 @@
 """Activation checkpointing and `use_cache` leave the model as they found it."""
 
+import copy
+from typing import Any
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from finetune.errors import ArgumentError
@@ -83,3 +87,40 @@ def test_use_cache_returns(model) -> None:
     assert model.config.use_cache is True
     with use_cache(nn.Linear(1, 1), False):
         pass
+
+
+class Counted(TorchDispatchMode):
+    """Counts how often an operator of attention runs."""
+
+    calls = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func)
+        self.calls += "_scaled_dot_product" in name and "backward" not in name
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "runs"),
+    [
+        (None, 2),
+        ({"selective": False}, 2),
+        ({"selective": True}, 1),
+        ({"selective": True, "use_reentrant": False, "every_n_layers": 1}, 1),
+    ],
+    ids=str,
+)
+def test_selective_keeps_what_attention_returned(model, kwargs: Any, runs: int) -> None:
+    before, expected, given = state(model), gradients(model), copy.deepcopy(kwargs)
+    with activation_checkpointing(model, kwargs=kwargs), Counted() as counted:
+        inside = gradients(model)
+    assert counted.calls == runs * model.config.num_hidden_layers
+    assert len(inside) == len(expected) and all(map(torch.equal, inside, expected))
+    assert state(model) == before and kwargs == given
+
+
+@pytest.mark.parametrize("other", [{"use_reentrant": True}, {"context_fn": list}], ids=str)
+def test_selective_with_what_it_excludes(model, other: dict[str, Any]) -> None:
+    with pytest.raises(ArgumentError, match=r"`selective`.*exclude each other"):
+        with activation_checkpointing(model, kwargs={"selective": True, **other}):
+            pass

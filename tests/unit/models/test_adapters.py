@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from finetune.errors import ArgumentError
 from finetune.models.adapters import (
     add_adapters,
+    cast_given_adapters,
     is_peft_model,
     prepare_quantized,
     reentrant_checkpointing_kwargs,
@@ -85,6 +86,30 @@ def test_prepare_quantized_leaves_others_alone(model) -> None:
     assert all(p.requires_grad for p in model.parameters())
 
 
+def test_a_quantized_base_is_frozen_in_the_dtype_it_has(model) -> None:
+    half = model.to(torch.bfloat16)
+    half.is_loaded_in_4bit = True
+    assert prepare_quantized(half, activation_checkpointing=True) is half
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+    assert not any(parameter.requires_grad for parameter in half.parameters())
+    assert half.get_input_embeddings()(torch.tensor([[1]])).requires_grad
+
+
+def test_adapters_that_a_quantized_model_came_with_are_cast_as_new_ones(model) -> None:
+    wrapped = get_peft_model(model, lora(use_dora=True))
+    for parameter in wrapped.parameters():
+        parameter.data = parameter.data.to(torch.float64)
+    cast_given_adapters(wrapped)
+    assert {parameter.dtype for parameter in wrapped.parameters()} == {torch.float64}  # its base is not quantized
+    model.is_loaded_in_4bit = True
+    assert prepare_quantized(wrapped) is wrapped and any(parameter.requires_grad for parameter in wrapped.parameters())
+    cast_given_adapters(wrapped)
+    dtypes = {name: parameter.dtype for name, parameter in wrapped.named_parameters()}
+    assert {dtypes[name] for name in dtypes if "lora_A" in name or "lora_B" in name} == {torch.float32}
+    kept = {dtypes[name] for name in dtypes if "magnitude" in name or "lora" not in name}
+    assert kept == {torch.float64}
+
+
 def test_wrong_arguments(model) -> None:
     with pytest.raises(ArgumentError, match="PeftConfig"):
         add_adapters(model, {"r": 2})  # pyright: ignore[reportArgumentType]
@@ -135,6 +160,9 @@ def test_zero3_with_adapters_is_reentrant(model) -> None:
     assert reentrant_checkpointing_kwargs(wrapped, None, 2) == {}
     with pytest.raises(ArgumentError, match="use_reentrant"):
         reentrant_checkpointing_kwargs(wrapped, {"use_reentrant": False}, 3)
+    with pytest.raises(ArgumentError, match="selective"):
+        reentrant_checkpointing_kwargs(wrapped, {"selective": True}, 3)
+    assert reentrant_checkpointing_kwargs(wrapped, {"selective": False}, 3) == {"use_reentrant": True}
 
 
 def test_four_bit_weights_with_adapters_train(tmp_path, model) -> None:

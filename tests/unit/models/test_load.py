@@ -109,6 +109,19 @@ def test_wrong_options(folder) -> None:
         load_model(folder, auto_class="AutoModelForCausalML")
 
 
+@pytest.mark.parametrize("load", [load_model, load_config])
+def test_a_folder_with_an_adapter_alone_says_how_to_go_on(tmp_path, load) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    config = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    get_peft_model(LlamaForCausalLM(config), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    with pytest.raises(ModelLoadError, match=r"holds an adapter.*is_trainable=True.*merge_and_unload"):
+        load(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("[")
+    with pytest.raises(ModelLoadError, match="holds an adapter"):
+        load(tmp_path)
+
+
 def test_only_names_that_were_renamed_are_renamed_back_when_saving() -> None:
     """transformers' ZeRO-3 loader leaves all known renamings on the model, used or not."""
     from types import SimpleNamespace

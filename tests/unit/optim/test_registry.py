@@ -81,13 +81,13 @@ def test_optimizers_of_whole_matrices_refuse_to_be_sharded(optim, launcher, mode
 
 
 MISSING = {
-    "schedule_free_adamw": ("schedulefree", "pip install 'finetune[optimizers]'"),
-    "lomo": ("lomo_optim", "pip install 'finetune[optimizers]'"),
-    "adalomo": ("lomo_optim", "pip install 'finetune[optimizers]'"),
-    "grokadamw": ("grokadamw", "pip install 'finetune[optimizers]'"),
-    "stable_adamw": ("optimi", "pip install 'finetune[optimizers]'"),
-    "adamw_torch_4bit": ("torchao.optim", "pip install 'finetune[torchao]'"),
-    "adamw_8bit": ("bitsandbytes.optim", "pip install 'finetune[8bit]'"),
+    "schedule_free_adamw": ("schedulefree", "pip install schedulefree"),
+    "lomo": ("lomo_optim", "pip install lomo-optim"),
+    "adalomo": ("lomo_optim", "pip install lomo-optim"),
+    "grokadamw": ("grokadamw", "pip install grokadamw"),
+    "stable_adamw": ("optimi", "pip install torch-optimi"),
+    "adamw_torch_4bit": ("torchao.optim", "pip install torchao"),
+    "adamw_8bit": ("bitsandbytes.optim", "pip install bitsandbytes"),
 }
 
 

@@ -137,7 +137,7 @@ def test_plots_as_files(tmp_path):
 def test_png_without_matplotlib_says_how_to_get_it(tmp_path, monkeypatch):
     (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": HISTORY}))
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ArgumentError, match=r"pip install finetune\[plots\]"):
+    with pytest.raises(ArgumentError, match=r"pip install matplotlib"):
         save_plots(tmp_path, format="png")
     with pytest.raises(ArgumentError, match="`svg` or `png`"):
         save_plots(tmp_path, format="gif")

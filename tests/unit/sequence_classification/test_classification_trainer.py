@@ -337,3 +337,35 @@ def test_compiled_layers_see_few_lengths(bert: str, tmp_path: Path) -> None:
             assert trainer.state.log_history[-2]["compiled_graphs"] <= 2.0
     # 64 is both the bucket and the most positions that this model has.
     assert found["compiled"] == {64} and len(found["asked"]) > 2
+
+
+@pytest.mark.parametrize("labels", [[float(i) for i in range(8)], [["a"], ["b"], ["a", "b"], []] * 2])
+def test_smoothing_is_for_one_class_per_row(bert: str, tmp_path: Path, labels: list[Any]) -> None:
+    args = config(tmp_path, label_smoothing_factor=0.1)
+    with pytest.raises(ArgumentError, match=r"`label_smoothing_factor` is 0\.1.*one class per row"):
+        finetune.SequenceClassificationTrainer(bert, args, train_dataset=rows(labels))
+    finetune.SequenceClassificationTrainer(bert, args, train_dataset=rows(NAMES)).train()
+
+
+def test_the_configuration_is_read_once_and_of_the_revision(
+    bert: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from finetune.sequence_classification import build
+
+    seen: list[dict[str, Any]] = []
+    read = build.load_config
+    monkeypatch.setattr(build, "load_config", lambda name, **options: seen.append(options) or read(name, **options))
+    args = config(tmp_path, model_init_kwargs={"revision": "v2", "dtype": "float32"})
+    finetune.SequenceClassificationTrainer(bert, args, train_dataset=rows(NAMES))
+    assert seen == [{"trust_remote_code": False, "revision": "v2"}]
+
+
+def test_the_folder_of_an_adapter_says_how_to_go_on(bert: str, tmp_path: Path) -> None:
+    from peft import LoraConfig
+
+    trainer = finetune.SequenceClassificationTrainer(
+        bert, config(tmp_path / "out"), train_dataset=rows(NAMES), peft_config=LoraConfig(r=2)
+    )
+    trainer.save_model()
+    with pytest.raises(finetune.ModelLoadError, match=r"holds an adapter.*is_trainable=True.*merge_and_unload"):
+        finetune.SequenceClassificationTrainer(tmp_path / "out", config(tmp_path / "no"), train_dataset=rows(NAMES))

@@ -109,8 +109,41 @@ def test_qlora_from_a_folder(tiny_llama: Any, chat_tokenizer: Any, tmp_path: Pat
     assert losses(trainer)[-1] < losses(trainer)[0]
     trainer.save_model()
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
-    with pytest.raises(finetune.ArgumentError, match="quantization_config"):
-        train(tiny_llama(512), chat_tokenizer, tmp_path / "no", lora(), quantization_config=quantization)
+
+
+def test_qlora_leaves_the_dtypes_of_the_base_alone(tiny_llama: Any, chat_tokenizer: Any, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    tiny_llama(512, hidden_size=64).save_pretrained(tmp_path / "base")
+    chat_tokenizer.save_pretrained(tmp_path / "base")
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype="bfloat16")
+    trainer = train(
+        str(tmp_path / "base"), None, tmp_path / "out", lora(), quantization_config=quantization,
+        model_init_kwargs={"dtype": "bfloat16"},
+    )  # fmt: skip
+    base = trainer.model.get_base_model()
+    kept = (base.get_input_embeddings(), base.get_output_embeddings(), base.model.norm)
+    assert {module.weight.dtype for module in kept} == {torch.bfloat16}
+    assert losses(trainer)[-1] < losses(trainer)[0]
+    trainer.save_model()
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=quantization)
+    given = PeftModel.from_pretrained(reloaded, tmp_path / "out", is_trainable=True)
+    for name, parameter in given.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.half()
+    again = train(given, chat_tokenizer, tmp_path / "again", max_steps=1)
+    assert {p.dtype for p in again.model.parameters() if p.requires_grad} == {torch.float32}
+
+
+@pytest.mark.parametrize("name", ["model_init_kwargs", "quantization_config"])
+def test_options_of_loading_have_no_effect_on_a_loaded_model_and_that_is_said(
+    name: str, tiny_llama: Any, chat_tokenizer: Any, tmp_path: Path
+) -> None:
+    with pytest.warns(UserWarning, match=rf"loaded already.*no effect of `{name}`") as caught:
+        trainer = train(tiny_llama(512), chat_tokenizer, tmp_path, max_steps=1, **{name: {"load_in_4bit": True}})
+    assert sum("no effect" in str(each.message) for each in caught) == 1
+    assert len(losses(trainer)) == 1
 
 
 def test_prompt_tuning_trains_its_virtual_tokens_alone(tiny_llama: Any, chat_tokenizer: Any, tmp_path: Path) -> None:

@@ -95,6 +95,19 @@ def test_an_adapter_that_was_loaded_for_inference(tiny_llama: Any, chat_tokenize
         make(model, chat_tokenizer, tmp_path).train()
 
 
+def test_the_folder_of_an_adapter(tiny_llama: Any, chat_tokenizer: Any, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    folder = tmp_path / "adapter"
+    get_peft_model(tiny_llama(vocab_size=512), LoraConfig(task_type="CAUSAL_LM")).save_pretrained(folder)
+    chat_tokenizer.save_pretrained(folder)
+    with pytest.raises(ModelLoadError, match=r"holds an adapter.*is_trainable=True.*merge_and_unload"):
+        make(folder, None, tmp_path)
+    tiny_llama(vocab_size=512).save_pretrained(folder)  # a whole model with an adapter beside it, which is frozen
+    with pytest.raises(ArgumentError, match=r"is frozen.*is_trainable=True.*merge_and_unload"):
+        make(folder, None, tmp_path).train()
+
+
 def test_rows_of_another_kind_of_data_set(tiny_llama: Any, chat_tokenizer: Any, tmp_path: Path) -> None:
     class Rows(torch.utils.data.Dataset):
         def __len__(self) -> int:
