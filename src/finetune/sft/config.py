@@ -50,7 +50,7 @@ class SFTArguments(ArgumentGroup):
         1024, "Longest sequence in tokens; longer ones are cut. None cuts nothing.", old=["max_seq_length"]
     )
     truncation_mode: str = arg("keep_start", "Which end of a long sequence is kept.", choices=TRUNCATION_MODES)
-    shuffle_dataset: bool = arg(False, "Shuffle the data set once before it is prepared.")
+    shuffle_dataset: bool = arg(False, "Shuffle the data set once before it is prepared, and packed rows once more.")
     packing: bool = arg(False, "Fill rows of `max_length` tokens with several samples each.")
     packing_strategy: str = arg(
         "bfd",
