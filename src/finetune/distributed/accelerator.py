@@ -283,11 +283,9 @@ def _parallelism_config(args: Any, model: nn.Module | None) -> Any:
 
 
 def _has_idle_parts(args: Any, model: nn.Module | None) -> bool:
-    """Returns whether a batch of text leaves a part of the model (its vision tower) without gradients."""
-    reentrant = (args.activation_checkpointing_kwargs or {}).get("use_reentrant")  # excludes the search
-    return not reentrant and any(
-        hasattr(getattr(model, "config", None), f"{kind}_config") for kind in ("vision", "audio")
-    )
+    """Returns whether text leaves a part of the model (its vision tower) without gradients, and DDP may look for it."""
+    config, kwargs = getattr(model, "config", None), args.activation_checkpointing_kwargs or {}
+    return (hasattr(config, "vision_config") or hasattr(config, "audio_config")) and not kwargs.get("use_reentrant")
 
 
 def _checkpoints_activations(args: Any) -> bool:

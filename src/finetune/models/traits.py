@@ -11,6 +11,7 @@ from torch import nn
 
 from finetune.errors import ArgumentError
 from finetune.models.adapters import is_peft_model, unwrap
+from finetune.models.architecture import class_names, image_text_classes
 
 _ANSWER_SPAN_LABELS = ("start_positions", "end_positions")
 
@@ -147,8 +148,8 @@ def _has_causal_loss(base: nn.Module) -> bool:
 def _is_bare_backbone(class_name: str) -> bool:
     from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
-    values = MODEL_MAPPING_NAMES.values()
-    return any(class_name == value or (isinstance(value, (tuple, list)) and class_name in value) for value in values)
+    # The mapping calls Llama 4 with its head a backbone.
+    return class_name in class_names(MODEL_MAPPING_NAMES) - image_text_classes()
 
 
 def max_positions(model: Any) -> int | None:

@@ -67,7 +67,19 @@ def llava() -> Any:
     )
 
 
-MODELS = {"qwen2.5": qwen25, "qwen3.5": qwen35, "llava": llava}
+def llama4() -> Any:
+    """A model that transformers lists as a backbone, and that has none by the usual name."""
+    text = {**TEXT, "head_dim": 8, "num_local_experts": 2, "intermediate_size_mlp": 64, "interleave_moe_layer_step": 2}
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 16, "patch_size": 4, "vision_output_dim": 32, "projector_input_dim": 32}
+    vision |= {"projector_output_dim": 32}
+    tokens = {"image_token_index": 508, "boi_token_index": 509, "eoi_token_index": 510}
+    return transformers.Llama4ForConditionalGeneration(
+        transformers.Llama4Config(text_config=text, vision_config=vision, **tokens)
+    )
+
+
+MODELS = {"qwen2.5": qwen25, "qwen3.5": qwen35, "llava": llava, "llama4": llama4}
 
 
 def save(kind: str, folder: Path) -> Any:
@@ -211,3 +223,14 @@ def test_ddp_looks_for_the_parts_that_text_leaves_idle(tmp_path: Path) -> None:
     assert not _ddp_kwargs(args, text).find_unused_parameters
     reentrant = config(tmp_path, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True})
     assert not _ddp_kwargs(reentrant, qwen25()).find_unused_parameters
+
+
+def test_smoothed_labels_are_shifted_as_the_models_own_loss_does(tmp_path: Path) -> None:
+    from finetune.engine.setup import label_smoother
+
+    args = config(tmp_path, label_smoothing_factor=0.1)
+    smoother = label_smoother(args, qwen25())
+    assert smoother is not None and smoother.shift_labels
+    settings = {"vocab_size": 32, "d_model": 8, "d_ff": 8, "d_kv": 4, "num_layers": 1, "num_heads": 2}
+    translator = label_smoother(args, transformers.T5ForConditionalGeneration(transformers.T5Config(**settings)))
+    assert translator is not None and not translator.shift_labels
