@@ -200,7 +200,7 @@ def test_a_traced_run(tmp_path):
 
 
 def test_the_header_says_who_computes_the_loss(tmp_path, capsys, monkeypatch):
-    from finetune.sft import trainer as sft
+    from finetune.sft import loss_methods as sft
 
     for reason, text in (
         (None, "loss fused with the head, without logits"),
