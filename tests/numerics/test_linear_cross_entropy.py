@@ -130,15 +130,16 @@ def test_fp16_does_not_flush_small_gradients() -> None:
     assert hidden.grad is not None and hidden.grad.item() == pytest.approx(1e6 * 1.02e-8, rel=0.02)
 
 
-def test_fp16_does_not_overflow_in_the_heads_gradient() -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_fp16_does_not_overflow_in_the_heads_gradient(device: str) -> None:
     """The gradient of the head is (p - y) h, here 99 and, of 8 such tokens, 795: lifted, more than fp16 holds."""
     for tokens in (1, 8):
         grads = []
         for dtype in (torch.float16, torch.float64):
-            hidden = torch.full((tokens, 1), 100.0, dtype=dtype, requires_grad=True)
-            weight = torch.tensor([[0.0], [0.05]]).half().to(dtype).requires_grad_()
+            hidden = torch.full((tokens, 1), 100.0, dtype=dtype, device=device, requires_grad=True)
+            weight = torch.tensor([[0.0], [0.05]], device=device).half().to(dtype).requires_grad_()
             function = linear_cross_entropy if dtype == torch.float16 else reference
-            function(hidden, weight, torch.zeros(tokens, dtype=torch.int64)).loss.backward()
+            function(hidden, weight, torch.zeros(tokens, dtype=torch.int64, device=device)).loss.backward()
             grads.append((hidden.grad, weight.grad))
         for ours, exact in zip(*grads, strict=True):
             torch.testing.assert_close(ours.double(), exact, rtol=2e-3, atol=0)

@@ -183,8 +183,8 @@ class HeadPass:
         """
         if self.dtype != torch.float16:
             return d_logits @ chunk
-        if d_logits.device.type == "cuda":
-            return torch.mm(d_logits, chunk, out_dtype=torch.float32)  # without copies of the operands
+        if d_logits.device.type == "cuda" and torch.version.hip is None:
+            return torch.mm(d_logits, chunk, out_dtype=torch.float32)  # without copies of the operands; AMD has none
         return d_logits.float() @ chunk.float()
 
 
