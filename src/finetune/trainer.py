@@ -73,8 +73,7 @@ class Trainer(EvaluationMethods, OptimizerMethods, SavingMethods):
         with checkpoints.agreeing():
             if args.should_save:
                 checkpoints.require_writable(self._get_output_dir(trial))
-        self._writer.stalls.clear()
-        self._writer.tolerant = args.on_save_failure == "continue"
+        self._writer.start_run(tolerant=args.on_save_failure == "continue")
         checkpoint = checkpoints.resolve_resume(resume_from_checkpoint, self._get_output_dir(trial))
         with contextlib.ExitStack() as stack:
             self.is_in_train = True

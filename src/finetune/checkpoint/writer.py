@@ -56,6 +56,11 @@ class CheckpointWriter:
         self._copied.set()
         self._error: BaseException | None = None
 
+    def start_run(self, *, tolerant: bool) -> None:
+        """Forgets the saves of the run before."""
+        self.tolerant, self.last = tolerant, None
+        self.stalls.clear()
+
     @contextlib.contextmanager
     def collecting(self, steady: frozenset[int] = frozenset()) -> Iterator[None]:
         """Keeps the jobs of the block for `launch`; forgets them when it fails."""

@@ -279,3 +279,19 @@ def test_arguments_set_later_are_the_ones_that_hold(trainer: finetune.Trainer, t
     assert len([entry for entry in trainer.state.log_history if "loss" in entry]) == 3
     trainer.args = transformers.TrainingArguments(str(tmp_path), seed=5, **COMMON)  # pyright: ignore
     assert isinstance(trainer.args, finetune.TrainingArguments) and trainer.args.seed == 5
+
+
+def test_the_precision_that_a_launcher_chose_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from finetune.hub.card import hyperparameters
+    from finetune.reporting.header import _dtype_text
+    from finetune.reporting.planned_step import mixed_dtype
+
+    model = torch.nn.Linear(1, 1)
+    plain = finetune.TrainingArguments(str(tmp_path), **COMMON)
+    assert mixed_dtype(plain) is None and "mixed_precision_training" not in hyperparameters(plain)
+    assert "no autocast" in _dtype_text(model, plain)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    args = finetune.TrainingArguments(str(tmp_path), **COMMON)
+    assert args.bf16 is False and mixed_dtype(args) is torch.bfloat16
+    assert hyperparameters(args)["mixed_precision_training"] == "bf16"
+    assert "computed in bfloat16" in _dtype_text(model, args)
