@@ -19,7 +19,6 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from .position import (
-    batch_digest,
     following_rows,
     has_length,
     is_stream,
@@ -35,7 +34,6 @@ from .streaming import StreamLoader
 
 __all__ = [
     "StreamLoader",
-    "batch_digest",
     "build_dataloader",
     "eval_sampler",
     "following_rows",

@@ -16,7 +16,6 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from finetune.errors import CheckpointError
 
-from .digest import rows_digest
 from .randomness import FetchRandomness
 from .rebalance import BatchRebalanceSampler
 from .samplers import OrderedSampler, permutation, rank_batches
@@ -190,20 +189,12 @@ def rows_per_batch(loader: Any) -> int | None:
     return batch_size * (1 if shard is None or shard.split_batches else shard.num_processes)
 
 
-def batch_digest(loader: Any, num_batches: int, epoch: int, num_rows: int = 32) -> str | None:
-    """Returns a hash of the `num_rows` rows that follow after `num_batches` micro-batches of `epoch`.
-
-    Which rows they are and what they hold both count, so it changes when the data, its order or its preparation
-    do; it does not depend on the number of processes or workers. Past the end of the epoch it continues with the
-    next one. The global random generators are left as they were. None when the order cannot be known in advance
-    (a sampler of one's own; a stream, whose state has a hash of its own), or rows are random by a generator of theirs.
-    """
-    indices = following_rows(loader, num_batches, epoch, num_rows)
-    return None if indices is None else rows_digest(loader.dataset, indices)
-
-
 def following_rows(loader: Any, num_batches: int, epoch: int, num_rows: int = 32) -> list[int] | None:
-    """Returns which rows of the data set `batch_digest` is about; None when the order cannot be known in advance."""
+    """Returns the indices of the `num_rows` rows that follow after `num_batches` micro-batches of `epoch`.
+
+    They do not depend on the number of processes or workers. Past the end of the epoch it continues with the next one.
+    None when the order cannot be known in advance (a sampler of one's own; a stream, whose state has a hash).
+    """
     order, following = _epoch_order(loader, epoch), _epoch_order(loader, epoch + 1)
     if order is None or following is None:
         return None

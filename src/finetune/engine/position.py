@@ -73,14 +73,17 @@ class DataPosition:
     def _next_rows(self, batches: int, epoch: int) -> tuple[str | None, str | None]:
         """Returns hashes of the indices and the contents of the rows that follow; contents None where they vary.
 
-        Rows once found to vary are not read again: that would draw from their generator.
+        Whether they do is found out once per run, by reading rows twice. Those that vary are not read again: that would
+        draw from their generator.
         """
-        indices = loaders.following_rows(self.run.loader, batches, epoch)
+        run = self.run
+        indices = loaders.following_rows(run.loader, batches, epoch)
         if indices is None:
             return None, None
-        rows = None if self.run.random_rows else rows_digest(self.run.loader.dataset, indices)
-        self.run.random_rows = rows is None
-        return digest(indices), rows
+        rows = None if run.random_rows else rows_digest(run.loader.dataset, indices)
+        if run.random_rows is None:
+            run.random_rows = rows_digest(run.loader.dataset, indices) != rows
+        return digest(indices), None if run.random_rows else rows
 
     def load_state_dicts(self, states: list[dict[str, Any]]) -> None:
         """As `load_state_dict`, for another number of processes than before: the position is the same on all."""

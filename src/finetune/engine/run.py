@@ -44,8 +44,8 @@ class TrainingRun:
         window_batches: micro-batches of the current window (`current_gradient_accumulation_steps`).
         flos: floating point operations of this process since they were last stored.
         observers: who watches the first update: `micro_batch(model)`, `before_update` and `after_update`.
-        random_rows: whether rows come out differently each time they are read, as far as is known; such rows are not
-            compared when a run is resumed.
+        random_rows: whether rows come out differently each time they are read, None before it is known; such rows are
+            not compared when a run is resumed.
         ledger, precision: its memory and its number formats, for the report; None when nobody asked.
     """
 
@@ -77,7 +77,7 @@ class TrainingRun:
     flos: float = 0.0
     tokens: Any = 0
     observers: list[Any] = field(default_factory=list)
-    random_rows: bool = False
+    random_rows: bool | None = None
     ledger: Any = None
     precision: Any = None
 
