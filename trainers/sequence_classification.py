@@ -27,29 +27,10 @@ from typing import Any
 
 
 def parse(argv: Sequence[str] | None = None, prog: str | None = None) -> tuple[Any, Any, Any, Any]:
-    """Returns (ScriptArguments, SequenceClassificationConfig, ModelConfig, DatasetMixtureConfig).
+    """Returns (ScriptArguments, SequenceClassificationConfig, ModelConfig, DatasetMixtureConfig), checked early."""
+    from finetune import SequenceClassificationConfig, parse_program
 
-    They are checked as far as that needs no model and no data set.
-    """
-    from finetune import (
-        DatasetMixtureConfig,
-        ModelConfig,
-        ScriptArguments,
-        SequenceClassificationConfig,
-        check_before_start,
-        parse_arguments,
-    )
-
-    types = (ScriptArguments, SequenceClassificationConfig, ModelConfig, DatasetMixtureConfig)
-    script_args, training_args, model_args, dataset_args = parse_arguments(types, argv, prog=prog, description=__doc__)
-    check_before_start(
-        training_args,
-        model_args.model_name_or_path,
-        model_args=model_args,
-        script_args=script_args,
-        dataset_args=dataset_args,
-    )
-    return script_args, training_args, model_args, dataset_args
+    return parse_program(SequenceClassificationConfig, argv, prog=prog, description=__doc__)
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:

@@ -41,6 +41,7 @@ _EXPORTS: dict[str, str] = {
     "DatasetMixtureConfig": "cli.script_arguments",
     "check_before_start": "cli.programs",
     "finish_program": "cli.programs",
+    "parse_program": "cli.programs",
     "run_program": "cli.programs",
     "ignore_bias_buffers": "cli.programs",
     "parse_arguments": "arguments",

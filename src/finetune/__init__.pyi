@@ -8,6 +8,7 @@ from finetune.cli.datasets import load_datasets as load_datasets
 from finetune.cli.programs import check_before_start as check_before_start
 from finetune.cli.programs import finish_program as finish_program
 from finetune.cli.programs import ignore_bias_buffers as ignore_bias_buffers
+from finetune.cli.programs import parse_program as parse_program
 from finetune.cli.programs import run_program as run_program
 from finetune.cli.script_arguments import DatasetConfig as DatasetConfig
 from finetune.cli.script_arguments import DatasetMixtureConfig as DatasetMixtureConfig

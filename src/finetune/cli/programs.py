@@ -109,6 +109,30 @@ def finish_program(trainer: Any, result: Any, card: dict[str, Any], evaluate: bo
     trainer.end()
 
 
+def parse_program(
+    config: type, argv: Sequence[str] | None = None, *, prog: str | None = None, description: str | None = None
+) -> tuple[Any, Any, Any, Any]:
+    """Returns (ScriptArguments, `config`, ModelConfig, DatasetMixtureConfig) of the command line of a program.
+
+    They are checked as far as that needs no model and no data set; raises as `check_before_start`.
+    """
+    from finetune.arguments import parse_arguments
+    from finetune.cli.script_arguments import DatasetMixtureConfig, ModelConfig, ScriptArguments
+
+    types = (ScriptArguments, config, ModelConfig, DatasetMixtureConfig)
+    script_args, training_args, model_args, dataset_args = parse_arguments(
+        types, argv, prog=prog, description=description
+    )
+    check_before_start(
+        training_args,
+        model_args.model_name_or_path,
+        model_args=model_args,
+        script_args=script_args,
+        dataset_args=dataset_args,
+    )
+    return script_args, training_args, model_args, dataset_args
+
+
 def check_before_start(
     args: Any, model: str | None, *, model_args: Any = None, script_args: Any = None, dataset_args: Any = None
 ) -> None:
