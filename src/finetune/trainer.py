@@ -98,27 +98,25 @@ class Trainer(EvaluationMethods, OptimizerMethods, SavingMethods):
                 self._guard = stack.enter_context(saving_on_signals(self.callback_handler, self.accelerator))
             if checkpoint is not None and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
                 self._load_from_checkpoint(checkpoint)
-            loop: Any = self._inner_training_loop
-            if args.auto_find_batch_size:
-                from accelerate.utils import find_executable_batch_size
-
-                loop = find_executable_batch_size(
-                    lambda batch_size, **rest: self._inner_training_loop(batch_size=batch_size, **rest),
-                    starting_batch_size=self._starting_batch_size(checkpoint),
-                )
-            else:
-                loop = partial(loop, batch_size=self._train_batch_size)
-            if trial is None:
-                stack.enter_context(checkpoints.report_last_on_error(self._get_output_dir(trial), self._writer))
-                stack.enter_context(self._saving_on_exception(trial))
-            else:
-                stack.enter_context(self._writer.finishing())
+            loop = self._loop_with_batch_size(checkpoint)
+            stack.enter_context(self._settling_checkpoints(trial))
             return loop(
                 args=args,
                 resume_from_checkpoint=checkpoint,
                 trial=trial,
                 ignore_keys_for_eval=ignore_keys_for_eval,
             )
+
+    def _loop_with_batch_size(self, checkpoint: str | None) -> Callable[..., TrainOutput]:
+        """Returns `_inner_training_loop` with the batch size, with `auto_find_batch_size` the largest that fits."""
+        if not self.args.auto_find_batch_size:
+            return partial(self._inner_training_loop, batch_size=self._train_batch_size)
+        from accelerate.utils import find_executable_batch_size
+
+        return find_executable_batch_size(
+            lambda batch_size, **rest: self._inner_training_loop(batch_size=batch_size, **rest),
+            starting_batch_size=self._starting_batch_size(checkpoint),
+        )
 
     def _inner_training_loop(
         self,

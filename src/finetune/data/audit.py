@@ -265,15 +265,6 @@ def count_rows(dataset: Any) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(lengths), np.concatenate(supervised)
 
 
-def highest_token_id(dataset: Any) -> int:
-    """Returns the largest value of `input_ids` in a map-style data set; -1 for one that cannot be read by column."""
-    if "input_ids" not in (getattr(dataset, "column_names", None) or ()) or not hasattr(dataset, "data"):
-        return -1
-    columns = dataset.with_format("arrow", columns=["input_ids"])
-    batches = (table["input_ids"].combine_chunks().flatten() for table in columns.iter(batch_size=10_000))
-    return max((int(ids.to_numpy(zero_copy_only=False).max()) for ids in batches if len(ids)), default=-1)
-
-
 def audit_table(audits: Mapping[str, SupervisionAudit]) -> str:
     """Returns one table with a column per split, followed by the warnings of each, ready to print."""
     splits = list(audits.values())

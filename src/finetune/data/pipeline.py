@@ -32,6 +32,7 @@ from finetune.data.mapped import (
     kept_columns,
     output_features,
 )
+from finetune.data.pretokenized import holds_integers
 from finetune.data.settings import DataSettings
 from finetune.data.tokenize import NOTHING_TRAINED
 from finetune.data.watchdog import map_with_workers
@@ -220,7 +221,7 @@ def _already_prepared(dataset: Any, columns: Sequence[str], settings: DataSettin
             f"The {name} data set is packed (`seq_lengths`) but has no `labels`. Pack rows that have them."
         )
     packed = "seq_lengths" in columns
-    odd = [key for key in ("input_ids", "labels") if key in columns and not _holds_integers(dataset, key)]
+    odd = [key for key in ("input_ids", "labels") if key in columns and not holds_integers(dataset, key)]
     if odd and packed:
         raise DataFormatError(
             f"The {name} data set is packed (`seq_lengths`), but {' and '.join(map(repr, odd))} do not hold a list of "
@@ -246,17 +247,6 @@ def _not_utf8(dataset: Any, name: str, error: UnicodeDecodeError) -> str:
     except UnicodeDecodeError as again:
         found = again
     return f"Row {row} of the {name} data set holds text that is not UTF-8: {found}. Repair or remove it."
-
-
-def _holds_integers(dataset: Any, column: str) -> bool:
-    """Returns whether Arrow stores a column as lists of integers without a missing value."""
-    import pyarrow as pa
-
-    values = dataset.data.column(column)
-    if not (pa.types.is_list(values.type) or pa.types.is_large_list(values.type)):
-        return False
-    whole = not values.null_count and not any(chunk.flatten().null_count for chunk in values.chunks)
-    return whole and pa.types.is_integer(values.type.value_type)
 
 
 def _prepare_stream(

@@ -112,3 +112,23 @@ def _array(values: list[Any]) -> np.ndarray | None:
 
 def _fail(row: int, name: str, found: str, remedy: str) -> NoReturn:
     raise DataFormatError(f"Row {row} of the {name} data set: {found}. {remedy}")
+
+
+def holds_integers(dataset: Any, column: str) -> bool:
+    """Returns whether Arrow stores a column as lists of integers without a missing value."""
+    import pyarrow as pa
+
+    values = dataset.data.column(column)
+    if not (pa.types.is_list(values.type) or pa.types.is_large_list(values.type)):
+        return False
+    whole = not values.null_count and not any(chunk.flatten().null_count for chunk in values.chunks)
+    return whole and pa.types.is_integer(values.type.value_type)
+
+
+def highest_token_id(dataset: Any) -> int:
+    """Returns the largest value of `input_ids` in a map-style data set; -1 for one that cannot be read by column."""
+    if "input_ids" not in (getattr(dataset, "column_names", None) or ()) or not hasattr(dataset, "data"):
+        return -1
+    columns = dataset.with_format("arrow", columns=["input_ids"])
+    batches = (table["input_ids"].combine_chunks().flatten() for table in columns.iter(batch_size=10_000))
+    return max((int(ids.to_numpy(zero_copy_only=False).max()) for ids in batches if len(ids)), default=-1)

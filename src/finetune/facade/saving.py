@@ -166,6 +166,17 @@ class SavingMethods(TrainerBase):
         return checkpoints.determine_best_metric(metrics, args=self.args, state=self.state)
 
     @contextlib.contextmanager
+    def _settling_checkpoints(self, trial: Any) -> Iterator[None]:
+        """Waits for the last write at the end of the block. An error, but in a search, saves and says what there is."""
+        if trial is not None:
+            with self._writer.finishing():
+                yield
+            return
+        reporting = checkpoints.report_last_on_error(self._get_output_dir(trial), self._writer)
+        with reporting, self._saving_on_exception(trial):
+            yield
+
+    @contextlib.contextmanager
     def _saving_on_exception(self, trial: Any) -> Iterator[None]:
         """Within, an error saves a checkpoint (`save_on_exception`) before it goes on to the caller."""
         try:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from finetune.data.audit import highest_token_id
+from finetune.data.pretokenized import highest_token_id
 from finetune.data.templates import adopt_chat_template, fit_vocabulary
 from finetune.distributed import ranks
 from finetune.distributed.divided import whole_where_used
