@@ -256,3 +256,9 @@ def available_trackers() -> list[str]:
     from transformers.integrations import get_available_reporting_integrations
 
     return get_available_reporting_integrations()
+
+
+def tokenizer_of(processing_class: Any) -> Any:
+    """Returns the tokenizer of a processor of transformers, or the tokenizer itself."""
+    inner = getattr(processing_class, "tokenizer", None)
+    return inner if inner is not None and hasattr(inner, "get_vocab") else processing_class

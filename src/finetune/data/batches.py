@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from finetune.compat import tokenizer_of
 from finetune.data.chat import parse_json_column
 from finetune.data.encoder import Encoder
 from finetune.data.formats import (
@@ -51,7 +52,7 @@ class BatchProcessor:
         *,
         weighted: bool | None = None,
     ) -> None:
-        self.tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        self.tokenizer = tokenizer_of(processing_class)
         self.settings = settings
         self.name = name
         self.formats = settings.formatting_func is not None and "input_ids" not in first_row

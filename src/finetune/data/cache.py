@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from finetune.compat import tokenizer_of
 from finetune.data.settings import PIPELINE_VERSION, DataSettings
 
 KeyParts = dict[str, Any]
@@ -36,7 +37,7 @@ def key_parts(dataset: Any, processing_class: Any, settings: DataSettings, templ
     """Returns what decides the prepared rows of a data set, by name."""
     import tokenizers
 
-    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    tokenizer = tokenizer_of(processing_class)
     return {
         "data": dataset._fingerprint,
         "tokenizer": tokenizer_digest(tokenizer),

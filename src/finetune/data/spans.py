@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from finetune.compat import tokenizer_of
 from finetune.data.chat import common_prefix_length
 from finetune.data.formats import Conversations
 from finetune.data.span_check import Span, answer_core, verify_spans
@@ -53,7 +54,7 @@ class ChatRenderer:
     ) -> None:
         from finetune.data.templates import has_generation_markers, resolve_template
 
-        self.tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        self.tokenizer = tokenizer_of(processing_class)
         self.name = name
         self.template = resolve_template(processing_class, template)
         self.tool_template = resolve_template(processing_class, template, tools=True)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from finetune.compat import tokenizer_of
 from finetune.data.training_templates import find_training_template
 from finetune.errors import DataFormatError, ModelLoadError
 
@@ -81,7 +82,7 @@ def adopt_chat_template(processing_class: Any, path: str, argument: str = "sourc
     A processor gets the template beside its tokenizer. Returns the tokens that are new. This is the half of
     `clone_chat_template` that needs no model.
     """
-    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    tokenizer = tokenizer_of(processing_class)
     source = None if path.endswith((".jinja", ".j2")) else _load_tokenizer(path, argument)
     template = load_chat_template(path) if source is None else resolve_template(source)
     processing_class.chat_template = tokenizer.chat_template = template
@@ -100,7 +101,7 @@ def fit_vocabulary(
     """Gives `model` rows for the tokenizer's tokens and its EOS; returns the ids of `added` and of the placeholders."""
     from transformers import AddedToken
 
-    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    tokenizer = tokenizer_of(processing_class)
     added = list(added)
     model.config.get_text_config().eos_token_id = tokenizer.eos_token_id
     if getattr(model, "generation_config", None) is not None:
@@ -135,7 +136,7 @@ def get_training_chat_template(processing_class: Any, chat_template: str | None 
 
 def try_training_template(processing_class: Any, chat_template: str | None = None) -> str | None:
     """Returns an equal template with markers, or None if there is none (see `training_templates.py`)."""
-    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    tokenizer = tokenizer_of(processing_class)
     if not getattr(tokenizer, "is_fast", False):
         return None
     original = resolve_template(processing_class, chat_template)
@@ -152,7 +153,7 @@ def stop_token_ids(processing_class: Any, chat_template: str | None = None) -> s
 
     The marker is the first token after the text of an assistant turn that belongs to the added vocabulary.
     """
-    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    tokenizer = tokenizer_of(processing_class)
     after = _after_answer(processing_class, chat_template, 3)
     if after is None:
         after = _after_answer(processing_class, chat_template, 2) or []
@@ -175,7 +176,7 @@ def _after_answer(processing_class: Any, chat_template: str | None, num_turns: i
 
     None where there is no template, or it refuses such a conversation.
     """
-    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    tokenizer = tokenizer_of(processing_class)
     turns = [("user", "probe"), ("assistant", "answer#0"), ("user", "user#1")][:num_turns]
     try:
         template = resolve_template(processing_class, chat_template)
@@ -192,7 +193,7 @@ def is_chat_template_stop_token_trained(processing_class: Any, chat_template: st
     Rendered is an answer followed by another question; the last marked token that is not white space must be one of
     `stop_token_ids`. A template without markers gives False. Same question as TRL's function of this name.
     """
-    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    tokenizer = tokenizer_of(processing_class)
     template = resolve_template(processing_class, chat_template)
     if not has_generation_markers(template):
         return False

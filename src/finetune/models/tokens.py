@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from finetune.compat import tokenizer_of
 from finetune.errors import ArgumentError, nearest
 from finetune.models.adapters import unwrap
 
@@ -18,7 +19,7 @@ def align_special_tokens(model: nn.Module, processing_class: Any) -> dict[str, i
     and end-of-sequence ids are only added, because a generation config may stop at several. With a tokenizer whose
     EOS is 7 and a generation config that stops at [2, 5], the result stops at [7, 2, 5].
     """
-    tokenizer = _tokenizer(processing_class)
+    tokenizer = tokenizer_of(processing_class)
     base: Any = unwrap(model)
     if getattr(base, "config", None) is None:
         return {}
@@ -46,7 +47,7 @@ def choose_pad_token(processing_class: Any, model: nn.Module | None = None, pad_
 
     Raises `ArgumentError` if there is no such token, or if its row lies outside the model's embedding.
     """
-    tokenizer = _tokenizer(processing_class)
+    tokenizer = tokenizer_of(processing_class)
     token = pad_token or tokenizer.pad_token or tokenizer.eos_token
     if token is None:
         raise ArgumentError(
@@ -75,7 +76,7 @@ def choose_eos_token(processing_class: Any, eos_token: str, model: nn.Module | N
 
     Generation keeps the stop tokens it had and gains this one. Raises `ArgumentError` if it is not in the vocabulary.
     """
-    tokenizer = _tokenizer(processing_class)
+    tokenizer = tokenizer_of(processing_class)
     token_id = _known_id(tokenizer, eos_token, "eos_token")
     tokenizer.eos_token = eos_token
     if model is not None:
@@ -102,7 +103,7 @@ def add_tokens(
 
     With 100 tokens, 128 embedding rows and 3 new tokens the result is [100, 101, 102] and the model is unchanged.
     """
-    tokenizer = _tokenizer(processing_class)
+    tokenizer = tokenizer_of(processing_class)
     known = tokenizer.get_vocab()
     fresh = [token for token in dict.fromkeys(tokens) if token not in known]
     if not fresh:
@@ -112,12 +113,6 @@ def add_tokens(
     if len(tokenizer) > base.get_input_embeddings().weight.shape[0]:
         base.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=pad_to_multiple_of)
     return [int(each) for each in tokenizer.convert_tokens_to_ids(fresh)]
-
-
-def _tokenizer(processing_class: Any) -> Any:
-    """Returns the tokenizer of a processor, or the tokenizer itself."""
-    inner = getattr(processing_class, "tokenizer", None)
-    return inner if inner is not None and hasattr(inner, "get_vocab") else processing_class
 
 
 def _known_id(tokenizer: Any, token: str, argument: str) -> int:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from finetune.compat import tokenizer_of
 from finetune.data.pretokenized import highest_token_id
 from finetune.data.templates import adopt_chat_template, fit_vocabulary
 from finetune.distributed import ranks
@@ -47,7 +48,7 @@ def load_tokenizer_for_sft(args: SFTConfig, model: Any, processing_class: Any = 
     path = args.chat_template_path
     if path is None:
         return SFTTokenizer(processing_class, [], False)
-    inner = _tokenizer(processing_class)
+    inner = tokenizer_of(processing_class)
     added = adopt_chat_template(inner, path, "chat_template_path")
     if inner is not processing_class:
         processing_class.chat_template = inner.chat_template
@@ -76,7 +77,7 @@ def load_model_for_sft(
     if args.eos_token is not None:
         choose_eos_token(tokenizer.processing_class, args.eos_token, model)
     added = (
-        fit_vocabulary(model, _tokenizer(tokenizer.processing_class), tokenizer.added) if tokenizer.is_cloned else []
+        fit_vocabulary(model, tokenizer_of(tokenizer.processing_class), tokenizer.added) if tokenizer.is_cloned else []
     )
     if peft_config is None:
         cast_given_adapters(model)
@@ -106,7 +107,7 @@ def check_rows(
     samples (`packing`) are longer than what takes positions.
     """
     splits = [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, Mapping) else [eval_dataset])]
-    _check_vocabulary(model, _tokenizer(processing_class), splits)
+    _check_vocabulary(model, tokenizer_of(processing_class), splits)
     positions = None if packing else learned_positions(model)
     longest = max(longest_row(split, None) or 0 for split in splits)
     if positions is not None and longest > positions:
@@ -114,10 +115,6 @@ def check_rows(
             f"The longest row has {longest} tokens, and {type(unwrap(model)).__name__} has {positions} positions. Set "
             f"`max_length={positions}`."
         )
-
-
-def _tokenizer(processing_class: Any) -> Any:
-    return getattr(processing_class, "tokenizer", processing_class)
 
 
 def _check_vocabulary(model: nn.Module, tokenizer: Any, splits: list[Any]) -> None:
