@@ -19,6 +19,7 @@ from finetune.arguments import TrainingArguments, note_arguments
 from finetune.checkpoint import manager as checkpoints
 from finetune.checkpoint.preemption import saving_on_signals
 from finetune.compat import TrainOutput
+from finetune.control.builtin import close_bars
 from finetune.data import loader as loaders
 from finetune.distributed import prepare as preparation
 from finetune.engine import checks, features, setup, step
@@ -77,6 +78,7 @@ class Trainer(EvaluationMethods, OptimizerMethods, SavingMethods):
         checkpoint = checkpoints.resolve_resume(resume_from_checkpoint, self._get_output_dir(trial))
         with contextlib.ExitStack() as stack:
             self.is_in_train = True
+            stack.callback(close_bars, self.callback_handler.callbacks)
             stack.callback(self._release_optimizer)
             stack.callback(setattr, self, "is_in_train", False)
             if self.model_init is not None:

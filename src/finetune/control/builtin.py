@@ -1,7 +1,7 @@
 """The callbacks every run needs: the default flow, progress on the terminal, and early stopping."""
 
 import logging
-from collections.abc import Sized
+from collections.abc import Iterable, Sized
 from typing import Any
 
 import numpy as np
@@ -64,7 +64,7 @@ class ProgressCallback(TrainerCallback):
         # A resumed run starts in the middle: `initial` keeps the earlier steps out of the measured rate.
         self.current_step = state.global_step
         if state.is_world_process_zero:
-            self._close_prediction_bar()
+            self.close()
             self._watch_messages(True)
             self.training_bar = tqdm(total=state.max_steps, initial=self.current_step, dynamic_ncols=True, unit="step")
 
@@ -113,10 +113,12 @@ class ProgressCallback(TrainerCallback):
         self.training_bar.write(str(shown))
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.training_bar is not None:
-            self.training_bar.close()
-            self.training_bar = None
-        self._watch_messages(False)
+        self._close_training_bar()
+
+    def close(self) -> None:
+        """Closes the bars: the next ones would be drawn below those that an error has left open."""
+        self._close_prediction_bar()
+        self._close_training_bar()
 
     def _watch_messages(self, watch: bool) -> None:
         for handler in self._handlers:
@@ -141,6 +143,19 @@ class ProgressCallback(TrainerCallback):
         if self.prediction_bar is not None:
             self.prediction_bar.close()
             self.prediction_bar = None
+
+    def _close_training_bar(self) -> None:
+        if self.training_bar is not None:
+            self.training_bar.close()
+            self.training_bar = None
+        self._watch_messages(False)
+
+
+def close_bars(callbacks: Iterable[Any]) -> None:
+    """Closes the progress bars that are still open. Called when training or an evaluation ends, by an error too."""
+    for callback in callbacks:
+        if isinstance(callback, ProgressCallback):
+            callback.close()
 
 
 class PrinterCallback(TrainerCallback):

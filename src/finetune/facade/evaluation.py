@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from finetune.checkpoint import manager as checkpoints
 from finetune.compat import EvalLoopOutput, PredictionOutput
+from finetune.control.builtin import close_bars
 from finetune.distributed import prepare as preparation
 from finetune.engine import evaluation, prediction, step
 from finetune.facade.data import DataMethods
@@ -64,7 +65,12 @@ class EvaluationMethods(DataMethods):
         if description == "Evaluation":
             # Without metrics nobody looks at the predictions.
             options["prediction_loss_only"] = True if self.compute_metrics is None else None
-        output = self.evaluation_loop(loader, description=description, **options)
+        try:
+            output = self.evaluation_loop(loader, description=description, **options)
+        except BaseException:
+            if not self.is_in_train:
+                close_bars(self.callback_handler.callbacks)
+            raise
         start += output.metrics.get(f"{prefix}_model_preparation_time", 0.0)
         steps = math.ceil(output.num_samples / (self.args.eval_batch_size * self.args.world_size))
         output.metrics.update(speed.speed_metrics(prefix, start, num_samples=output.num_samples, num_steps=steps))

@@ -1,14 +1,17 @@
 import io
 import logging
 from types import SimpleNamespace
+from weakref import WeakSet
 
 import pytest
+from tqdm import tqdm
 
 from finetune.control.builtin import (
     DefaultFlowCallback,
     EarlyStoppingCallback,
     PrinterCallback,
     ProgressCallback,
+    close_bars,
 )
 from finetune.control.state import TrainerControl, TrainerState
 from finetune.errors import ArgumentError
@@ -158,6 +161,12 @@ def test_early_stopping_names_the_metrics_there_are(caplog):
     assert not control.should_training_stop and callback.early_stopping_patience_counter == 0
 
 
+@pytest.fixture(autouse=True)
+def no_open_bars(monkeypatch):
+    """Bars that other tests left open would move those of these tests down."""
+    monkeypatch.setattr(tqdm, "_instances", WeakSet())
+
+
 def test_messages_do_not_continue_the_line_of_a_bar(monkeypatch):
     screen = io.StringIO()
     monkeypatch.setattr("sys.stderr", screen)
@@ -173,3 +182,14 @@ def test_messages_do_not_continue_the_line_of_a_bar(monkeypatch):
     last_on_their_lines = [line.split("\r")[-1] for line in screen.getvalue().split("\n")]
     assert last_on_their_lines[:2] == ["After the first step", "Trained"]
     assert "1/4" in screen.getvalue() and handler.filters == []
+
+
+def test_a_second_start_closes_the_bars_of_the_first():
+    callback, state, control = ProgressCallback(), TrainerState(max_steps=4), TrainerControl()
+    callback.on_train_begin(None, state, control)
+    callback.on_prediction_step(None, state, control, eval_dataloader=range(3))
+    first, evaluating = callback.training_bar, callback.prediction_bar
+    callback.on_train_begin(None, state, control)
+    assert first.disable and evaluating.disable and not callback.training_bar.disable
+    close_bars([callback, PrinterCallback()])
+    assert callback.training_bar is callback.prediction_bar is None and not tqdm._instances

@@ -11,6 +11,7 @@ import transformers
 from datasets import Dataset
 
 import finetune
+from finetune.control.builtin import ProgressCallback
 from finetune.engine import checks, setup
 from finetune.errors import ArgumentError
 
@@ -234,6 +235,26 @@ def test_an_exception_saves_if_asked_and_goes_on_to_the_caller(saves: bool, tiny
     with pytest.raises(KeyError, match="bomb"):
         trainer.train()
     assert (tmp_path / "checkpoint-1").is_dir() == saves
+
+
+@pytest.mark.parametrize("during", ["train", "evaluate"])
+def test_an_error_leaves_no_bar_open(during: str, tiny_bert: Any, tmp_path: Path) -> None:
+    class Failing(finetune.TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            raise RuntimeError("here")
+
+        on_prediction_step = on_step_end
+
+    args = finetune.TrainingArguments(str(tmp_path), **{**COMMON, "disable_tqdm": False})
+    trainer = finetune.Trainer(
+        model=tiny_bert(), args=args, train_dataset=rows(), eval_dataset=rows(), callbacks=[Failing]
+    )
+    progress = next(known for known in trainer.callback_handler.callbacks if isinstance(known, ProgressCallback))
+    trainer.remove_callback(progress)
+    trainer.callback_handler.callbacks.insert(0, progress)
+    with pytest.raises(RuntimeError, match="here"):
+        getattr(trainer, during)()
+    assert progress.training_bar is progress.prediction_bar is None
 
 
 def test_the_output_folder_is_there_from_the_start(tiny_bert: Any, tmp_path: Path) -> None:
