@@ -106,11 +106,13 @@ def work(side: str, settings: dict[str, Any], pause: Pause) -> None:
 
 def main() -> None:
     bench = Bench("loop_overhead", "Overhead per step over a bare loop, tiny model", work, __doc__)
-    steps = 400
+    # The speed of a shared machine wanders over seconds by more than the overhead: short windows that take turns often
+    # meet the same speed, and the median of many differences is what is left.
+    steps = 100
     # Two threads wait for each other longer than they compute on a model so small, and the waiting varies most.
     one_thread = {"OMP_NUM_THREADS": "1"}
     sides = {name: {"steps": steps, "env": one_thread} for name in ("bare loop", "transformers", "finetune")}
-    case = bench.case("tiny model", sides, pairs=5 if bench.fast else 15, settings={"steps": steps})
+    case = bench.case("tiny model", sides, pairs=30 if bench.fast else 100, settings={"steps": steps})
     overheads: dict[str, list[float]] = {"transformers": [], "finetune": []}
     for each in case.rounds:
         for side, found in overheads.items():
