@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from finetune import environment
 from finetune.checkpoint import layout
 from finetune.checkpoint.rng import numpy_array_globals
 from finetune.distributed.accelerator import fsdp_version
@@ -131,17 +132,9 @@ def safe_loading(folder: Path) -> Iterator[None]:
     """
     for path in folder.rglob(".metadata"):
         _MetadataReader.check(path)
-    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
+    with environment.temporarily("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1"):
         with torch.serialization.safe_globals([*_deepspeed_globals(), *numpy_array_globals()]):
             yield
-    finally:
-        if before is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = before
 
 
 class _MetadataReader(pickle.Unpickler):

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from finetune import environment
 from finetune.errors import ArgumentError, CheckpointError, FinetuneError, nearest
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -54,11 +55,11 @@ def run_program(main: Program, argv: Sequence[str] | None = None) -> int:
     """
     try:
         main(argv)
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if environment.world_size() > 1:
             _leave()
     except FinetuneError as error:
-        rank = os.environ.get("RANK", "0")
-        who = "error" if rank == "0" else f"error in process {rank}"
+        rank = environment.rank()
+        who = "error" if rank == 0 else f"error in process {rank}"
         print(f"{who}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, ArgumentError) else 1
     except KeyboardInterrupt:

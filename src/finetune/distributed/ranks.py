@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -22,11 +21,6 @@ def process_index() -> int:
 def is_world_process_zero() -> bool:
     """Returns whether this is the one process that writes what all share."""
     return process_index() == 0
-
-
-def launched_world_size() -> int:
-    """Returns how many processes the launcher started, from its environment; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def broadcast_object(value: Any, source: int = 0) -> Any:

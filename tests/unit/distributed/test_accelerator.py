@@ -72,7 +72,7 @@ def test_contradictions_are_refused(tmp_path) -> None:
         build_accelerator(arguments(tmp_path, accelerator_config=accumulation))
     args = arguments(tmp_path)
     args.fsdp, args.deepspeed = True, "zero2.json"
-    with pytest.raises(ArgumentError, match="Keep one of them"):
+    with pytest.raises(ArgumentError, match="exclude each other"):
         build_accelerator(args)
 
 

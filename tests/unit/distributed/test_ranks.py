@@ -33,13 +33,6 @@ def test_alone() -> None:
     assert ranks.broadcast_object("x") == "x"
 
 
-def test_launched_world_size(monkeypatch) -> None:
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert ranks.launched_world_size() == 1
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    assert ranks.launched_world_size() == 4
-
-
 def test_two_processes_know_each_other(tmp_path) -> None:
     command = [sys.executable, "-c", PROGRAM]
     started = [subprocess.Popen([*command, str(rank), str(tmp_path)]) for rank in (0, 1)]
