@@ -40,5 +40,19 @@ def highest(value: torch.Tensor) -> torch.Tensor:
     return value
 
 
+def sum_over_processes(value: torch.Tensor, accelerator: Any) -> torch.Tensor:
+    """Returns the sum of the processes' values of a tensor on every process; of one process, the tensor itself."""
+    if accelerator.num_processes == 1:
+        return value
+    reduced = accelerator.reduce(value, reduction="sum")
+    assert isinstance(reduced, torch.Tensor)
+    return reduced
+
+
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """Returns the dtype of sums on `device`: float64, which Apple's GPUs do not have."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def _initialised() -> bool:
     return dist.is_available() and dist.is_initialized()

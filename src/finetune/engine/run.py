@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from finetune.distributed import ranks
 from finetune.engine.meter import LossMeter
 from finetune.engine.plan import ResumePoint, StepPlan
 from finetune.hooks import LoopHooks
@@ -139,9 +140,7 @@ class TrainingRun:
         count, self.tokens = self.tokens, 0
         if self.accelerator.num_processes > 1:
             local = torch.as_tensor(count, dtype=torch.int64, device=self.args.device)
-            reduced = self.accelerator.reduce(local, reduction="sum")
-            assert isinstance(reduced, Tensor)
-            return int(reduced)
+            return int(ranks.sum_over_processes(local, self.accelerator))
         return int(count)
 
     def step_schedule(self) -> None:
