@@ -23,7 +23,8 @@ from finetune.checkpoint import layout
 from finetune.checkpoint.rng import numpy_array_globals
 from finetune.distributed.accelerator import fsdp_version
 from finetune.errors import CheckpointError
-from finetune.models.adapters import is_peft_model, unwrap
+from finetune.models.adapters import unwrap
+from finetune.wrappers import is_peft_model, unwrap_optimizer
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ def load_sharded_optimizer(folder: Path, *, accelerator: Any, model: nn.Module, 
             # What is loaded are the shards of what the optimizer holds, and a new one holds nothing.
             from torch.distributed.checkpoint.state_dict import _init_optim_state
 
-            _init_optim_state(getattr(optimizer, "optimizer", optimizer))
+            _init_optim_state(unwrap_optimizer(optimizer))
         with safe_loading(folder), restoring(folder):
             load_fsdp_optimizer(
                 plugin, accelerator, optimizer, model, str(folder), **_adapter_only(load_fsdp_optimizer, accelerator)

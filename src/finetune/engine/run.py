@@ -14,8 +14,8 @@ from finetune.distributed import ranks
 from finetune.engine.meter import LossMeter
 from finetune.engine.plan import ResumePoint, StepPlan
 from finetune.hooks import LoopHooks
-from finetune.optim.fused_backward import unwrap
 from finetune.optim.schedules import needs_metric
+from finetune.wrappers import clips_its_own_gradients
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -91,7 +91,7 @@ class TrainingRun:
         self._no_sync = partial(self.accelerator.no_sync, model=self.model)
         self._single = self.accelerator.num_processes == 1
         # Layerwise GaLore keeps projections in place of gradients, and they too belong to one window only.
-        self._optimizer_owns_gradients = callable(getattr(unwrap(self.optimizer), "clip_grad_norm", None))
+        self._optimizer_owns_gradients = clips_its_own_gradients(self.optimizer)
         # Frozen ones too: a callback may unfreeze them.
         self._parameters = list(self.model.parameters())
         self._metric_schedule = needs_metric(self.lr_scheduler)

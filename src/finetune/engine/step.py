@@ -23,6 +23,7 @@ from finetune.data.rows import IGNORE_INDEX
 from finetune.engine.divisor import LossDivisor
 from finetune.errors import ArgumentError
 from finetune.models.adapters import unwrap
+from finetune.wrappers import clips_its_own_gradients, unwrap_optimizer
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -223,9 +224,8 @@ def clip_gradients(accelerator: "Accelerator", model: nn.Module, optimizer: Any,
 
     An optimizer that owns its gradients (layerwise GaLore keeps projections) clips them itself.
     """
-    inner = getattr(optimizer, "optimizer", optimizer)
-    if callable(clip := getattr(inner, "clip_grad_norm", None)):
-        return clip(max_norm)
+    if clips_its_own_gradients(optimizer):
+        return unwrap_optimizer(optimizer).clip_grad_norm(max_norm)
     return accelerator.clip_grad_norm_(model.parameters(), max_norm)
 
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetune.models.adapters import is_peft_model, unwrap
-from finetune.optim.fused_backward import unwrap as unwrap_optimizer
+from finetune.models.adapters import unwrap
 from finetune.reporting.ledger import LedgerRow, single
 from finetune.reporting.memory import bytes_of, format_bytes, peak_device_bytes, tensors_in
 from finetune.reporting.planned_step import PlannedStep, mixed_dtype
+from finetune.wrappers import is_peft_model, unwrap_optimizer
 
 FILE = "memory_ledger.json"
 _SHOWN = ("weights", "gradients", "moments", "bases", "activations", "peak")
