@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from finetune import environment
 from finetune.arguments.serialize import plain
 from finetune.errors import ArgumentError
+from finetune.files import write_atomically
 
 ArgumentsT = TypeVar("ArgumentsT")
 
@@ -109,9 +110,7 @@ def write_resolved_config(path: str | os.PathLike[str], *args: Any) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(resolved_config(*args), sort_keys=False, default_flow_style=None, width=120)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    write_atomically(path, text)
     return path
 
 

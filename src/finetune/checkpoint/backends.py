@@ -20,9 +20,9 @@ from torch import nn
 
 from finetune import environment
 from finetune.checkpoint import layout
-from finetune.checkpoint.rng import numpy_array_globals
+from finetune.checkpoint.files import numpy_array_globals
 from finetune.distributed.accelerator import fsdp_version, zero_stage
-from finetune.errors import CheckpointError
+from finetune.errors import CheckpointError, first_line
 from finetune.models.adapters import unwrap
 from finetune.wrappers import is_peft_model, unwrap_optimizer
 
@@ -183,7 +183,7 @@ def restoring(path: Path) -> Iterator[None]:
         raise
     except _MISFITS as e:
         raise CheckpointError(
-            f"`{path}` does not fit this run ({type(e).__name__}: {str(e).splitlines()[0][:300] if str(e) else ''}). "
+            f"`{path}` does not fit this run ({type(e).__name__}: {first_line(e)}). "
             "Resume with the model, `optim` and `lr_scheduler_type` it was saved with, or pass another "
             "`resume_from_checkpoint`."
         ) from e

@@ -15,6 +15,7 @@ from typing import Any
 
 from finetune import environment
 from finetune.errors import ArgumentError, CheckpointError, FinetuneError, nearest
+from finetune.files import checkpoint_step
 
 PACKAGE = Path(__file__).resolve().parents[1]
 PROGRAMS = {"sft": "sft.py", "classify": "sequence_classification.py"}
@@ -210,7 +211,7 @@ def finished_run(folder: Path) -> list[str]:
         names = sorted(os.listdir(folder))
     except (FileNotFoundError, NotADirectoryError):
         return []
-    found = [name for name in names if name.startswith("checkpoint-") and (folder / name).is_dir()]
+    found = [name for name in names if checkpoint_step(name) is not None and (folder / name).is_dir()]
     found += [name for pattern in _WEIGHTS for name in names if fnmatch(name, pattern)]
     return found if len(found) <= 3 else [*found[:2], f"and {len(found) - 2} more"]
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetune.errors import ArgumentError
+from finetune.errors import ArgumentError, one_line
 from finetune.kernels.attention import (
     PackedAttention,
     backbone_of,
@@ -212,8 +212,8 @@ def why_not_unpadded(model: nn.Module, padding_side: str = "right") -> str | Non
         with in_mode(model, training=False), torch.no_grad():
             return _compare(model, padding_side)
     except (ArgumentError, AssertionError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
-        told = " ".join(str(error).split())[:200]
-        return f"{type(unwrap_peft(model)).__name__} does not take such a batch ({type(error).__name__}: {told})"
+        told = f"{type(error).__name__}: {one_line(error, 200)}"
+        return f"{type(unwrap_peft(model)).__name__} does not take such a batch ({told})"
 
 
 def _compare(model: nn.Module, side: str, lengths: tuple[int, ...] = (7, 1, 9)) -> str | None:

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
+from finetune.files import format_bytes
 from finetune.optim.fused_backward import describe_optimizer
 from finetune.reporting.flops import model_flops_utilization
-from finetune.reporting.memory import format_bytes, peak_device_bytes, peak_rss_bytes, take_ledger
+from finetune.reporting.memory import peak_device_bytes, peak_rss_bytes, take_ledger
 from finetune.reporting.precision import LivePrecision
 from finetune.reporting.run_ledger import RunLedger
 from finetune.wrappers import unwrap_optimizer

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from finetune.data.samplers import list_lengths
 from finetune.distributed.memory import free_bytes
+from finetune.files import format_bytes
 from finetune.kernels.attention import backbone_of, in_mode
-from finetune.reporting.memory import format_bytes
 from finetune.wrappers import unwrap_peft
 
 # Of the memory that is free beside gradients and moments. The rest is for what is not measured: the loss, the
