@@ -51,3 +51,23 @@ def ticked(names: Iterable[str]) -> str:
     '`prompt`, `completion`'
     """
     return ", ".join(f"`{name}`" for name in names)
+
+
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """Returns all that an error says on one line, cut at `limit` characters.
+
+    >>> one_line(ValueError("two\\n  lines"))
+    'two lines'
+    """
+    said = " ".join(str(error).split())
+    return said if len(said) <= limit else said[: limit - 3] + "..."
+
+
+def first_line(error: BaseException, limit: int = 300) -> str:
+    """Returns the first line of what an error says, or the name of its class if it says nothing.
+
+    >>> first_line(RuntimeError("full disk\\nfile.cc:12")), first_line(KeyError())
+    ('full disk', 'KeyError')
+    """
+    lines = str(error).strip().splitlines()
+    return lines[0][:limit] if lines else type(error).__name__

@@ -34,8 +34,9 @@ from finetune.facade.evaluation import EvaluationMethods
 from finetune.facade.optimization import OptimizerMethods
 from finetune.facade.saving import SavingMethods
 from finetune.models.traits import check_trainable
-from finetune.optim.fused_backward import optimizer_logs, release_optimizer, unwrap
+from finetune.optim.fused_backward import optimizer_logs, release_optimizer
 from finetune.reporting import flops, header, speed
+from finetune.wrappers import clips_its_own_gradients
 
 
 class Trainer(EvaluationMethods, OptimizerMethods, SavingMethods):
@@ -258,7 +259,7 @@ class Trainer(EvaluationMethods, OptimizerMethods, SavingMethods):
 
     def _release_optimizer(self) -> None:
         """Takes the optimizer's hooks off the model (layerwise GaLore); the next `train` then makes a new one."""
-        if callable(getattr(unwrap(self.optimizer), "clip_grad_norm", None)):
+        if clips_its_own_gradients(self.optimizer):
             release_optimizer(self.optimizer)
             self._optimizer_is_released = True
 

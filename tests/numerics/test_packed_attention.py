@@ -13,13 +13,13 @@ from finetune.errors import ArgumentError
 from finetune.kernels import packed_scores
 from finetune.kernels.attention import (
     ATTENTION_NAME,
-    base_model,
     packed_unsupported_reason,
     use_packed_attention,
 )
 from finetune.kernels.isolation import probe_isolation, require_isolation
 from finetune.kernels.packed_buckets import plan_of
 from finetune.kernels.packed_scores import packed_attention
+from finetune.wrappers import unwrap_peft
 
 LENGTHS = (9, 1, 14, 3, 8, 40, 6)
 COMMON = {
@@ -192,7 +192,7 @@ def test_a_mixed_peft_model_is_looked_through() -> None:
     """It has no `get_base_model`."""
     inner = make()
     mixed = get_peft_model(inner, LoraConfig(r=2, target_modules=["q_proj"]), mixed=True)
-    assert base_model(mixed) is inner and base_model(inner) is inner
+    assert unwrap_peft(mixed) is inner and unwrap_peft(inner) is inner
     assert packed_unsupported_reason(mixed) is None
 
 

@@ -9,9 +9,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from finetune import environment
 from finetune.arguments.base import ArgumentGroup, arg, require, require_choice, require_positive
-from finetune.arguments.readers import parse_bool
 from finetune.compat import FSDPOption
+from finetune.environment import parse_bool
 from finetune.errors import ArgumentError, nearest
 
 DDP_BACKENDS = ["nccl", "gloo", "mpi", "xccl", "hccl", "cncl", "mccl"]
@@ -89,7 +90,15 @@ class DistributedArguments(ArgumentGroup):
         if self.ddp_backend is not None:
             require_choice("ddp_backend", self.ddp_backend, DDP_BACKENDS)
         require_positive("ddp_timeout", self.ddp_timeout)
-        require(not (self.fsdp and self.deepspeed), "`fsdp` and `deepspeed` exclude each other; set one.")
+        require_one_sharding(self.fsdp, self.deepspeed)
+
+
+def require_one_sharding(fsdp: Any, deepspeed: Any) -> None:
+    """Raises `ArgumentError` if both are asked for."""
+    require(
+        not (fsdp and deepspeed),
+        "`fsdp` and `deepspeed` both shard the model and exclude each other; set one.",
+    )
 
 
 def read_json(name: str, path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -217,8 +226,7 @@ def open_deepspeed(args: DistributedArguments, precision: str) -> tuple[Any, Any
 
     The configuration registers itself, so that models loaded from now on are built for ZeRO, for as long as it lives.
     """
-    variable = "ACCELERATE_USE_DEEPSPEED"
-    if not (args.deepspeed or parse_bool(variable, os.environ.get(variable, "false"))):
+    if not (args.deepspeed or environment.launched_sharding("deepspeed")):
         return None, None
     from accelerate.utils import DeepSpeedPlugin
 

@@ -2,12 +2,11 @@
 
 # ruff: noqa: RUF009
 
-import os
 from dataclasses import dataclass
 from typing import Any
 
+from finetune import environment
 from finetune.arguments.base import ArgumentGroup, arg, require
-from finetune.arguments.readers import parse_bool
 from finetune.errors import ArgumentError
 
 
@@ -28,7 +27,7 @@ class PrecisionArguments(ArgumentGroup):
             return "fp16"
         if self.bf16:
             return "bf16"
-        return os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+        return environment.launched_precision()
 
     def _validate(self) -> None:
         require(not (self.fp16 and self.bf16), "`fp16=True` and `bf16=True` exclude each other; set one.")
@@ -36,7 +35,7 @@ class PrecisionArguments(ArgumentGroup):
             not (self.fp16_full_eval and self.bf16_full_eval),
             "`fp16_full_eval=True` and `bf16_full_eval=True` exclude each other; set one.",
         )
-        launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+        launched = environment.launched_precision()
         asked = "fp16" if self.fp16 else "bf16" if self.bf16 else "no"
         if "no" not in (launched, asked) and launched != asked:
             raise ArgumentError(
@@ -161,7 +160,7 @@ def bf16_supported(emulated: bool = True) -> bool:
 
 def best_precision(use_cpu: bool) -> str:
     """Returns the number format that suits the device: `"bf16"`, `"fp16"`, or `"no"` for float32 on a CPU."""
-    cpu = use_cpu or parse_bool("ACCELERATE_USE_CPU", os.environ.get("ACCELERATE_USE_CPU", "false"))
+    cpu = use_cpu or environment.launched_on_cpu()
     if cpu or not accelerator_present():
         return "no"
     return "bf16" if bf16_supported(emulated=False) else "fp16"

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from finetune import environment
 from finetune.arguments.distributed import DistributedArguments
 from finetune.arguments.evaluation import EvaluationArguments
 from finetune.arguments.optimization import BatchingArguments
 from finetune.arguments.performance import PrecisionArguments
-from finetune.arguments.readers import parse_bool
 from finetune.arguments.reporting import LoggingArguments
 from finetune.arguments.saving import SavingArguments
 from finetune.compat import LOG_LEVELS, ParallelMode, library_verbosity
@@ -147,7 +147,7 @@ def _open_state(args: ProcessView) -> "PartialState":
     from accelerate.state import AcceleratorState, PartialState
 
     config: Any = args.accelerator_config
-    cpu = args.use_cpu or parse_bool("ACCELERATE_USE_CPU", os.environ.get("ACCELERATE_USE_CPU", "false"))
+    cpu = args.use_cpu or environment.launched_on_cpu()
     existing = PartialState() if PartialState._shared_state else None
     if config.use_configured_state:
         if existing is None:
@@ -165,24 +165,14 @@ def _open_state(args: ProcessView) -> "PartialState":
         return existing
     settings: dict[str, Any] = {"cpu": True} if cpu else {"timeout": args.ddp_timeout_delta}
     if args.deepspeed and not cpu:
-        with environment("ACCELERATE_USE_DEEPSPEED", "true"):
+        with environment.temporarily("ACCELERATE_USE_DEEPSPEED", "true"):
             state = PartialState(**settings)
     else:
         # A single process has no process group, and accelerate fails on a backend named for none.
-        state = PartialState(backend=args.ddp_backend if _launched() else None, **settings)
-    launched = int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
-    if launched != state.num_processes:
-        raise ArgumentError(
-            f"The launcher started {launched} processes, but no process group could be formed, so each would train"
-            " alone and write to the same folder. Without accelerators set `use_cpu=True` (under DeepSpeed instead"
-            " `ddp_backend='gloo'` and the environment variable DS_ACCELERATOR=cpu)."
-        )
+        state = PartialState(backend=args.ddp_backend if environment.was_launched() else None, **settings)
+    if "LOCAL_RANK" in os.environ:
+        environment.require_whole_world(state.num_processes, "no process group could be formed")
     return state
-
-
-def _launched() -> bool:
-    """Returns whether a launcher started this process as one of several."""
-    return any(name in os.environ for name in ("LOCAL_RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"))
 
 
 def _accelerator_fits(args: ProcessView) -> bool:
@@ -194,25 +184,10 @@ def _accelerator_fits(args: ProcessView) -> bool:
         return True
     kind = getattr(state.get("distributed_type"), "value", "NO")
     for name, asked in (("FSDP", args.fsdp), ("DEEPSPEED", args.deepspeed)):
-        variable = f"ACCELERATE_USE_{name}"
-        if (bool(asked) or parse_bool(variable, os.environ.get(variable, "false"))) != (kind == name):
+        if (bool(asked) or environment.launched_sharding(name)) != (kind == name):
             return False
     # Under DeepSpeed accelerate leaves the precision to the engine and records "no".
     return kind == "DEEPSPEED" or state.get("_mixed_precision") == args.mixed_precision
-
-
-@contextlib.contextmanager
-def environment(name: str, value: str) -> Iterator[None]:
-    """Sets an environment variable for the block."""
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
 
 
 def _pick_device(state: "PartialState") -> "torch.device":

@@ -12,19 +12,10 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union
 
+from finetune.environment import parse_bool
 from finetune.errors import ArgumentError
 
 Read = Callable[[str], Any]
-
-
-def parse_bool(name: str, value: Any) -> bool:
-    """Returns the truth value of `yes`, `on`, `1`, `true`, ... and of their opposites."""
-    word = str(value).strip().lower()
-    if word in ("y", "yes", "t", "true", "on", "1"):
-        return True
-    if word in ("n", "no", "f", "false", "off", "0"):
-        return False
-    raise ArgumentError(f"`{name}={value!r}` must be true or false.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,9 +6,10 @@ import os
 from pathlib import Path
 from typing import Any, TypeVar
 
-from finetune.arguments.readers import parse_bool
+from finetune import environment
 from finetune.arguments.serialize import plain
 from finetune.errors import ArgumentError
+from finetune.files import write_atomically
 
 ArgumentsT = TypeVar("ArgumentsT")
 
@@ -68,13 +69,12 @@ def require_no_conflict(values: dict[str, Any], sources: dict[str, str]) -> None
     Only values that a user wrote are compared: the launcher exports its own defaults too, so `no` and `1` there are
     no statement. Construction of the arguments compares the rest.
     """
-    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    precision = environment.launched_precision()
     for name in ("bf16", "fp16"):
         if values.get(name) is False and precision == name:
             _refuse(name, values[name], sources[name], f"ACCELERATE_MIXED_PRECISION={precision}")
-    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "false")
-    if values.get("use_cpu") is False and parse_bool("ACCELERATE_USE_CPU", on_cpu):
-        _refuse("use_cpu", False, sources["use_cpu"], f"ACCELERATE_USE_CPU={on_cpu}")
+    if values.get("use_cpu") is False and environment.launched_on_cpu():
+        _refuse("use_cpu", False, sources["use_cpu"], f"ACCELERATE_USE_CPU={os.environ['ACCELERATE_USE_CPU']}")
     backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
     chosen = values.get("torch_compile_backend")
     if chosen is not None and backend != "no" and str(chosen).lower() != backend:
@@ -110,9 +110,7 @@ def write_resolved_config(path: str | os.PathLike[str], *args: Any) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(resolved_config(*args), sort_keys=False, default_flow_style=None, width=120)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    write_atomically(path, text)
     return path
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
+from finetune import environment
 from finetune.arguments.base import ArgumentGroup, ArgumentsMeta, Translation, require
 from finetune.arguments.data import DataLoaderArguments
 from finetune.arguments.distributed import (
@@ -33,7 +34,6 @@ from finetune.arguments.performance import (
     set_tf32,
 )
 from finetune.arguments.processes import ProcessView
-from finetune.arguments.readers import parse_bool
 from finetune.arguments.reporting import LoggingArguments, TrackingArguments
 from finetune.arguments.saving import HubArguments, OutputArguments, ProgramArguments, SavingArguments
 from finetune.arguments.serialize import Serialization
@@ -282,7 +282,7 @@ class TrainingArguments(
 
     def _validate_device(self) -> None:
         """Checks number formats against the device; torch is imported only if one of them was asked for."""
-        cpu = self.use_cpu or parse_bool("ACCELERATE_USE_CPU", os.environ.get("ACCELERATE_USE_CPU", "false"))
+        cpu = self.use_cpu or environment.launched_on_cpu()
         if (self.bf16 or self.bf16_full_eval) and not cpu and accelerator_present():
             require(
                 bf16_supported(), "`bf16=True`: this device does not compute in bfloat16. Use `fp16=True`, or neither."

@@ -18,23 +18,25 @@ from typing import Any
 import torch
 from torch import nn
 
+from finetune import environment
 from finetune.checkpoint import layout
-from finetune.checkpoint.rng import numpy_array_globals
-from finetune.distributed.accelerator import fsdp_version
-from finetune.errors import CheckpointError
-from finetune.models.adapters import is_peft_model, unwrap
+from finetune.checkpoint.files import numpy_array_globals
+from finetune.distributed.accelerator import fsdp_version, zero_stage
+from finetune.errors import CheckpointError, first_line
+from finetune.models.adapters import unwrap
+from finetune.wrappers import is_peft_model, unwrap_optimizer
 
 logger = logging.getLogger(__name__)
 
 
 def uses_fsdp(accelerator: Any) -> bool:
     """Returns whether the model is sharded by FSDP, version 1 or 2."""
-    return getattr(accelerator.state, "fsdp_plugin", None) is not None
+    return fsdp_version(accelerator) is not None
 
 
 def uses_deepspeed(accelerator: Any) -> bool:
     """Returns whether DeepSpeed owns model and optimizer."""
-    return getattr(accelerator.state, "deepspeed_plugin", None) is not None
+    return zero_stage(accelerator) is not None
 
 
 def save_sharded(
@@ -70,7 +72,7 @@ def load_sharded_optimizer(folder: Path, *, accelerator: Any, model: nn.Module, 
             # What is loaded are the shards of what the optimizer holds, and a new one holds nothing.
             from torch.distributed.checkpoint.state_dict import _init_optim_state
 
-            _init_optim_state(getattr(optimizer, "optimizer", optimizer))
+            _init_optim_state(unwrap_optimizer(optimizer))
         with safe_loading(folder), restoring(folder):
             load_fsdp_optimizer(
                 plugin, accelerator, optimizer, model, str(folder), **_adapter_only(load_fsdp_optimizer, accelerator)
@@ -131,17 +133,9 @@ def safe_loading(folder: Path) -> Iterator[None]:
     """
     for path in folder.rglob(".metadata"):
         _MetadataReader.check(path)
-    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
+    with environment.temporarily("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1"):
         with torch.serialization.safe_globals([*_deepspeed_globals(), *numpy_array_globals()]):
             yield
-    finally:
-        if before is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = before
 
 
 class _MetadataReader(pickle.Unpickler):
@@ -189,7 +183,7 @@ def restoring(path: Path) -> Iterator[None]:
         raise
     except _MISFITS as e:
         raise CheckpointError(
-            f"`{path}` does not fit this run ({type(e).__name__}: {str(e).splitlines()[0][:300] if str(e) else ''}). "
+            f"`{path}` does not fit this run ({type(e).__name__}: {first_line(e)}). "
             "Resume with the model, `optim` and `lr_scheduler_type` it was saved with, or pass another "
             "`resume_from_checkpoint`."
         ) from e

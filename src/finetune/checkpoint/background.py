@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 from finetune.distributed.memory import free_bytes
-from finetune.models.adapters import is_peft_model
-from finetune.optim.fused_backward import unwrap
+from finetune.wrappers import is_peft_model, unwrap_optimizer
 
 
 def saves_in_background(trainer: Any) -> bool:
@@ -34,7 +33,7 @@ def changes_in_step(trainer: Any) -> frozenset[int]:
     Those of the trained weights and of the optimizer's state, if the optimizer is one of torch's and no code of the
     user runs between a save and the next step: no callback, no trainer class, no loss function. Else nothing.
     """
-    optimizer: Any = unwrap(trainer.optimizer)
+    optimizer: Any = unwrap_optimizer(trainer.optimizer)
     own = [type(trainer), *(type(callback) for callback in trainer.callback_handler.callbacks)]
     foreign = trainer.compute_loss_func is not None or not all(kind.__module__.startswith("finetune.") for kind in own)
     if foreign or trainer.args.world_size > 1 or not type(optimizer).__module__.startswith("torch.optim."):

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from finetune.errors import CheckpointError, FinetuneError
+from finetune.errors import CheckpointError, FinetuneError, first_line
+from finetune.files import format_bytes
 
 HASH = "sha256"  # With the processor's SHA instructions faster than blake2b: 1.9 against 1.3 GB/s measured.
 _CHUNK = 4 << 20
@@ -98,12 +99,30 @@ def load_plain(path: str | os.PathLike[str], allow: Iterable[Any] = ()) -> Any:
     except FileNotFoundError:
         raise CheckpointError(f"`{path}` does not exist; pass another `resume_from_checkpoint`.") from None
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"`{path}` cannot be loaded ({type(error).__name__}: {reason[:300]}). It is damaged, or holds more than "
-            "tensors and plain values, which is refused because loading it could run code. Pass another "
+            f"`{path}` cannot be loaded ({type(error).__name__}: {first_line(error)}). It is damaged, or holds more "
+            "than tensors and plain values, which is refused because loading it could run code. Pass another "
             "`resume_from_checkpoint`."
         ) from error
+
+
+def numpy_array_globals() -> list[Any]:
+    """Returns what a safe load must know to read the NumPy array in transformers' files, and nothing else."""
+    kinds = (np.ndarray, np.dtype, type(np.dtype(np.uint32)))
+    return [*_numpy_function("_reconstruct"), *kinds]
+
+
+def numpy_scalar_globals() -> list[Any]:
+    """Returns the same for NumPy numbers: transformers' plateau schedule has them in its `scheduler.pt`."""
+    kinds = {type(np.dtype(kind)) for kind in (np.float32, np.float64, np.int64)}
+    return [*_numpy_function("scalar"), np.dtype, *kinds]
+
+
+def _numpy_function(name: str) -> list[Any]:
+    # NumPy 2 moved it, and files have either name.
+    core: Any = np._core if hasattr(np, "_core") else np.core  # pyright: ignore[reportAttributeAccessIssue]
+    function = getattr(core.multiarray, name)
+    return [(function, f"numpy.{package}.multiarray.{name}") for package in ("_core", "core")]
 
 
 def save_tensors(state_dict: dict[str, Tensor], path: Path) -> None:
@@ -183,12 +202,12 @@ def is_write_failure(error: BaseException) -> bool:
 
 def write_error(path: Path, error: BaseException) -> CheckpointError:
     """Returns the error to raise when `path` could not be written, with the free space of its disk."""
-    reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error).splitlines()[0]
+    reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else first_line(error)
     with contextlib.suppress(OSError):
         free = shutil.disk_usage(nearest_existing(path)).free
         # What torch says about a full disk ("unexpected pos 576 vs 534") helps nobody.
         full = not isinstance(error, OSError) and free < _CHUNK
-        reason = f"{os.strerror(errno.ENOSPC) if full else reason}; {readable(free)} are free there"
+        reason = f"{os.strerror(errno.ENOSPC) if full else reason}; {format_bytes(free)} are free there"
     return CheckpointError(
         f"The checkpoint could not be written to `{path}`: {reason}. Checkpoints saved before are untouched. Free "
         "space or fix the permissions, or choose another `output_dir`; a smaller `save_total_limit` keeps fewer."
@@ -203,19 +222,6 @@ def nearest_existing(path: Path) -> Path:
     return Path.cwd()
 
 
-def readable(num_bytes: float) -> str:
-    """Returns a size for people.
-
-    >>> readable(1536), readable(5 * 1024**3)
-    ('1.5 KiB', '5.0 GiB')
-    """
-    for unit in ("B", "KiB", "MiB"):
-        if num_bytes < 1024:
-            return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1024
-    return f"{num_bytes:.1f} GiB"
-
-
 def digest(path: Path) -> str:
     """Returns the hash of a file's content, in hexadecimal. Releases the interpreter while it hashes."""
     hasher = hashlib.new(HASH)
@@ -224,26 +230,6 @@ def digest(path: Path) -> str:
         while count := file.readinto(buffer):
             hasher.update(buffer[:count])
     return hasher.hexdigest()
-
-
-def flush(path: Path) -> None:
-    """Waits until the file or folder `path` is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Replaces the content of `path` by `text`, entirely or not at all, and waits until it is on the disk."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    flush(path.parent)
 
 
 def map_files(function: Callable[[Path], Any], paths: list[Path]) -> list[Any]:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from finetune.checkpoint import backends, files
-from finetune.models.adapters import is_peft_model, unwrap
+from finetune.models.adapters import unwrap
+from finetune.wrappers import is_peft_model
 
 logger = logging.getLogger(__name__)
 

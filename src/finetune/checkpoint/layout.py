@@ -1,10 +1,14 @@
 """The names of files and folders in a checkpoint: those of transformers, and ours beside them."""
 
 import json
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+
+# A report and a program read these names too.
+from finetune.files import CHECKPOINT_PREFIX as CHECKPOINT_PREFIX
+from finetune.files import checkpoint_name as checkpoint_name
+from finetune.files import checkpoint_step as checkpoint_step
 
 # transformers' and PEFT's names: another trainer finds what it looks for.
 WEIGHTS = "model.safetensors"
@@ -26,8 +30,6 @@ STAGING = ".staging"
 STAGED = ".staged"  # in a staging folder since it was made: a folder that vanished and came back has lost it
 LATEST, BEST = "latest", "best"
 
-CHECKPOINT_PREFIX = "checkpoint"
-_CHECKPOINT = re.compile(rf"^{CHECKPOINT_PREFIX}-(\d+)$")
 _RNG = re.compile(r"^rng_state(?:_(\d+))?\.pth$")
 _STATEFUL = re.compile(r"^finetune_state(?:_(\d+))?\.pt$")
 
@@ -36,25 +38,6 @@ LOADED_FILES = frozenset(
     | {OPTIMIZER, SCHEDULER, SCALER, TRAINER_STATE, INCOMPLETE_SENTINEL}
 )
 """Files that a resume reads by name. One that the manifest does not list makes the checkpoint invalid."""
-
-
-def checkpoint_name(step: int) -> str:
-    """Returns the folder name of the checkpoint of optimizer step `step`.
-
-    >>> checkpoint_name(500)
-    'checkpoint-500'
-    """
-    return f"{CHECKPOINT_PREFIX}-{step}"
-
-
-def checkpoint_step(folder: str | os.PathLike[str]) -> int | None:
-    """Returns the step in a checkpoint folder's name, None for any other name.
-
-    >>> checkpoint_step("runs/a/checkpoint-500"), checkpoint_step("checkpoint-500.tmp")
-    (500, None)
-    """
-    match = _CHECKPOINT.match(Path(folder).name)
-    return int(match.group(1)) if match else None
 
 
 def rng_name(rank: int, world_size: int) -> str:

@@ -39,6 +39,7 @@ from finetune.checkpoint.writer import CheckpointWriter, SaveReport, agreeing, m
 from finetune.control.callbacks import Events
 from finetune.control.state import TrainerState
 from finetune.errors import CheckpointError
+from finetune.files import format_bytes
 from finetune.hooks import SaveHooks
 
 __all__ = [
@@ -206,7 +207,7 @@ def _committer(
         report.num_bytes = checkpoint.manifest.num_bytes if checkpoint.manifest else 0
         report.write_seconds = time.perf_counter() - started
         logger.info(
-            "Saved `%s` (%s) in %.2f s%s.", report.path, files.readable(report.num_bytes), report.write_seconds,
+            "Saved `%s` (%s) in %.2f s%s.", report.path, format_bytes(report.num_bytes), report.write_seconds,
             f"; deleted {', '.join(deleted)}" if deleted else "",
         )  # fmt: skip
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from finetune.checkpoint import files, layout
 from finetune.errors import CheckpointError
+from finetune.files import flush
 
 FORMAT = 1
 
@@ -65,7 +66,7 @@ def describe(
             )
 
     def entry(path: Path) -> dict[str, Any]:
-        files.flush(path)
+        flush(path)
         return {"bytes": path.stat().st_size, files.HASH: files.digest(path)}
 
     entries = files.map_files(entry, paths)

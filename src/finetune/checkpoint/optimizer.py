@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import Tensor, nn
 
 from finetune.checkpoint import backends, files, layout
@@ -79,7 +78,7 @@ def load_optimizer_and_scheduler(
     if not backends.owns_schedule(accelerator, lr_scheduler):
         path = folder / layout.SCHEDULER
         with backends.restoring(path):
-            lr_scheduler.load_state_dict(files.load_plain(path, allow=_numpy_scalars()))
+            lr_scheduler.load_state_dict(files.load_plain(path, allow=files.numpy_scalar_globals()))
 
 
 def load_optimizer(folder: Path, model: nn.Module, optimizer: Any) -> None:
@@ -198,14 +197,6 @@ def load_scaler(checkpoint: str | os.PathLike[str] | None, *, accelerator: Any) 
         return
     with backends.restoring(path):
         scaler.load_state_dict(files.load_plain(path))
-
-
-def _numpy_scalars() -> list[Any]:
-    # transformers steps its plateau schedule with NumPy numbers, which end up in its `scheduler.pt`.
-    core: Any = np._core if hasattr(np, "_core") else np.core  # pyright: ignore[reportAttributeAccessIssue]
-    names = ("numpy._core.multiarray.scalar", "numpy.core.multiarray.scalar")
-    kinds = {type(np.dtype(kind)) for kind in (np.float32, np.float64, np.int64)}
-    return [*((core.multiarray.scalar, name) for name in names), np.dtype, *kinds]
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -72,8 +72,10 @@ class PreemptionGuard:
         if accelerator is not None and accelerator.num_processes > 1:
             import torch
 
+            from finetune.distributed import ranks
+
             flag = torch.tensor([int(here)], device=accelerator.device)
-            here = bool(accelerator.reduce(flag, reduction="sum").item())
+            here = bool(ranks.sum_over_processes(flag, accelerator).item())
         self.agreed = self.agreed or here
         return here
 

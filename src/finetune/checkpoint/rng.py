@@ -4,7 +4,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from finetune.checkpoint import files, layout
@@ -74,16 +73,8 @@ def load_rng(folder: str | Path, rank: int, world_size: int) -> bool:
             len(layout.rng_ranks(Path(folder))),
         )
         return False
-    restore_rng(files.load_plain(path, allow=numpy_array_globals()))
+    restore_rng(files.load_plain(path, allow=files.numpy_array_globals()))
     return True
-
-
-def numpy_array_globals() -> list[Any]:
-    """Returns what a safe load must know to read the NumPy array in transformers' files, and nothing else."""
-    core: Any = np._core if hasattr(np, "_core") else np.core  # pyright: ignore[reportAttributeAccessIssue]
-    rebuild = core.multiarray._reconstruct
-    names = ("numpy._core.multiarray._reconstruct", "numpy.core.multiarray._reconstruct")
-    return [*((rebuild, name) for name in names), np.ndarray, np.dtype, type(np.dtype(np.uint32))]
 
 
 def _available() -> list[tuple[str, Any]]:

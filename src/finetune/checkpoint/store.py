@@ -20,6 +20,7 @@ from finetune.checkpoint.lock import folder_lock
 from finetune.checkpoint.manifest import describe, find_problem, read_manifest
 from finetune.checkpoint.retention import Checkpoint, Retention
 from finetune.errors import ArgumentError, CheckpointError
+from finetune.files import flush, format_bytes, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -85,8 +86,8 @@ class CheckpointStore:
             free = shutil.disk_usage(files.nearest_existing(self.root)).free
             if num_bytes > free:
                 raise CheckpointError(
-                    f"The next checkpoint needs about {files.readable(num_bytes)} in `{self.root}`, where "
-                    f"{files.readable(free)} are free. Nothing was written; earlier checkpoints are untouched. Free "
+                    f"The next checkpoint needs about {format_bytes(num_bytes)} in `{self.root}`, where "
+                    f"{format_bytes(free)} are free. Nothing was written; earlier checkpoints are untouched. Free "
                     "space or choose another `output_dir`; `save_only_model` makes checkpoints smaller, and "
                     "`save_total_limit` keeps fewer of them."
                 )
@@ -144,8 +145,8 @@ class CheckpointStore:
                 later = max([manifest.committed_at, *(t + 1e-3 for t in before)])
                 manifest = dataclasses.replace(manifest, committed_at=later)
                 for folder in {p.parent for p in map(staging.joinpath, manifest.files)}:
-                    files.flush(folder)
-                files.write_durably(staging / layout.MANIFEST, manifest.to_json())
+                    flush(folder)
+                write_atomically(staging / layout.MANIFEST, manifest.to_json(), durably=True)
                 final = self._place(staging)
                 self._point(layout.LATEST, final.name)
         except BaseException:
@@ -229,7 +230,7 @@ class CheckpointStore:
             shutil.rmtree(replaced, ignore_errors=True)
             final.rename(replaced)
         staging.rename(final)
-        files.flush(self.root)
+        flush(self.root)
         if replaced is not None:
             shutil.rmtree(replaced, ignore_errors=True)
         return final
@@ -248,7 +249,7 @@ class CheckpointStore:
 
     def _point(self, pointer: str, name: str) -> None:
         try:
-            files.write_durably(self.root / pointer, f"{name}\n")
+            write_atomically(self.root / pointer, f"{name}\n", durably=True)
         except OSError as error:  # The checkpoint itself is complete; a pointer is a convenience.
             logger.warning("The pointer `%s` could not be written: %s", self.root / pointer, error)
 

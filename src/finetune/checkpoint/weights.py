@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from finetune.checkpoint import backends, files, gathered, layout
 from finetune.checkpoint.writer import CheckpointWriter
 from finetune.errors import CheckpointError
-from finetune.models.adapters import is_peft_model, unwrap
+from finetune.models.adapters import unwrap
 from finetune.models.traits import saves_itself
+from finetune.wrappers import is_peft_model
 
 Save = Callable[..., None]  # the facade's `_save(output_dir, state_dict=None)`
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.errors import ArgumentError, DataFormatError, FinetuneError, nearest
+from finetune.errors import ArgumentError, DataFormatError, FinetuneError, nearest, one_line
 
 if TYPE_CHECKING:
     from finetune.cli.script_arguments import DatasetConfig, DatasetMixtureConfig, ScriptArguments
@@ -234,8 +234,7 @@ def _check_split(split: str, allowed: list[str], name: str, arguments: _Argument
 def _read_error(name: str, split: str, arguments: _Arguments, error: Exception) -> FinetuneError:
     """Returns one error for the many ways in which the library datasets can fail."""
     cause = error.__cause__ or error
-    said = " ".join(str(cause).split())
-    said = said if len(said) <= 300 else said[:297] + "..."
+    said = one_line(cause)
     if "Unknown split" in said or ("split" in said.lower() and "not found" in said.lower()):
         return ArgumentError(f"{arguments.split} is {split!r}, which {name!r} does not have: {said}")
     if "corresponds to no data" in said or isinstance(cause, StopIteration):

@@ -13,7 +13,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from finetune import environment
 from finetune.errors import ArgumentError, CheckpointError, FinetuneError, nearest
+from finetune.files import checkpoint_step
 
 PACKAGE = Path(__file__).resolve().parents[1]
 PROGRAMS = {"sft": "sft.py", "classify": "sequence_classification.py"}
@@ -54,11 +56,11 @@ def run_program(main: Program, argv: Sequence[str] | None = None) -> int:
     """
     try:
         main(argv)
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if environment.world_size() > 1:
             _leave()
     except FinetuneError as error:
-        rank = os.environ.get("RANK", "0")
-        who = "error" if rank == "0" else f"error in process {rank}"
+        rank = environment.rank()
+        who = "error" if rank == 0 else f"error in process {rank}"
         print(f"{who}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, ArgumentError) else 1
     except KeyboardInterrupt:
@@ -209,7 +211,7 @@ def finished_run(folder: Path) -> list[str]:
         names = sorted(os.listdir(folder))
     except (FileNotFoundError, NotADirectoryError):
         return []
-    found = [name for name in names if name.startswith("checkpoint-") and (folder / name).is_dir()]
+    found = [name for name in names if checkpoint_step(name) is not None and (folder / name).is_dir()]
     found += [name for pattern in _WEIGHTS for name in names if fnmatch(name, pattern)]
     return found if len(found) <= 3 else [*found[:2], f"and {len(found) - 2} more"]
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from finetune.compat import tokenizer_of
 from finetune.data.settings import PIPELINE_VERSION, DataSettings
+from finetune.files import write_atomically
 
 KeyParts = dict[str, Any]
 
@@ -103,7 +104,7 @@ def lock(path: str, say: Callable[[str], None]) -> Iterator[None]:
 
 def remember(path: str, parts: KeyParts) -> None:
     """Writes the parts of a key beside the rows, so that a later miss can be explained."""
-    Path(path).with_suffix(".json").write_text(json.dumps(parts, indent=1), encoding="utf-8")
+    write_atomically(Path(path).with_suffix(".json"), json.dumps(parts, indent=1))
 
 
 def explain_miss(path: str, parts: KeyParts) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from finetune.errors import DataFormatError
+from finetune.wrappers import unwrap_peft
 
 logger = logging.getLogger(__name__)
 
@@ -23,13 +24,7 @@ def signature_columns(model: nn.Module, label_names: Iterable[str] = ()) -> list
     `label_ids` are kept because the default collator renames them to `labels`.
     Agrees with `transformers.Trainer._set_signature_columns_if_needed`, in a fixed order.
     """
-    inner: Any = model
-    base = getattr(model, "get_base_model", None)
-    if callable(base):
-        inner = base()
-    elif (mixed := getattr(model, "base_model", None)) is not None and hasattr(model, "peft_config"):
-        inner = mixed.model  # PeftMixedModel has no `get_base_model`
-    names = list(inspect.signature(inner.forward).parameters)
+    names = list(inspect.signature(unwrap_peft(model).forward).parameters)
     return list(dict.fromkeys([*names, "label", "label_ids", *label_names]))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from finetune.arguments.processes import environment
+from finetune import environment
 from finetune.data.byte_positions import ByteLengths, BytePositions
 from finetune.data.chat import common_prefix_length
 
@@ -192,7 +192,7 @@ def _one_core_for_python() -> AbstractContextManager[None]:
     """
     if _PARALLELISM in os.environ or (os.cpu_count() or 1) > 2:
         return nullcontext()
-    return environment(_PARALLELISM, "false")
+    return environment.temporarily(_PARALLELISM, "false")
 
 
 def _plain_backend(tokenizer: Any) -> Any:

@@ -21,6 +21,7 @@ from finetune.data.pipeline import first_row, is_iterable_dataset, plain_rows
 from finetune.data.rows import IGNORE_INDEX
 from finetune.data.settings import DataSettings
 from finetune.data.tokenize import NOTHING_TRAINED, TokenBatch
+from finetune.files import write_atomically
 
 State = Literal["trained", "not trained", "truncated"]
 
@@ -142,9 +143,9 @@ def write(folder: str, preview: Preview | None, audits: dict[str, SupervisionAud
     target.mkdir(parents=True, exist_ok=True)
     if audits:
         content = {name: audit.to_dict() for name, audit in audits.items()}
-        (target / AUDIT_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_atomically(target / AUDIT_FILE, json.dumps(content, indent=2) + "\n")
     if preview is not None:
-        (target / PREVIEW_FILE).write_text(preview.to_html(), encoding="utf-8")
+        write_atomically(target / PREVIEW_FILE, preview.to_html())
 
 
 def _kept(whole: TokenBatch, limit: int | None, settings: DataSettings) -> np.ndarray:

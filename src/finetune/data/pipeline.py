@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from finetune import environment
 from finetune.data import cache
 from finetune.data.audit import SupervisionAudit, audit, audit_rows
 from finetune.data.batches import BatchProcessor
@@ -146,7 +147,7 @@ def as_dataset(rows: Any) -> Any:
 
 def say_on_main_process(message: str) -> None:
     """Prints a line, in the process of rank 0 only."""
-    if os.environ.get("RANK", "0") == "0":
+    if environment.rank() == 0:
         print(message, flush=True)
 
 

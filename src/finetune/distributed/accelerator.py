@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from finetune.distributed.ranks import launched_world_size
+from finetune import environment
+from finetune.arguments.distributed import require_one_sharding
 from finetune.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -82,7 +83,12 @@ def processes_in_step(accelerator: Any) -> Iterator[None]:
 
 def zero_stage(accelerator: Any) -> int | None:
     """Returns DeepSpeed's ZeRO stage (0 to 3), or None when DeepSpeed does not run."""
-    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    return planned_zero_stage(accelerator.state)
+
+
+def planned_zero_stage(args: Any) -> int | None:
+    """Returns the ZeRO stage that the training arguments ask for, before there is an accelerator; None without one."""
+    plugin = getattr(args, "deepspeed_plugin", None)
     return None if plugin is None else int(plugin.zero_stage)
 
 
@@ -108,12 +114,12 @@ def verify_what_runs(accelerator: Any, args: Any) -> None:
     Each mismatch below ends with exit code 0 if nobody looks: processes that train alone and overwrite each other,
     plain DDP instead of FSDP, float32 instead of bfloat16. Called once after the accelerator was made.
     """
-    kind = _name(accelerator.distributed_type)
+    kind = accelerator.distributed_type.value
     _verify_world(accelerator, kind)
-    for wanted, flag in (("FSDP", "ACCELERATE_USE_FSDP"), ("DEEPSPEED", "ACCELERATE_USE_DEEPSPEED")):
-        asked_by_args = bool(args.fsdp) if wanted == "FSDP" else bool(args.deepspeed)
-        if (_environment_flag(flag) or asked_by_args) and kind != wanted:
-            source = "the launcher's configuration" if _environment_flag(flag) else f"`{wanted.lower()}`"
+    for wanted, asked_by_args in (("FSDP", args.fsdp), ("DEEPSPEED", args.deepspeed)):
+        asked_by_launcher = environment.launched_sharding(wanted)
+        if (asked_by_launcher or asked_by_args) and kind != wanted:
+            source = "the launcher's configuration" if asked_by_launcher else f"`{wanted.lower()}`"
             raise ArgumentError(
                 f"{source} asks for {wanted}, but accelerate runs {kind} with {accelerator.num_processes} "
                 f"process(es) on {accelerator.device}: nothing would be sharded. {_SHARDING_REMEDY[wanted]}"
@@ -141,25 +147,15 @@ _SHARDING_REMEDY = {
 
 
 def _verify_world(accelerator: Any, kind: str) -> None:
-    launched = launched_world_size()
-    if launched != accelerator.num_processes and "WORLD_SIZE" in os.environ and kind not in ("XLA", "TPU"):
-        raise ArgumentError(
-            f"the launcher started {launched} processes, but accelerate sees {accelerator.num_processes} "
-            f"({kind} on {accelerator.device}): each would train alone and write to the same `output_dir`. Without a "
-            "GPU pass `use_cpu=True` (`--use_cpu` for the training program; DeepSpeed: `ddp_backend='gloo'`)."
-        )
-    # accelerate's launcher sets MASTER_ADDR for several processes, and RANK only when it really starts them.
-    launcher_was_asked = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ
-    if launcher_was_asked and accelerator.num_processes == 1 and not _has_rank():
+    if "WORLD_SIZE" in os.environ and kind not in ("XLA", "TPU"):
+        seen = f"accelerate sees {accelerator.num_processes} ({kind} on {accelerator.device})"
+        environment.require_whole_world(accelerator.num_processes, seen)
+    if accelerator.num_processes == 1 and environment.is_alone_against_orders():
         raise ArgumentError(
             "`accelerate launch` was asked for several processes and started one: it does so for "
             "`distributed_type: MULTI_CPU` without mpirun, and for `--cpu`. Use `distributed_type: MULTI_GPU` "
             "(`accelerate_configs/ddp.yaml`) and pass `use_cpu=True` to the training program instead."
         )
-
-
-def _has_rank() -> bool:
-    return any(name in os.environ for name in ("RANK", "LOCAL_RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK"))
 
 
 def _check_arguments(args: Any) -> None:
@@ -170,8 +166,7 @@ def _check_arguments(args: Any) -> None:
             f"`accelerator_config` sets `num_steps={steps}` and `gradient_accumulation_steps` is "
             f"{args.gradient_accumulation_steps}. Set only `gradient_accumulation_steps`."
         )
-    if args.fsdp and (args.deepspeed or _environment_flag("ACCELERATE_USE_DEEPSPEED")):
-        raise ArgumentError("`fsdp` and `deepspeed` are two ways to shard one model. Keep one of them.")
+    require_one_sharding(args.fsdp, args.deepspeed or environment.launched_sharding("deepspeed"))
 
 
 def _check_sharding(accelerator: Any, args: Any) -> None:
@@ -290,11 +285,3 @@ def _has_idle_parts(args: Any, model: nn.Module | None) -> bool:
 
 def _checkpoints_activations(args: Any) -> bool:
     return args.activation_checkpointing is not False  # unset means yes where several processes train
-
-
-def _environment_flag(name: str) -> bool:
-    return os.environ.get(name, "false").strip().lower() in ("1", "true", "yes", "y", "on", "t")
-
-
-def _name(distributed_type: Any) -> str:
-    return str(distributed_type).rsplit(".", 1)[-1].upper()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -24,11 +23,6 @@ def is_world_process_zero() -> bool:
     return process_index() == 0
 
 
-def launched_world_size() -> int:
-    """Returns how many processes the launcher started, from its environment; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def broadcast_object(value: Any, source: int = 0) -> Any:
     """Returns the `value` that process `source` passed, on every process. Plain picklable values only."""
     if not _initialised():
@@ -44,6 +38,20 @@ def highest(value: torch.Tensor) -> torch.Tensor:
         value = value.clone()
         dist.all_reduce(value, op=dist.ReduceOp.MAX)
     return value
+
+
+def sum_over_processes(value: torch.Tensor, accelerator: Any) -> torch.Tensor:
+    """Returns the sum of the processes' values of a tensor on every process; of one process, the tensor itself."""
+    if accelerator.num_processes == 1:
+        return value
+    reduced = accelerator.reduce(value, reduction="sum")
+    assert isinstance(reduced, torch.Tensor)
+    return reduced
+
+
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """Returns the dtype of sums on `device`: float64, which Apple's GPUs do not have."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _initialised() -> bool:

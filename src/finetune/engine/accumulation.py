@@ -10,6 +10,7 @@ from torch import Tensor
 
 from finetune.data.position import has_length, is_stream, rows_per_batch
 from finetune.data.rows import IGNORE_INDEX
+from finetune.distributed import ranks
 from finetune.engine.eval_rows import without_repetitions
 from finetune.engine.step import count_items
 from finetune.errors import ArgumentError
@@ -80,7 +81,4 @@ def global_count(
     if count is None:
         return None
     count = count.to(device)
-    if across_processes and accelerator.num_processes > 1:
-        count = accelerator.reduce(count, reduction="sum")
-        assert isinstance(count, Tensor)
-    return count
+    return ranks.sum_over_processes(count, accelerator) if across_processes else count

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from finetune.compat import EvalLoopOutput, EvalPrediction
 from finetune.control.callbacks import Events
+from finetune.distributed import ranks
 from finetune.engine.eval_rows import CountedBatch, count_rows, require_rounds
 from finetune.engine.gather import PADDING, Collected, find_batch_size, pad_rows
 from finetune.engine.step import count_items
@@ -62,7 +63,7 @@ class _LossSum:
     """Sum and count of the evaluation loss, and how many batches had none that is a number, on the device."""
 
     def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(3, dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
+        self.sums = torch.zeros(3, dtype=ranks.sum_dtype(device), device=device)
         self.any = False
 
     def add(self, loss: Tensor, items: Tensor | int) -> None:
@@ -74,12 +75,7 @@ class _LossSum:
 
     def mean(self, accelerator: "Accelerator") -> float | None:
         """Returns the mean over all processes. A loss that is no number is not left out: a warning counts them."""
-        sums = self.sums
-        if accelerator.num_processes > 1:
-            reduced = accelerator.reduce(sums, reduction="sum")
-            assert isinstance(reduced, Tensor)
-            sums = reduced
-        total, count, bad = sums.tolist()
+        total, count, bad = ranks.sum_over_processes(self.sums, accelerator).tolist()
         if bad and accelerator.is_main_process:
             logger.warning(
                 "The loss of %d evaluation batches is NaN or infinite, and so is their mean. Look at their labels, or "

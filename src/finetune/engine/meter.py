@@ -84,9 +84,7 @@ class LossMeter:
         if grad_norm is not None:
             bad |= ~torch.isfinite(torch.as_tensor(grad_norm, device=bad.device))
         if self._processes > 1:
-            votes = bad.int()
-            torch.distributed.all_reduce(votes, torch.distributed.ReduceOp.MAX)
-            bad = votes.bool()
+            bad = ranks.highest(bad.int()).bool()
         self._window_bad.zero_()
         return bool(bad)
 
@@ -163,11 +161,6 @@ class LossMeter:
         )
 
 
-def sum_dtype(device: torch.device) -> torch.dtype:
-    """Returns the dtype of sums on `device`: float64, which Apple's GPUs do not have."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
 class MetricBag:
     """Named (sum, count) pairs on the device; one reduction and one host read per `drain`.
 
@@ -182,7 +175,7 @@ class MetricBag:
 
     def add(self, name: str, total: Tensor, count: Tensor | int) -> None:
         """Adds `total` over `count` items to the quantity `name`; both stay on the device."""
-        dtype = sum_dtype(total.device)
+        dtype = ranks.sum_dtype(total.device)
         pair = torch.stack([total.detach().to(dtype), torch.as_tensor(count, device=total.device).to(dtype)])
         before = self._sums.get(name)
         # Loaded sums are float64 in host memory, and are converted there.
@@ -211,10 +204,8 @@ class MetricBag:
         names = sorted(self._sums)
         pairs = torch.stack([self._sums[name] for name in names])
         self._sums.clear()
-        if accelerator is not None and accelerator.num_processes > 1:
-            reduced = accelerator.reduce(pairs, reduction="sum")
-            assert isinstance(reduced, Tensor)
-            pairs = reduced
+        if accelerator is not None:
+            pairs = ranks.sum_over_processes(pairs, accelerator)
         return {name: total / count for name, (total, count) in zip(names, pairs.tolist(), strict=True) if count}
 
 
@@ -232,7 +223,7 @@ class TokenCounter:
         """Returns the tokens of all processes since the start of the run. Reads the device."""
         pending, self._pending = self._pending, 0
         if accelerator.num_processes > 1:
-            pending = accelerator.reduce(torch.as_tensor(pending, device=accelerator.device), reduction="sum")
+            pending = ranks.sum_over_processes(torch.as_tensor(pending, device=accelerator.device), accelerator)
         self.total += int(pending)
         return self.total
 

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from finetune.distributed import ranks
+from finetune.distributed.accelerator import zero_stage
 from finetune.engine.meter import LossMeter
 from finetune.engine.plan import ResumePoint, StepPlan
 from finetune.hooks import LoopHooks
-from finetune.optim.fused_backward import unwrap
 from finetune.optim.schedules import needs_metric
+from finetune.wrappers import clips_its_own_gradients
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -82,15 +84,14 @@ class TrainingRun:
     precision: Any = None
 
     def __post_init__(self) -> None:
-        distributed_type = str(self.accelerator.distributed_type).rsplit(".", 1)[-1].upper()
-        self._engine_owns_gradients = distributed_type == "DEEPSPEED"
+        self._engine_owns_gradients = zero_stage(self.accelerator) is not None
         self._sync_always = self._engine_owns_gradients or bool(
             self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
         )
         self._no_sync = partial(self.accelerator.no_sync, model=self.model)
         self._single = self.accelerator.num_processes == 1
         # Layerwise GaLore keeps projections in place of gradients, and they too belong to one window only.
-        self._optimizer_owns_gradients = callable(getattr(unwrap(self.optimizer), "clip_grad_norm", None))
+        self._optimizer_owns_gradients = clips_its_own_gradients(self.optimizer)
         # Frozen ones too: a callback may unfreeze them.
         self._parameters = list(self.model.parameters())
         self._metric_schedule = needs_metric(self.lr_scheduler)
@@ -139,9 +140,7 @@ class TrainingRun:
         count, self.tokens = self.tokens, 0
         if self.accelerator.num_processes > 1:
             local = torch.as_tensor(count, dtype=torch.int64, device=self.args.device)
-            reduced = self.accelerator.reduce(local, reduction="sum")
-            assert isinstance(reduced, Tensor)
-            return int(reduced)
+            return int(ranks.sum_over_processes(local, self.accelerator))
         return int(count)
 
     def step_schedule(self) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from finetune.arguments import TrainingArguments, replace_arguments
 from finetune.compat import BestRun, HPSearchBackend
 from finetune.control.callbacks import Events
+from finetune.distributed.ranks import broadcast_object
 from finetune.errors import ArgumentError, nearest
 
 logger = logging.getLogger(__name__)
@@ -139,20 +140,20 @@ def _run_study(
     def objective(trial: Any) -> Any:
         assert trainer.hp_space is not None
         trainer.hp_space(trial)  # draws the values, which the other processes are then told
-        _broadcast(trainer, optuna.trial.FixedTrial(dict(trial.params), trial.number))
+        broadcast_object(optuna.trial.FixedTrial(dict(trial.params), trial.number))
         return _run_trial(trainer, trial)
 
     study = optuna.create_study(**goal, **kwargs)
     try:
         study.optimize(objective, n_trials=n_trials, **running)
     finally:
-        _broadcast(trainer, None)
+        broadcast_object(None)
     return study
 
 
 def _follow(trainer: Searchable, optuna: Any) -> None:
     """Runs the trials that the first process announces."""
-    while (trial := _broadcast(trainer, None)) is not None:
+    while (trial := broadcast_object(None)) is not None:
         with contextlib.suppress(optuna.TrialPruned):
             _run_trial(trainer, trial)
 
@@ -164,15 +165,6 @@ def _run_trial(trainer: Searchable, trial: Any) -> Any:
         assert trainer.compute_objective is not None
         trainer.objective = trainer.compute_objective(trainer.evaluate())
     return trainer.objective
-
-
-def _broadcast(trainer: Searchable, value: Any) -> Any:
-    """Returns the first process's value on every process."""
-    if trainer.accelerator.num_processes == 1:
-        return value
-    from accelerate.utils import broadcast_object_list
-
-    return broadcast_object_list([value])[0]
 
 
 def set_up_trial(self: Searchable, trial: Any) -> None:
@@ -226,6 +218,6 @@ def report_to_search(self: Searchable, trial: Any, step: int, metrics: Mapping[s
     if isinstance(trial, optuna.Trial) and not trial.study._is_multi_objective():
         trial.report(self.objective, step)
         prune = trial.should_prune()
-    if _broadcast(self, prune):
+    if broadcast_object(prune):
         self._events.fire("on_train_end")
         raise optuna.TrialPruned

@@ -20,9 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from finetune.data.rows import IGNORE_INDEX
+from finetune.distributed.accelerator import zero_stage
 from finetune.engine.divisor import LossDivisor
 from finetune.errors import ArgumentError
 from finetune.models.adapters import unwrap
+from finetune.wrappers import clips_its_own_gradients, unwrap_optimizer
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -223,9 +225,8 @@ def clip_gradients(accelerator: "Accelerator", model: nn.Module, optimizer: Any,
 
     An optimizer that owns its gradients (layerwise GaLore keeps projections) clips them itself.
     """
-    inner = getattr(optimizer, "optimizer", optimizer)
-    if callable(clip := getattr(inner, "clip_grad_norm", None)):
-        return clip(max_norm)
+    if clips_its_own_gradients(optimizer):
+        return unwrap_optimizer(optimizer).clip_grad_norm(max_norm)
     return accelerator.clip_grad_norm_(model.parameters(), max_norm)
 
 
@@ -237,7 +238,7 @@ def backward_kwargs(optim: str, accelerator: "Accelerator", learning_rate: Calla
     extra: dict[str, Any] = {}
     if optim in ("lomo", "adalomo"):
         extra["learning_rate"] = learning_rate()
-    if str(accelerator.distributed_type).upper().endswith("DEEPSPEED"):
+    if zero_stage(accelerator) is not None:
         extra["scale_wrt_gas"] = False
     return extra
 

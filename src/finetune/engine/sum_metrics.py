@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from finetune.data.rows import IGNORE_INDEX
+from finetune.distributed.ranks import sum_dtype
 from finetune.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class RunningSums:
         for name, value in self.metrics.batch_sums(logits, labels).items():
             if not isinstance(value, Tensor):
                 raise ArgumentError(f"`batch_sums` must return tensors; `{name}` is a {type(value).__name__}.")
-            value = value.detach().to(torch.float32 if value.device.type == "mps" else torch.float64)
+            value = value.detach().to(sum_dtype(value.device))
             self._sums[name] = self._sums[name] + value if name in self._sums else value
 
     def result(self, accelerator: "Accelerator") -> dict[str, float]:

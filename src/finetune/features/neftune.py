@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.errors import ArgumentError
+from finetune.wrappers import unwrap_peft
 
 
 @contextmanager
@@ -31,7 +32,7 @@ def neftune(model: nn.Module, alpha: float) -> Iterator[None]:
     if alpha < 0:
         raise ArgumentError(f"`neftune_noise_alpha` is {alpha}; it must be 0 or more (5 to 15 in the paper).")
     lengths = _Lengths()
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore
+    base = unwrap_peft(model)
     embedding = base.get_input_embeddings() if hasattr(base, "get_input_embeddings") else None
     if not isinstance(embedding, nn.Module):
         raise ArgumentError(

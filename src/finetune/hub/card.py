@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from finetune.wrappers import unwrap_peft
+
 logger = logging.getLogger(__name__)
 
 _GENERATED = "generated_from_trainer"
@@ -114,7 +116,7 @@ def describe(trainer: CardOwner, model_name: str | None = None) -> Card:
     """Returns the card that the state of `trainer` gives."""
     model = trainer.model
     base = _base_model(model)
-    architecture = type(getattr(model, "get_base_model", lambda: model)()).__name__  # inside PEFT's wrapper
+    architecture = type(unwrap_peft(model)).__name__
     own_tags = [*_listed(getattr(trainer, "_tag_names", None)), *_listed(getattr(model, "model_tags", None))]
     card = Card(
         model_name=model_name or Path(trainer.args.output_dir).absolute().name or base or type(model).__name__,

@@ -10,7 +10,6 @@ the square of the sum. Calls without `cu_seq_lens_q` (padded batches, generation
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from finetune.errors import ArgumentError
 from finetune.kernels.packed_scores import REMEDY, RowsUnderWay, packed_attention
+from finetune.wrappers import unwrap_peft
 
 ATTENTION_NAME = "finetune_packed"
 
@@ -81,13 +81,13 @@ def use_packed_attention(model: nn.Module) -> PackedAttention:
     if reason is not None:
         raise ArgumentError(f"samples of a packed row cannot be kept apart in this model: {reason}. {REMEDY}")
     register_packed_attention()
-    base = base_model(model)
+    base = unwrap_peft(model)
     return PackedAttention(base, backbone_of(base), configs_of(base))
 
 
 def packed_unsupported_reason(model: nn.Module) -> str | None:
     """Returns why packed attention cannot serve `model`, as the end of a sentence, or None."""
-    base = base_model(model)
+    base = unwrap_peft(model)
     name = type(base).__name__
     if not hasattr(base, "config") or not hasattr(base, "base_model_prefix"):
         return f"{name} is no transformers model"
@@ -132,14 +132,6 @@ def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-def base_model(model: Any) -> Any:
-    """Returns the model inside a PEFT wrapper, or `model` itself."""
-    if hasattr(model, "get_base_model"):
-        return model.get_base_model()
-    mixed = getattr(sys.modules.get("peft"), "PeftMixedModel", None)  # which has no such method
-    return model.base_model.model if isinstance(mixed, type) and isinstance(model, mixed) else model
 
 
 def backbone_of(base: Any) -> Any:

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from finetune.errors import ArgumentError
-from finetune.kernels.attention import base_model
 from finetune.kernels.head_support import head_of, unsupported_reason
 from finetune.kernels.linear_cross_entropy import IGNORE_INDEX, HeadLoss, linear_cross_entropy
 from finetune.kernels.logit_transform import REMEDY, DisguisedLoss, LogitTransform, Recorder, logit_transform
+from finetune.wrappers import unwrap_peft
 
 
 class FusedHead:
@@ -195,7 +195,7 @@ def fuse_head(
     reason = unsupported_reason(model, transform)
     if reason is not None:
         raise ArgumentError(f"the fused loss does not fit this model: {reason}. {REMEDY}")
-    base = base_model(model)
+    base = unwrap_peft(model)
     options = {
         "label_smoothing": label_smoothing, "z_loss": z_loss, "dft": dft, "entropy": entropy,
         "chunk_tokens": chunk_tokens,

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetune.kernels.attention import base_model
 from finetune.kernels.logit_transform import (
     DisguisedLoss,
     LogitTransform,
@@ -24,6 +23,7 @@ from finetune.kernels.logit_transform import (
     UnknownOperation,
     logit_transform,
 )
+from finetune.wrappers import unwrap_peft
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def unsupported_reason(model: nn.Module, transform: LogitTransform | None = None
     A reason is no error: LoRA on the head, for one, trains through the plain loss. `transform` is what the model does
     to its logits, if that is not what its config says.
     """
-    base = base_model(model)
+    base = unwrap_peft(model)
     if not hasattr(base, "get_output_embeddings") or not hasattr(type(base), "loss_function"):
         return f"{type(base).__name__} is no causal language model of transformers"
     if getattr(getattr(base, "config", None), "is_encoder_decoder", False):

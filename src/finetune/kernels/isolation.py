@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from finetune.errors import ArgumentError
-from finetune.kernels.attention import backbone_of, base_model, in_mode
+from finetune.kernels.attention import backbone_of, in_mode
 from finetune.kernels.packed_scores import REMEDY
+from finetune.wrappers import unwrap_peft
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ def probe_isolation(model: nn.Module, *, lengths: Sequence[int] = (7, 5, 9), see
     Raises:
         ArgumentError: the model does not take such a batch, or does not react to its own tokens (no proof either way).
     """
-    backbone = backbone_of(base_model(model))
+    backbone = backbone_of(unwrap_peft(model))
     table = backbone.get_input_embeddings().weight
     tokens = getattr(table, "ds_shape", table.shape)[0]  # ZeRO-3 leaves no row between two uses
     make = torch.Generator().manual_seed(seed)
@@ -74,7 +75,7 @@ def require_isolation(model: nn.Module) -> Isolation:
     found = probe_isolation(model)
     if not found.isolated:
         raise ArgumentError(
-            f"in a packed row of {type(base_model(model)).__name__}, changing sample {found.sample_changed} moved the "
+            f"in a packed row of {type(unwrap_peft(model)).__name__}, changing sample {found.sample_changed} moved the "
             f"hidden states of sample {found.sample_moved} by {found.influence:.1e} of their size (rounding explains "
             f"{found.limit:.0e}): samples would be trained on each other's text. {REMEDY}"
         )

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.errors import ArgumentError, nearest
-from finetune.kernels.attention import base_model
+from finetune.wrappers import unwrap_peft
 
 _MISSING = object()
 _INSTALL = "Install it: `pip install liger-kernel`, or set `use_liger_kernel=False`."
@@ -122,7 +122,7 @@ def apply_liger(model: nn.Module, config: Mapping[str, bool] | None = None) -> L
             names a kernel that the architecture does not have.
     """
     functions = _functions()
-    base = base_model(model)
+    base = unwrap_peft(model)
     model_type = str(getattr(getattr(base, "config", None), "model_type", None))
     if model_type not in functions:
         raise ArgumentError(
@@ -162,7 +162,7 @@ def liger_parity(model: nn.Module, handle: LigerHandle, *, mixed: bool = False) 
         ArgumentError: they differ by more than rounding explains (`PARITY`, relative): a little in float32, more in 16
             bits, which `mixed` says of mixed precision.
     """
-    base = base_model(model)
+    base = unwrap_peft(model)
     hooks: list[Any] = []
 
     def check(module: nn.Module, _: Any, kwargs: dict[str, Any]) -> None:

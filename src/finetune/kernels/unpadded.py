@@ -20,17 +20,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetune.errors import ArgumentError
+from finetune.errors import ArgumentError, one_line
 from finetune.kernels.attention import (
     PackedAttention,
     backbone_of,
-    base_model,
     configs_of,
     in_mode,
     packed_unsupported_reason,
     register_packed_attention,
 )
 from finetune.kernels.packed_scores import RowsUnderWay
+from finetune.wrappers import unwrap_peft
 
 _STACKS = ("encoder", "transformer")
 _LAYERS = ("layers", "h")
@@ -156,7 +156,7 @@ def use_unpadded_trunk(model: nn.Module, padding_side: str = "right") -> Unpadde
     if reason is not None:
         raise ArgumentError(f"`padding_free`: {reason}. Set `padding_free=False`.")
     register_packed_attention()
-    base = base_model(model)
+    base = unwrap_peft(model)
     backbone = backbone_of(base)
     return UnpaddedTrunk(base, backbone, _stack_of(backbone) or backbone, padding_side)
 
@@ -166,7 +166,7 @@ def unpadded_unsupported_reason(model: nn.Module) -> str | None:
     reason = packed_unsupported_reason(model)
     if reason is not None:
         return reason
-    base = base_model(model)
+    base = unwrap_peft(model)
     backbone = backbone_of(base)
     configs = getattr(model, "peft_config", None)
     if isinstance(configs, dict) and any(config.is_prompt_learning for config in configs.values()):
@@ -212,12 +212,12 @@ def why_not_unpadded(model: nn.Module, padding_side: str = "right") -> str | Non
         with in_mode(model, training=False), torch.no_grad():
             return _compare(model, padding_side)
     except (ArgumentError, AssertionError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
-        told = " ".join(str(error).split())[:200]
-        return f"{type(base_model(model)).__name__} does not take such a batch ({type(error).__name__}: {told})"
+        told = f"{type(error).__name__}: {one_line(error, 200)}"
+        return f"{type(unwrap_peft(model)).__name__} does not take such a batch ({told})"
 
 
 def _compare(model: nn.Module, side: str, lengths: tuple[int, ...] = (7, 1, 9)) -> str | None:
-    base = base_model(model)
+    base = unwrap_peft(model)
     backbone = backbone_of(base)
     table = backbone.get_input_embeddings().weight
     pad = base.config.get_text_config().pad_token_id

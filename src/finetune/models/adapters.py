@@ -11,28 +11,10 @@ import torch
 from torch import nn
 
 from finetune.errors import ArgumentError, ModelLoadError
+from finetune.wrappers import is_peft_model, unwrap_peft
 
 if TYPE_CHECKING:
     from peft import PeftConfig
-
-
-def is_peft_model(model: object) -> bool:
-    """Returns whether `model` is a PEFT wrapper, without importing peft: if nobody imported it, nothing is wrapped."""
-    peft: Any = sys.modules.get("peft")
-    classes = tuple(
-        found for name in ("PeftModel", "PeftMixedModel") if isinstance(found := getattr(peft, name, None), type)
-    )
-    return bool(classes) and isinstance(model, classes)
-
-
-def unwrap_adapters(model: nn.Module) -> nn.Module:
-    """Returns the model inside a PEFT wrapper (its layers may hold adapters), or `model` itself."""
-    if not is_peft_model(model):
-        return model
-    peft_model: Any = model
-    if hasattr(peft_model, "get_base_model"):
-        return peft_model.get_base_model()
-    return peft_model.base_model.model  # PeftMixedModel offers no accessor
 
 
 def unwrap(model: nn.Module, *, keep_adapters: bool = False) -> nn.Module:
@@ -46,7 +28,7 @@ def unwrap(model: nn.Module, *, keep_adapters: bool = False) -> nn.Module:
         if inner is None:
             break
         model = inner
-    return model if keep_adapters else unwrap_adapters(model)
+    return model if keep_adapters else unwrap_peft(model)
 
 
 def _inner_module(model: nn.Module) -> nn.Module | None:
@@ -134,7 +116,7 @@ def prepare_quantized(model: nn.Module, *, activation_checkpointing: bool = Fals
 
 def cast_given_adapters(model: nn.Module) -> None:
     """Casts the adapters that a quantized `model` came with as `add_adapters` casts new ones; no other model."""
-    if is_peft_model(model) and is_quantized(unwrap_adapters(model)):
+    if is_peft_model(model) and is_quantized(unwrap_peft(model)):
         _cast_trainable(model, _low_bit_adapter_dtype(model))
 
 

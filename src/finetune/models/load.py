@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from finetune.errors import ArgumentError, ModelLoadError, nearest
+from finetune.errors import ArgumentError, ModelLoadError, nearest, one_line
 from finetune.models.architecture import CAUSAL, language_model_class, takes_images
 from finetune.models.load_options import options_of_config, warn_of_unused_options
 from finetune.models.paths import check_model_path, refuse_adapter_folder
@@ -141,7 +141,7 @@ def load_processing_class(
                 return found
             cause = f"{type(found).__name__} has no tokenizer"
         except Exception as error:
-            cause = f"{type(error).__name__}: {_shortened(error)}"
+            cause = f"{type(error).__name__}: {one_line(error)}"
         warnings.warn(
             f"the processor of {name!r} cannot be made ({cause}), so its tokenizer is used: for rows of text that is "
             "enough, but what is saved will have no processor. Install what is missing, or pass `processing_class`.",
@@ -227,7 +227,7 @@ def _origin(model_or_path: Any) -> str:
 
 def _load_error(what: str, name: str, error: Exception) -> ModelLoadError:
     """Returns one error for the dozen ways in which transformers, safetensors and the Hub client can fail."""
-    cause = _shortened(error)
+    cause = one_line(error)
     if isinstance(error, TypeError) and "unexpected keyword argument" in cause:
         remedy = "Check the spelling of the options it is loaded with (`model_init_kwargs`)."
     elif Path(name).expanduser().is_dir():
@@ -239,11 +239,6 @@ def _load_error(what: str, name: str, error: Exception) -> ModelLoadError:
             "`HF_TOKEN` for gated models; offline (`HF_HUB_OFFLINE=1`) it must be in the cache already."
         )
     return ModelLoadError(f"the {what} {name!r} cannot be loaded: {type(error).__name__}: {cause} {remedy}")
-
-
-def _shortened(error: Exception) -> str:
-    cause = " ".join(str(error).split())
-    return cause if len(cause) <= 300 else cause[:297] + "..."
 
 
 def _check_weights(model: nn.Module, info: Mapping[str, Any], name: str) -> None:

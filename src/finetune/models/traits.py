@@ -10,8 +10,9 @@ from typing import Any
 from torch import nn
 
 from finetune.errors import ArgumentError
-from finetune.models.adapters import is_peft_model, unwrap
+from finetune.models.adapters import unwrap
 from finetune.models.architecture import class_names, image_text_classes
+from finetune.wrappers import is_peft_model
 
 _ANSWER_SPAN_LABELS = ("start_positions", "end_positions")
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from finetune.errors import ArgumentError
+from finetune.wrappers import unwrap_optimizer
 
 if TYPE_CHECKING:
     from finetune.optim.galore import GaLoreOptimizer
@@ -164,13 +165,13 @@ def optimizer_logs(optimizer: Any) -> dict[str, float]:
     """Returns what the optimizer wants in the log beyond the usual, for example GaLore's captured energy."""
     from finetune.optim.galore import GaLoreOptimizer
 
-    inner = unwrap(optimizer)
+    inner = unwrap_optimizer(optimizer)
     return inner.stats() if isinstance(inner, GaLoreOptimizer) else {}
 
 
 def describe_optimizer(optimizer: Any) -> str:
     """Returns what the optimizer says about itself on one line, such as how many weights GaLore projects, or ""."""
-    describe = getattr(unwrap(optimizer), "describe", None)
+    describe = getattr(unwrap_optimizer(optimizer), "describe", None)
     return str(describe()) if callable(describe) else ""
 
 
@@ -179,7 +180,7 @@ def release_optimizer(optimizer: Any) -> None:
     from finetune.optim.apollo import ApolloAdamW
     from finetune.optim.galore import GaLoreOptimizer
 
-    inner = unwrap(optimizer)
+    inner = unwrap_optimizer(optimizer)
     if isinstance(inner, (GaLoreOptimizer, ApolloAdamW)):
         inner.release()
 
@@ -189,18 +190,12 @@ def works_in_backward(optimizer: Any) -> bool:
     from finetune.optim.apollo import ApolloAdamW
     from finetune.optim.galore import GaLoreOptimizer
 
-    inner = unwrap(optimizer)
+    inner = unwrap_optimizer(optimizer)
     if isinstance(inner, GaLoreOptimizer):
         return inner.backward is not None
     if isinstance(inner, ApolloAdamW):
         return inner.works_in_backward
     return type(inner).__module__.partition(".")[0] == "lomo_optim"
-
-
-def unwrap(optimizer: Any) -> Any:
-    """Returns the optimizer inside accelerate's wrapper."""
-    inner = getattr(optimizer, "optimizer", None)
-    return unwrap(inner) if inner is not None else optimizer
 
 
 def world_size() -> int:

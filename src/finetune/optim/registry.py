@@ -7,7 +7,6 @@
 and `TrainingArguments(optim="adan", optim_args="...")` then builds it over the usual parameter groups.
 """
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -15,8 +14,8 @@ from typing import Any, Protocol
 from torch import nn
 from torch.optim import Optimizer
 
+from finetune import environment
 from finetune.arguments.optimization import REGISTERED_OPTIMIZERS
-from finetune.arguments.readers import parse_bool
 from finetune.errors import ArgumentError, nearest
 from finetune.optim.groups import parameter_groups
 from finetune.optim.options import OptimOptions
@@ -133,9 +132,7 @@ def build_optimizer(
 def refuse_sharding(request: OptimizerRequest, *launchers: str) -> None:
     """Raises `ArgumentError` when "deepspeed" or "fsdp", whichever is in `launchers`, shards weights or gradients."""
     for argument in launchers:
-        # The variable is how `accelerate launch` tells its processes what its config file says.
-        variable = f"ACCELERATE_USE_{argument.upper()}"
-        if getattr(request.args, argument, None) or parse_bool(variable, os.environ.get(variable) or "no"):
+        if getattr(request.args, argument, None) or environment.launched_sharding(argument):
             raise ArgumentError(
                 f"`optim={request.name}` needs whole weight matrices and gradients, which `{argument}` splits over the "
                 f"ranks. Use data parallelism, with `optim=galore_adamw_layerwise` if memory is short, or keep "

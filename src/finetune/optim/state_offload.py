@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from finetune.errors import ArgumentError
-from finetune.optim.fused_backward import unwrap, works_in_backward
+from finetune.optim.fused_backward import works_in_backward
+from finetune.wrappers import unwrap_optimizer
 
 Move = Callable[[Tensor, torch.device], Tensor]
 _installed: weakref.WeakSet[Optimizer] = weakref.WeakSet()
@@ -31,7 +32,7 @@ def offload_state(optimizer: Any, *, park: Move | None = None, fetch: Move | Non
         ArgumentError: the optimizer is none of torch's, works inside backward, is sharded, or its parameters are in
             host memory already.
     """
-    inner = unwrap(optimizer)
+    inner = unwrap_optimizer(optimizer)
     if not isinstance(inner, Optimizer):
         raise ArgumentError(
             f"`offload_optimizer_state` needs an optimizer of torch, and {type(inner).__name__} is none (DeepSpeed has "

@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from finetune.distributed import ranks
+
 # Dense bf16/fp16 tensor-core peaks in operations per second, from the vendors' data sheets (SXM variants where
 # there are several). Matched as substrings of `torch.cuda.get_device_name()`, the first hit counts.
 _PEAKS: tuple[tuple[str, float], ...] = (
@@ -55,8 +57,10 @@ def sum_over_processes(local: float, accelerator: Any) -> float:
     """Returns the sum of `local` over all processes, on each of them."""
     if accelerator.num_processes == 1:
         return local
-    dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64
-    return float(accelerator.reduce(torch.tensor(local, dtype=dtype, device=accelerator.device), reduction="sum"))
+    device = accelerator.device
+    return float(
+        ranks.sum_over_processes(torch.tensor(local, dtype=ranks.sum_dtype(device), device=device), accelerator)
+    )
 
 
 def peak_flops_per_second(device: torch.device | str) -> float | None:

@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 
+from finetune.files import format_bytes
 from finetune.optim.fused_backward import describe_optimizer
 from finetune.reporting.flops import model_flops_utilization
-from finetune.reporting.memory import format_bytes, peak_device_bytes, peak_rss_bytes, take_ledger
+from finetune.reporting.memory import peak_device_bytes, peak_rss_bytes, take_ledger
 from finetune.reporting.precision import LivePrecision
 from finetune.reporting.run_ledger import RunLedger
+from finetune.wrappers import unwrap_optimizer
 
 # Optimizer state per parameter, in tensors of the parameter's size, for classes whose state appears at the first step.
 _STATE_TENSORS = {"Adam": 2, "AdamW": 2, "NAdam": 2, "RAdam": 2, "Adamax": 2, "Lion": 1, "RMSprop": 1, "Adadelta": 2}
@@ -186,6 +188,7 @@ def _length_text(plan: Any, state: Any, args: Any) -> str:
 
 
 def _optimizer_text(model: Any, optimizer: Any, args: Any) -> str:
+    # One wrapper only: what ZeRO's optimizer holds is divided, and cannot be told from the size of the weights.
     inner = getattr(optimizer, "optimizer", optimizer)
     name = type(inner).__name__
     rate = f"learning rate {args.learning_rate:g}, {args.lr_scheduler_type!s}"
@@ -204,7 +207,7 @@ def _memory_text(model: Any, optimizer: Any) -> str:
     peak = f"device peak {format_bytes(device)}, " if device is not None else ""
     text = f"{peak}process peak {format_bytes(peak_rss_bytes())}"
     if model is not None:
-        ledger = take_ledger(model, getattr(optimizer, "optimizer", optimizer))
+        ledger = take_ledger(model, unwrap_optimizer(optimizer))
         text += f"; parameters {format_bytes(ledger.parameters)}, optimizer {format_bytes(ledger.optimizer)}"
     return text
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from finetune.features.compiled import repeated_blocks
-from finetune.reporting.memory import format_bytes
+from finetune.files import format_bytes
 from finetune.reporting.memory_trace import GROUPS, MemoryTrace
 
 STRATEGIES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")

@@ -207,16 +207,3 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, list | tuple):
         for member in value:
             yield from tensors_in(member)
-
-
-def format_bytes(count: float) -> str:
-    """Returns a size for people.
-
-    >>> format_bytes(0), format_bytes(1536), format_bytes(135e6 * 4)
-    ('0 B', '1.5 KiB', '515.0 MiB')
-    """
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(count) < 1024:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"

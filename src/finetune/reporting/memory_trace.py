@@ -18,6 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from finetune.wrappers import clips_its_own_gradients, unwrap_optimizer
+
 # Weights with buffers; gradients with GaLore's projections; moments: all optimizer state but GaLore's bases;
 # activations: what the forward pass keeps for the backward pass; temporary: everything else.
 GROUPS = ("weights", "gradients", "moments", "bases", "activations", "temporary")
@@ -113,8 +115,8 @@ def trace_updates(
 def _clip(model: nn.Module, optimizer: Any, max_grad_norm: float) -> None:
     if max_grad_norm <= 0:
         return
-    if callable(clip := getattr(optimizer, "clip_grad_norm", None)):
-        clip(max_grad_norm)
+    if clips_its_own_gradients(optimizer):
+        unwrap_optimizer(optimizer).clip_grad_norm(max_grad_norm)
     else:
         nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
 

@@ -5,11 +5,11 @@ File names and contents are those of transformers: `{split}_results.json`, `all_
 
 import datetime
 import json
-import os
 from pathlib import Path
 from typing import Any, Protocol
 
 from finetune.control.state import as_json
+from finetune.files import write_atomically
 
 
 class MetricsOwner(Protocol):
@@ -85,7 +85,4 @@ def save_state(self: MetricsOwner) -> None:
 
 def _write(path: Path, content: dict[str, Any]) -> None:
     """Writes JSON as transformers formats it; the old file stays if the content cannot be written."""
-    text = json.dumps(content, indent=4, sort_keys=True, default=as_json)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    write_atomically(path, json.dumps(content, indent=4, sort_keys=True, default=as_json))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import ArgumentError
+from finetune.files import CHECKPOINT_PREFIX, checkpoint_step
 
 History = Sequence[Mapping[str, Any]]
 Points = list[tuple[float, float]]
@@ -45,8 +46,9 @@ def read_history(source: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """
     path = Path(source)
     if path.is_dir():
-        checkpoints = [c for c in path.glob("checkpoint-*/trainer_state.json") if _step_of(c) >= 0]
-        candidates = [path / "trainer_state.json", *sorted(checkpoints, key=_step_of, reverse=True)]
+        states = {checkpoint_step(c.parent): c for c in path.glob(f"{CHECKPOINT_PREFIX}-*/trainer_state.json")}
+        newest_first = sorted((step for step in states if step is not None), reverse=True)
+        candidates = [path / "trainer_state.json", *(states[step] for step in newest_first)]
         path = next((candidate for candidate in candidates if candidate.is_file()), candidates[0])
     if not path.is_file():
         raise ArgumentError(
@@ -57,11 +59,6 @@ def read_history(source: str | os.PathLike[str]) -> list[dict[str, Any]]:
         return list(json.loads(path.read_text(encoding="utf-8"))["log_history"])
     except (ValueError, KeyError, TypeError) as error:
         raise ArgumentError(f"{os.fspath(path)!r} is not the state of a trainer: {error!r}.") from error
-
-
-def _step_of(path: Path) -> int:
-    number = path.parent.name.rpartition("-")[2]
-    return int(number) if number.isdigit() else -1
 
 
 def charts(history: History, more: Mapping[str, Iterable[tuple[float, float]]] | None = None) -> list[Chart]:

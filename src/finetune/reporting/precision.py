@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from finetune.errors import ArgumentError
-from finetune.optim.fused_backward import unwrap as unwrap_optimizer
 from finetune.reporting.memory import stored, tensors_in
+from finetune.wrappers import unwrap_optimizer
 
 
 class LivePrecision:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from finetune.files import write_atomically
 from finetune.reporting.plots import History, charts, number, read_history, svg
 
 _STYLE = """
@@ -72,9 +73,7 @@ def write_report(
         f"<body><h1>{html.escape(title)}</h1>{notes}{''.join(sections)}</body></html>\n"
     )
     path = folder / "report.html"
-    temporary = path.with_suffix(".html.tmp")
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, path)
+    write_atomically(path, page)
     return path
 
 

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetune.models.adapters import is_peft_model, unwrap
-from finetune.optim.fused_backward import unwrap as unwrap_optimizer
+from finetune.files import format_bytes, write_atomically
+from finetune.models.adapters import unwrap
 from finetune.reporting.ledger import LedgerRow, single
-from finetune.reporting.memory import bytes_of, format_bytes, peak_device_bytes, tensors_in
+from finetune.reporting.memory import bytes_of, peak_device_bytes, tensors_in
 from finetune.reporting.planned_step import PlannedStep, mixed_dtype
+from finetune.wrappers import is_peft_model, unwrap_optimizer
 
 FILE = "memory_ledger.json"
 _SHOWN = ("weights", "gradients", "moments", "bases", "activations", "peak")
@@ -100,9 +101,8 @@ class RunLedger:
 
     def write(self, folder: str) -> None:
         """Writes both sides to `folder/memory_ledger.json`, from which `report.html` has its table."""
-        with open(os.path.join(folder, FILE), "w", encoding="utf-8") as file:
-            json.dump({"predicted": self.predicted, "measured": self.measured}, file, indent=2)
-            file.write("\n")
+        content = {"predicted": self.predicted, "measured": self.measured}
+        write_atomically(os.path.join(folder, FILE), json.dumps(content, indent=2) + "\n")
 
 
 def ledger_rows(content: dict[str, dict[str, int]]) -> list[dict[str, str]]:

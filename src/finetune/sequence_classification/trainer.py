@@ -17,7 +17,7 @@ from finetune.engine import setup
 from finetune.errors import ArgumentError
 from finetune.facade.raw_rows import RawRowMethods, prepare_each
 from finetune.kernels.unpadded import use_unpadded_trunk
-from finetune.models.adapters import is_peft_model, unwrap
+from finetune.models.adapters import unwrap
 from finetune.models.load import load_tokenizer
 from finetune.models.traits import takes_argument
 from finetune.sequence_classification.build import (
@@ -38,6 +38,7 @@ from finetune.sequence_classification.padding import (
     settle_padding_free,
 )
 from finetune.trainer import Trainer
+from finetune.wrappers import is_peft_model
 
 # Not `config.json`: transformers takes a folder with one for a whole model, and looks for its weights there.
 ADAPTED_CONFIG = "classifier_config.json"

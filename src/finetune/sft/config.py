@@ -2,11 +2,11 @@
 
 # ruff: noqa: RUF009
 
-import os
 import warnings
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from finetune import environment
 from finetune.arguments import ArgumentGroup, TrainingArguments, arg
 from finetune.arguments.base import Translation, require, require_choice, require_positive
 from finetune.arguments.old_names import without_effect
@@ -168,7 +168,7 @@ class SFTConfig(SFTArguments, TrainingArguments):
     def _resolve_precision(self) -> None:
         if self.bf16 is not None:
             return
-        launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+        launched = environment.launched_precision()
         if self.fp16 or launched != "no":
             self.bf16 = not self.fp16 and launched == "bf16"
             return

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from finetune.data.samplers import list_lengths
 from finetune.distributed.memory import free_bytes
-from finetune.kernels.attention import backbone_of, base_model, in_mode
-from finetune.reporting.memory import format_bytes
+from finetune.files import format_bytes
+from finetune.kernels.attention import backbone_of, in_mode
+from finetune.wrappers import unwrap_peft
 
 # Of the memory that is free beside gradients and moments. The rest is for what is not measured: the loss, the
 # temporaries of the backward pass, fragments, and other programs.
@@ -97,7 +98,7 @@ def kept_bytes(model: nn.Module) -> Callable[[int, int], int]:
 
 
 def _kept_by_one_pass(model: nn.Module, length: int) -> int:
-    backbone = backbone_of(base_model(model))
+    backbone = backbone_of(unwrap_peft(model))
     device = backbone.get_input_embeddings().weight.device
     weights = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
     kept: dict[int, int] = {}

@@ -1,4 +1,4 @@
-"""FSDP and accelerate settings, and how truth values are read."""
+"""FSDP and accelerate settings."""
 
 import json
 
@@ -7,7 +7,6 @@ import transformers
 from transformers.trainer_pt_utils import AcceleratorConfig as TransformersConfig
 
 from finetune.arguments import AcceleratorConfig, TrainingArguments
-from finetune.arguments.readers import parse_bool
 from finetune.errors import ArgumentError
 
 FSDP = [
@@ -85,18 +84,3 @@ def test_deepspeed_is_registered_and_the_configuration_left_alone():
     assert args.deepspeed_plugin.zero_stage == 2
     assert args.hf_deepspeed_config.config["train_micro_batch_size_per_gpu"] == 3
     assert args.deepspeed == given == before
-
-
-@pytest.mark.parametrize("word", ["y", "Yes", "t", "TRUE", "on", "1", True, 1])
-def test_true_words(word):
-    assert parse_bool("x", word) is True
-
-
-@pytest.mark.parametrize("word", ["n", "No", "f", "FALSE", "off", "0", False, 0])
-def test_false_words(word):
-    assert parse_bool("x", word) is False
-
-
-def test_other_words_are_refused():
-    with pytest.raises(ArgumentError, match="`x='maybe'` must be true or false"):
-        parse_bool("x", "maybe")

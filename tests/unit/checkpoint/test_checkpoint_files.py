@@ -111,12 +111,6 @@ def test_same_bits() -> None:
     )
 
 
-def test_write_durably_replaces_entirely(tmp_path: Path) -> None:
-    files.write_durably(tmp_path / "latest", "one\n")
-    files.write_durably(tmp_path / "latest", "two\n")
-    assert [p.name for p in tmp_path.iterdir()] == ["latest"] and (tmp_path / "latest").read_text() == "two\n"
-
-
 def test_digest_is_of_the_whole_file(tmp_path: Path) -> None:
     import hashlib
 

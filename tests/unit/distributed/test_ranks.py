@@ -3,8 +3,10 @@
 import subprocess
 import sys
 import textwrap
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from finetune.distributed import ranks
 
@@ -33,11 +35,14 @@ def test_alone() -> None:
     assert ranks.broadcast_object("x") == "x"
 
 
-def test_launched_world_size(monkeypatch) -> None:
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert ranks.launched_world_size() == 1
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    assert ranks.launched_world_size() == 4
+def test_sums() -> None:
+    alone = SimpleNamespace(num_processes=1)
+    value = torch.ones(2)
+    assert ranks.sum_over_processes(value, alone) is value
+    four = SimpleNamespace(num_processes=4, reduce=lambda tensor, reduction: {"sum": tensor * 4}[reduction])
+    assert ranks.sum_over_processes(value, four).tolist() == [4, 4]
+    assert ranks.sum_dtype(torch.device("mps")) == torch.float32
+    assert ranks.sum_dtype(torch.device("cpu")) == torch.float64
 
 
 def test_two_processes_know_each_other(tmp_path) -> None:

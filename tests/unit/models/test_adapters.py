@@ -15,12 +15,11 @@ from finetune.errors import ArgumentError
 from finetune.models.adapters import (
     add_adapters,
     cast_given_adapters,
-    is_peft_model,
     prepare_quantized,
     reentrant_checkpointing_kwargs,
     unwrap,
-    unwrap_adapters,
 )
+from finetune.wrappers import is_peft_model
 
 
 @pytest.fixture
@@ -134,7 +133,6 @@ def test_unwrap_sees_through_every_wrapper(model) -> None:
     assert unwrap(sharded) is model and unwrap(sharded, keep_adapters=True) is peft_model
     users = HasModule(model)
     assert unwrap(users) is users
-    assert unwrap_adapters(model) is model and unwrap_adapters(peft_model) is model
 
 
 def test_prompt_tuning_is_recognised(model) -> None:
@@ -145,7 +143,7 @@ def test_prompt_tuning_is_recognised(model) -> None:
 
 def test_recognition_does_not_import_peft() -> None:
     code = (
-        "import sys, torch; from finetune.models.adapters import is_peft_model;"
+        "import sys, torch; from finetune.wrappers import is_peft_model;"
         "assert not is_peft_model(torch.nn.Linear(1, 1)); assert 'peft' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,11 +1,10 @@
 import threading
 
-import pytest
 import torch
 from torch import nn
 
 from finetune.reporting import memory
-from finetune.reporting.memory import MemoryTracker, format_bytes, take_ledger
+from finetune.reporting.memory import MemoryTracker, take_ledger
 
 STEP = 64 << 20
 
@@ -108,8 +107,3 @@ def test_process_memory():
     assert memory.peak_rss_bytes() >= 0.9 * memory.rss_bytes() > 50 << 20
     if not torch.accelerator.is_available():
         assert memory.peak_device_bytes() is None
-
-
-@pytest.mark.parametrize(("count", "text"), [(0, "0 B"), (1023, "1023 B"), (3 << 30, "3.0 GiB"), (5 << 40, "5.0 TiB")])
-def test_format_bytes(count, text):
-    assert format_bytes(count) == text

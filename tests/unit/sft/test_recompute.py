@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import finetune
-from finetune.kernels.attention import backbone_of, base_model
+from finetune.kernels.attention import backbone_of
 from finetune.models.activation import activation_checkpointing
 from finetune.sft import recompute
+from finetune.wrappers import unwrap_peft
 
 ARGS: dict[str, Any] = {
     "gradient_checkpointing": None,
@@ -41,7 +42,7 @@ def kept_really(model: Any, rows: int, length: int) -> int:
 
     model.train()
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        output = backbone_of(base_model(model))(input_ids=torch.ones(rows, length, dtype=torch.long), use_cache=False)
+        output = backbone_of(unwrap_peft(model))(input_ids=torch.ones(rows, length, dtype=torch.long), use_cache=False)
     del output
     return sum(size for pointer, size in found.items() if pointer not in weights)
 
