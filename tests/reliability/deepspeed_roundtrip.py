@@ -50,7 +50,7 @@ def train(wrapped: Any, generator: torch.Generator) -> list[float]:
 
 def main() -> None:
     deepspeed.init_distributed("gloo")
-    accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=object()))
+    accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=2)))
     generator = torch.Generator().manual_seed(0)
     model, wrapped = engine()
     train(wrapped, generator)

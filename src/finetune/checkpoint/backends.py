@@ -21,7 +21,7 @@ from torch import nn
 from finetune import environment
 from finetune.checkpoint import layout
 from finetune.checkpoint.rng import numpy_array_globals
-from finetune.distributed.accelerator import fsdp_version
+from finetune.distributed.accelerator import fsdp_version, zero_stage
 from finetune.errors import CheckpointError
 from finetune.models.adapters import unwrap
 from finetune.wrappers import is_peft_model, unwrap_optimizer
@@ -31,12 +31,12 @@ logger = logging.getLogger(__name__)
 
 def uses_fsdp(accelerator: Any) -> bool:
     """Returns whether the model is sharded by FSDP, version 1 or 2."""
-    return getattr(accelerator.state, "fsdp_plugin", None) is not None
+    return fsdp_version(accelerator) is not None
 
 
 def uses_deepspeed(accelerator: Any) -> bool:
     """Returns whether DeepSpeed owns model and optimizer."""
-    return getattr(accelerator.state, "deepspeed_plugin", None) is not None
+    return zero_stage(accelerator) is not None
 
 
 def save_sharded(

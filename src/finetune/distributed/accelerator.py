@@ -83,7 +83,12 @@ def processes_in_step(accelerator: Any) -> Iterator[None]:
 
 def zero_stage(accelerator: Any) -> int | None:
     """Returns DeepSpeed's ZeRO stage (0 to 3), or None when DeepSpeed does not run."""
-    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    return planned_zero_stage(accelerator.state)
+
+
+def planned_zero_stage(args: Any) -> int | None:
+    """Returns the ZeRO stage that the training arguments ask for, before there is an accelerator; None without one."""
+    plugin = getattr(args, "deepspeed_plugin", None)
     return None if plugin is None else int(plugin.zero_stage)
 
 
@@ -109,7 +114,7 @@ def verify_what_runs(accelerator: Any, args: Any) -> None:
     Each mismatch below ends with exit code 0 if nobody looks: processes that train alone and overwrite each other,
     plain DDP instead of FSDP, float32 instead of bfloat16. Called once after the accelerator was made.
     """
-    kind = _name(accelerator.distributed_type)
+    kind = accelerator.distributed_type.value
     _verify_world(accelerator, kind)
     for wanted, asked_by_args in (("FSDP", args.fsdp), ("DEEPSPEED", args.deepspeed)):
         asked_by_launcher = environment.launched_sharding(wanted)
@@ -280,7 +285,3 @@ def _has_idle_parts(args: Any, model: nn.Module | None) -> bool:
 
 def _checkpoints_activations(args: Any) -> bool:
     return args.activation_checkpointing is not False  # unset means yes where several processes train
-
-
-def _name(distributed_type: Any) -> str:
-    return str(distributed_type).rsplit(".", 1)[-1].upper()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from finetune.distributed.accelerator import planned_zero_stage
 from finetune.features.compiled import compiled_blocks
 from finetune.features.garbage import garbage_control
 from finetune.features.lookups import settled_lookups
@@ -46,7 +47,7 @@ def enter(
     stack.enter_context(use_cache(model, bool(args.use_cache)))
     kwargs = _as_dict(args.activation_checkpointing_kwargs)
     if recomputes:
-        stage = getattr(args.deepspeed_plugin, "zero_stage", 0) or 0
+        stage = planned_zero_stage(args) or 0
         kwargs = reentrant_checkpointing_kwargs(model, kwargs, stage)
     stack.enter_context(activation_checkpointing(model, recomputes, kwargs))
     if processing_class is not None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.distributed import ranks
+from finetune.distributed.accelerator import zero_stage
 from finetune.engine.meter import LossMeter
 from finetune.engine.plan import ResumePoint, StepPlan
 from finetune.hooks import LoopHooks
@@ -83,8 +84,7 @@ class TrainingRun:
     precision: Any = None
 
     def __post_init__(self) -> None:
-        distributed_type = str(self.accelerator.distributed_type).rsplit(".", 1)[-1].upper()
-        self._engine_owns_gradients = distributed_type == "DEEPSPEED"
+        self._engine_owns_gradients = zero_stage(self.accelerator) is not None
         self._sync_always = self._engine_owns_gradients or bool(
             self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
         )

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from finetune.arguments.base import old_names_of
+from finetune.distributed.accelerator import zero_stage
 from finetune.engine.step import LabelSmoother
 from finetune.errors import ArgumentError, nearest
 from finetune.models.adapters import unwrap
@@ -114,7 +115,7 @@ def tensor_parallel_size(model: Any, args: "TrainingArguments", accelerator: Any
     if (size := getattr(model, "_tp_size", None)) is not None:
         return size
     deepspeed = getattr(args, "hf_deepspeed_config", None)
-    if deepspeed is not None and getattr(accelerator.state, "deepspeed_plugin", None) is not None:
+    if deepspeed is not None and zero_stage(accelerator) is not None:
         return deepspeed.config.get("tensor_parallel", {}).get("autotp_size", 1)
     return getattr(getattr(accelerator, "parallelism_config", None), "tp_size", 1)
 

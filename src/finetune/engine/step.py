@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.data.rows import IGNORE_INDEX
+from finetune.distributed.accelerator import zero_stage
 from finetune.engine.divisor import LossDivisor
 from finetune.errors import ArgumentError
 from finetune.models.adapters import unwrap
@@ -237,7 +238,7 @@ def backward_kwargs(optim: str, accelerator: "Accelerator", learning_rate: Calla
     extra: dict[str, Any] = {}
     if optim in ("lomo", "adalomo"):
         extra["learning_rate"] = learning_rate()
-    if str(accelerator.distributed_type).upper().endswith("DEEPSPEED"):
+    if zero_stage(accelerator) is not None:
         extra["scale_wrt_gas"] = False
     return extra
 

@@ -15,7 +15,7 @@ from finetune.control.builtin import DefaultFlowCallback, PrinterCallback, Progr
 from finetune.control.callbacks import CallbackHandler
 from finetune.control.state import TrainerState, export_states
 from finetune.data.collate import default_collator
-from finetune.distributed.accelerator import build_accelerator
+from finetune.distributed.accelerator import build_accelerator, fsdp_version, zero_stage
 from finetune.engine import checks, divisor, search, setup
 from finetune.engine.run import TrainingRun
 from finetune.facade.attributes import RunAttributes
@@ -191,8 +191,8 @@ class TrainerBase(RunAttributes):
         self.gather_function = partial(
             self.accelerator.gather_for_metrics, use_gather_object=self.args.eval_use_gather_object
         )
-        self.is_deepspeed_enabled = getattr(self.accelerator.state, "deepspeed_plugin", None) is not None
-        self.is_fsdp_enabled = getattr(self.accelerator.state, "fsdp_plugin", None) is not None
+        self.is_deepspeed_enabled = zero_stage(self.accelerator) is not None
+        self.is_fsdp_enabled = fsdp_version(self.accelerator) is not None
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Returns a new model from `model_init`."""

@@ -10,6 +10,7 @@ from finetune.compat import tokenizer_of
 from finetune.data.pretokenized import highest_token_id
 from finetune.data.templates import adopt_chat_template, fit_vocabulary
 from finetune.distributed import ranks
+from finetune.distributed.accelerator import planned_zero_stage
 from finetune.distributed.divided import whole_where_used
 from finetune.errors import ArgumentError
 from finetune.kernels.attention import packed_unsupported_reason, use_packed_attention
@@ -88,7 +89,7 @@ def load_model_for_sft(
         model,
         peft_config,
         added_token_ids=added,
-        zero_stage=getattr(args.deepspeed_plugin, "zero_stage", 0) or 0,
+        zero_stage=planned_zero_stage(args) or 0,
         activation_checkpointing=checkpointing,
     )
 

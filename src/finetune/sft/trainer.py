@@ -15,6 +15,7 @@ from finetune.data.audit import SupervisionAudit
 from finetune.data.collate import DataCollatorForLanguageModeling
 from finetune.data.pipeline import first_row
 from finetune.data.rows import WEIGHTS
+from finetune.distributed.accelerator import fsdp_version
 from finetune.engine import setup
 from finetune.engine.meter import MetricBag, TokenCounter
 from finetune.errors import ArgumentError
@@ -172,14 +173,14 @@ class SFTTrainer(SFTRowMethods, SFTLossMethods):
         return str(self._recomputation or "")
 
     def _recomputes_activations(self) -> bool:
-        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        is_fsdp = fsdp_version(self.accelerator) is not None
         self._recomputation = recompute.decide(
             self.model,
             self.args,
             num_rows=self._train_batch_size,
             longest_row=recompute.longest_row(self.train_dataset, self.args.max_length),
             autocast=self.compute_loss_context_manager(),
-            fsdp_recomputes=bool(getattr(plugin, "activation_checkpointing", False)),
+            fsdp_recomputes=is_fsdp and bool(self.accelerator.state.fsdp_plugin.activation_checkpointing),
         )
         return self._recomputation.recomputes
 

@@ -13,6 +13,7 @@ from finetune.distributed.accelerator import (
     accelerator_kwargs,
     build_accelerator,
     fsdp_version,
+    planned_zero_stage,
     verify_what_runs,
     zero_stage,
 )
@@ -63,7 +64,7 @@ def test_agrees_with_transformers(tmp_path, kwargs) -> None:
     # Layers are compiled in place here, so accelerate has nothing to compile.
     assert built["dynamo_plugin"].backend.value == "NO"
     assert built["gradient_accumulation_plugin"].num_steps == 1 and built["fsdp_plugin"] is None
-    assert zero_stage(ours) is None and fsdp_version(ours) is None
+    assert zero_stage(ours) is None and fsdp_version(ours) is None and planned_zero_stage(args) is None
 
 
 def test_contradictions_are_refused(tmp_path) -> None:

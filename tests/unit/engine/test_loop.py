@@ -56,7 +56,7 @@ class FakeLoader(list[int]):
 
 class FakeAccelerator:
     num_processes = 1
-    distributed_type = "NO"
+    state = None
     optimizer_step_was_skipped = False
 
     def __init__(self) -> None:
