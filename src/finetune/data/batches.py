@@ -14,12 +14,11 @@ from finetune.data.formats import (
     Conversations,
     Kind,
     RowFormat,
-    apply_formatting,
     detect_format,
-    formatted_row,
     read_conversations,
     read_texts,
 )
+from finetune.data.formatting import apply_formatting, formatted_row
 from finetune.data.labels import LabelledBatch, StopTokens, join_labelled, label_batch
 from finetune.data.pretokenized import read_tokenized
 from finetune.data.rows import WEIGHTS

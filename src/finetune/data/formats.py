@@ -4,13 +4,14 @@ Every error names the row, the column and what was found there, so that a bad ro
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, NoReturn
+from typing import Any
 
 from finetune.data.chat import is_message_list, parse_json_column
 from finetune.data.roles import KNOWN_ROLES, known_role
+from finetune.data.rows import fail, type_name
 from finetune.errors import DataFormatError, nearest, ticked
 
 Columns = Mapping[str, Sequence[Any]]
@@ -100,8 +101,8 @@ def detect_format(row: Mapping[str, Any], dataset_text_field: str = "text", name
         chat = [_holds_messages(row[key]) for key in ("prompt", "completion")]
         if chat[0] != chat[1] and None not in (row["prompt"], row["completion"]):
             raise DataFormatError(
-                f"The {name} data set mixes text and messages: `prompt` is {_type_name(row['prompt'])} and "
-                f"`completion` is {_type_name(row['completion'])}. Give both as text or both as lists of messages."
+                f"The {name} data set mixes text and messages: `prompt` is {type_name(row['prompt'])} and "
+                f"`completion` is {type_name(row['completion'])}. Give both as text or both as lists of messages."
             )
         return RowFormat(Kind.CHAT_PROMPT_COMPLETION if chat[0] else Kind.PROMPT_COMPLETION, "prompt")
     for column in ("messages", "conversations"):
@@ -142,7 +143,7 @@ def read_texts(batch: Columns, column: str, rows: Sequence[int], name: str = "tr
     texts = list(batch[column])
     for row, text in zip(rows, texts, strict=True):
         if type(text) is not str:
-            _fail(row, name, f"`{column}` is {_type_name(text)}, expected text", "Remove or repair the row.")
+            fail(row, name, f"`{column}` is {type_name(text)}, expected text", "Remove or repair the row.")
     return texts
 
 
@@ -167,57 +168,25 @@ def read_conversations(batch: Columns, column: str, rows: Sequence[int], name: s
     return read
 
 
-def apply_formatting(batch: Columns, rows: Sequence[int], function: Callable[[dict[str, Any]], Any]) -> Columns:
-    """Returns the columns that `formatting_func` makes of a batch: `text`, `messages`, or those of the rows it returns.
-
-    The function gets one row as a dictionary and returns text, a list of messages, or a row.
-    """
-    made: list[dict[str, Any]] = []
-    for position, row in enumerate(rows):
-        result = function({key: values[position] for key, values in batch.items()})
-        if isinstance(result, Mapping):
-            made.append(dict(result))
-        elif is_message_list(result) or is_message_list(result, ("from", "value")):
-            made.append({"messages": result})
-        elif isinstance(result, str):
-            made.append({"text": result})
-        else:
-            raise DataFormatError(
-                f"`formatting_func` returned {_type_name(result)} for row {row}. It is called with one row and must "
-                "return text, a list of messages, or a dictionary."
-            )
-    return {key: [row.get(key) for row in made] for key in (made[0] if made else {})}
-
-
-def formatted_row(
-    row: Mapping[str, Any], function: Callable[[dict[str, Any]], Any] | None, text_field: str
-) -> tuple[dict[str, Any], str]:
-    """Returns what `formatting_func` makes of one row, and the column of its text. Rows with `input_ids` stay."""
-    if function is None or "input_ids" in row:
-        return dict(row), text_field
-    made = apply_formatting({key: [value] for key, value in row.items()}, [0], function)
-    return {key: values[0] for key, values in made.items()}, "text" if "text" in made else text_field
-
-
 def _read_messages(value: Any, column: str, row: int, name: str) -> tuple[list[dict[str, Any]], list[float] | None]:
     value = parse_json_column(value, column, f"row {row} of the {name} data set")
     if not isinstance(value, (list, tuple)):
-        _fail(row, name, f"`{column}` is {_type_name(value)}, expected a list of messages", "Repair the row.")
+        fail(row, name, f"`{column}` is {type_name(value)}, expected a list of messages", "Repair the row.")
     if not value:
-        _fail(row, name, f"`{column}` is an empty list, expected at least one message", "Remove the row.")
+        fail(row, name, f"`{column}` is an empty list, expected at least one message", "Remove the row.")
     messages: list[dict[str, Any]] = []
     train: list[float] = []
     flagged = False
     for turn, message in enumerate(value):
         if not isinstance(message, Mapping):
-            _fail(row, name, f"message {turn} of `{column}` is {_type_name(message)}, expected a dictionary", "")
+            fail(row, name, f"message {turn} of `{column}` is {type_name(message)}, expected a dictionary", "")
         clean, trained = _read_message(message, turn, row, name)
         messages.append(clean)
         if clean["role"] == "assistant":
             train.append(1.0 if trained is None else trained)
             flagged = flagged or trained is not None
         elif trained and message.get("train"):
-            _fail(row, name, f"message {turn} has `train: true` and the role `{clean['role']}`", _TRAIN_HELP)
+            fail(row, name, f"message {turn} has `train: true` and the role `{clean['role']}`", _TRAIN_HELP)
     return messages, train if flagged else None
 
 
@@ -232,13 +201,13 @@ def _read_message(message: Mapping[str, Any], turn: int, row: int, name: str) ->
         clean["content"] = clean.pop("value")
     if not isinstance(role, str):
         found = f"has the keys {ticked(list(message))} and no role" if role is None else f"has the role {role!r}"
-        _fail(row, name, f"message {turn} {found}", f"`role` must be text, such as {ticked(KNOWN_ROLES)}.")
+        fail(row, name, f"message {turn} {found}", f"`role` must be text, such as {ticked(KNOWN_ROLES)}.")
     role = known_role(role)
     content = clean.get("content")
     if content is None and not clean.get("tool_calls"):
-        _fail(row, name, f"message {turn} (`{role}`) has no `content`", "Give it text, or `tool_calls`.")
+        fail(row, name, f"message {turn} (`{role}`) has no `content`", "Give it text, or `tool_calls`.")
     if content is not None and not isinstance(content, str) and not _is_block_list(content):
-        _fail(row, name, f"`content` of message {turn} (`{role}`) is {_type_name(content)}", "Expected text.")
+        fail(row, name, f"`content` of message {turn} (`{role}`) is {type_name(content)}", "Expected text.")
     if "tool_calls" in clean:
         clean["tool_calls"] = _drop_none(clean["tool_calls"])
     return {"role": role, **clean}, trained
@@ -248,9 +217,9 @@ def _read_train_flag(message: dict[str, Any], turn: int, row: int, name: str) ->
     train, weight = message.pop("train", None), message.pop("weight", None)
     if weight is not None and not (isinstance(weight, (int, float)) and 0 <= weight < math.inf):
         allowed = "Allowed: numbers from 0 (not trained) on; 1 is the weight of other turns."
-        _fail(row, name, f"message {turn} has `weight` {weight!r}", allowed)
+        fail(row, name, f"message {turn} has `weight` {weight!r}", allowed)
     if train is not None and train not in (True, False):
-        _fail(row, name, f"message {turn} has `train` {train!r}", "Allowed: true and false.")
+        fail(row, name, f"message {turn} has `train` {train!r}", "Allowed: true and false.")
     if train is None and weight is None:
         return None
     return 0.0 if train is not None and not train else float(1 if weight is None else weight)
@@ -265,7 +234,7 @@ def _read_tools(value: Any, where: str) -> list[Any] | None:
     if not value:
         return None
     if not isinstance(value, list):
-        raise DataFormatError(f"{where}: `tools` is {_type_name(value)}, expected a list of tool schemas.")
+        raise DataFormatError(f"{where}: `tools` is {type_name(value)}, expected a list of tool schemas.")
     return value
 
 
@@ -285,11 +254,3 @@ def _holds_messages(value: Any) -> bool:
 
 def _is_block_list(content: Any) -> bool:
     return isinstance(content, (list, tuple)) and all(isinstance(block, Mapping) for block in content)
-
-
-def _fail(row: int, name: str, found: str, remedy: str) -> NoReturn:
-    raise DataFormatError(f"Row {row} of the {name} data set: {found}. {remedy}".rstrip())
-
-
-def _type_name(value: Any) -> str:
-    return "None" if value is None else f"`{type(value).__name__}`"

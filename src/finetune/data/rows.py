@@ -8,10 +8,12 @@ Labels are never shifted in the data: `labels[t]` is `input_ids[t]` or `IGNORE_I
 logits of position t-1 with it. The first label of a sequence therefore never counts.
 """
 
-from typing import Any, TypedDict
+from typing import Any, NoReturn, TypedDict
 
 import torch
 from typing_extensions import NotRequired
+
+from finetune.errors import DataFormatError
 
 IGNORE_INDEX = -100
 """Label of a position that is not trained (the default `ignore_index` of `torch.nn.functional.cross_entropy`)."""
@@ -95,3 +97,13 @@ class Batch(TypedDict, total=False):
     cu_seq_lens_k: torch.Tensor
     max_length_q: int
     max_length_k: int
+
+
+def fail(row: int, name: str, found: str, remedy: str) -> NoReturn:
+    """Raises `DataFormatError` that names a row of the data set `name`, what was found there, and what to do."""
+    raise DataFormatError(f"Row {row} of the {name} data set: {found}. {remedy}".rstrip())
+
+
+def type_name(value: Any) -> str:
+    """Returns the type of a value as messages name it, for instance `None` or `` `int` ``."""
+    return "None" if value is None else f"`{type(value).__name__}`"

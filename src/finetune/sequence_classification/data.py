@@ -10,6 +10,7 @@ from typing import Any
 
 from finetune.data import cache
 from finetune.data.pipeline import first_row, is_iterable_dataset
+from finetune.data.rows import fail, type_name
 from finetune.errors import DataFormatError, first_nearest, nearest, ticked
 from finetune.sequence_classification.labels import LABELS, SINGLE, Task, encode_labels, feature_of
 
@@ -125,6 +126,5 @@ def _texts(batch: Mapping[str, Sequence[Any]], column: str, rows: Sequence[int],
     texts = list(batch[column])
     for row, text in zip(rows, texts, strict=True):
         if not isinstance(text, str):
-            kind = "None" if text is None else f"`{type(text).__name__}`"
-            raise DataFormatError(f"Row {row} of the {name} data set: `{column}` is {kind}, expected text.")
+            fail(row, name, f"`{column}` is {type_name(text)}, expected text", "Remove or repair the row.")
     return texts

@@ -5,7 +5,8 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from finetune.data import roles
-from finetune.data.formats import Kind, apply_formatting, detect_format, read_conversations, read_texts
+from finetune.data.formats import Kind, detect_format, read_conversations, read_texts
+from finetune.data.formatting import apply_formatting
 from finetune.data.pipeline import prepare_split
 from finetune.data.settings import DataSettings
 from finetune.errors import ArgumentError, DataFormatError, FinetuneError
