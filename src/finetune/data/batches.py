@@ -162,7 +162,7 @@ class BatchProcessor:
     def _tokenize_chat_completions(self, batch: Columns, rows: Sequence[int]) -> tuple[TokenBatch, np.ndarray]:
         assert self.renderer is not None
         prompts = read_conversations(batch, "prompt", rows, self.name)
-        chats = read_conversations({**batch, "messages": _join(batch)}, "messages", rows, self.name)
+        chats = read_conversations(batch, ("prompt", "completion"), rows, self.name)
         ends = self._with_end(chats)
         prompt_texts = self.renderer.render(prompts, rows, add_generation_prompt=True)
         if not self.assistant_only:
@@ -243,10 +243,3 @@ class _Rows(Mapping[str, Sequence[Any]]):
 
     def __len__(self) -> int:
         return len(self._batch)
-
-
-def _join(batch: Columns) -> list[Any]:
-    return [
-        [*prompt, *completion] if isinstance(prompt, list) and isinstance(completion, list) else completion
-        for prompt, completion in zip(batch["prompt"], batch["completion"], strict=True)
-    ]

@@ -147,18 +147,24 @@ def read_texts(batch: Columns, column: str, rows: Sequence[int], name: str = "tr
     return texts
 
 
-def read_conversations(batch: Columns, column: str, rows: Sequence[int], name: str = "train") -> Conversations:
+def read_conversations(
+    batch: Columns, columns: str | tuple[str, ...], rows: Sequence[int], name: str = "train"
+) -> Conversations:
     """Returns the clean conversations of a column: usual role names, no empty values, `train`/`weight` taken out.
 
-    Accepts lists or JSON text, `role`/`content` or `from`/`value`. Raises `DataFormatError` with the row index.
+    The messages of several columns follow each other in one conversation per row. Accepts lists or JSON text,
+    `role`/`content` or `from`/`value`. Raises `DataFormatError` with the row index.
     """
-    if column not in batch:
-        raise DataFormatError(f"The {name} data set has no column `{column}` from row {rows[0]} on.")
+    columns = (columns,) if isinstance(columns, str) else columns
+    for column in columns:
+        if column not in batch:
+            raise DataFormatError(f"The {name} data set has no column `{column}` from row {rows[0]} on.")
     read = Conversations([], [], [], [])
     tools = batch.get("tools") or [None] * len(rows)
     kwargs = batch.get("chat_template_kwargs") or [None] * len(rows)
-    for row, value, row_tools, row_kwargs in zip(rows, batch[column], tools, kwargs, strict=True):
-        messages, train = _read_messages(value, column, row, name)
+    values = zip(*(batch[column] for column in columns), strict=True)
+    for row, row_values, row_tools, row_kwargs in zip(rows, values, tools, kwargs, strict=True):
+        messages, train = _read_messages(dict(zip(columns, row_values, strict=True)), row, name)
         where = f"row {row} of the {name} data set"
         read.messages.append(messages)
         read.train.append(train)
@@ -168,19 +174,23 @@ def read_conversations(batch: Columns, column: str, rows: Sequence[int], name: s
     return read
 
 
-def _read_messages(value: Any, column: str, row: int, name: str) -> tuple[list[dict[str, Any]], list[float] | None]:
-    value = parse_json_column(value, column, f"row {row} of the {name} data set")
-    if not isinstance(value, (list, tuple)):
-        fail(row, name, f"`{column}` is {type_name(value)}, expected a list of messages", "Repair the row.")
-    if not value:
-        fail(row, name, f"`{column}` is an empty list, expected at least one message", "Remove the row.")
+def _read_messages(values: Mapping[str, Any], row: int, name: str) -> tuple[list[dict[str, Any]], list[float] | None]:
+    found: list[tuple[Any, bool]] = []  # each message, and whether it stood in JSON text
+    for column, value in values.items():
+        chat = parse_json_column(value, column, f"row {row} of the {name} data set")
+        if not isinstance(chat, (list, tuple)):
+            fail(row, name, f"`{column}` is {type_name(chat)}, expected a list of messages", "Repair the row.")
+        found += [(message, isinstance(value, str)) for message in chat]
+    where = ticked(list(values))
+    if not found:
+        fail(row, name, f"{where} is an empty list, expected at least one message", "Remove the row.")
     messages: list[dict[str, Any]] = []
     train: list[float] = []
     flagged = False
-    for turn, message in enumerate(value):
+    for turn, (message, is_json) in enumerate(found):
         if not isinstance(message, Mapping):
-            fail(row, name, f"message {turn} of `{column}` is {type_name(message)}, expected a dictionary", "")
-        clean, trained = _read_message(message, turn, row, name)
+            fail(row, name, f"message {turn} of {where} is {type_name(message)}, expected a dictionary", "")
+        clean, trained = _read_message(message, turn, row, name, is_json)
         messages.append(clean)
         if clean["role"] == "assistant":
             train.append(1.0 if trained is None else trained)
@@ -193,7 +203,9 @@ def _read_messages(value: Any, column: str, row: int, name: str) -> tuple[list[d
 _TRAIN_HELP = "Only assistant messages can be trained; set `train` to false or leave it out."
 
 
-def _read_message(message: Mapping[str, Any], turn: int, row: int, name: str) -> tuple[dict[str, Any], float | None]:
+def _read_message(
+    message: Mapping[str, Any], turn: int, row: int, name: str, is_json: bool
+) -> tuple[dict[str, Any], float | None]:
     clean = {key: value for key, value in message.items() if value is not None}
     trained = _read_train_flag(clean, turn, row, name)
     role = clean.pop("from", None) if "role" not in clean else clean.pop("role")

@@ -6,8 +6,11 @@ from typing import Any, Literal
 
 from finetune.errors import ArgumentError
 
-PIPELINE_VERSION = 3
-"""Part of the cache key: raise it whenever the same rows and settings give other tokens, labels or counts."""
+PIPELINE_VERSION = 4
+"""Part of the cache key: raise it whenever the same rows and settings give other tokens, labels or counts.
+
+Packed rows too: `datasets` finds them again by the key of the rows that were packed.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
