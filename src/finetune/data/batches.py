@@ -145,25 +145,17 @@ class BatchProcessor:
 
     def _tokenize_chats(self, batch: Columns, rows: Sequence[int]) -> tuple[TokenBatch, np.ndarray]:
         assert self.renderer is not None
-        chats = read_conversations(batch, self.format.column, rows, self.name)
-        ends = self._with_end(chats)
-        if any(train is not None for train in chats.train) and not self.assistant_only:
-            raise DataFormatError(
-                f"The {self.name} data set sets `train`/`weight` in the messages of some rows but not in the first "
-                "one. Set `assistant_only_loss=True`, or give every row these keys."
-            )
+        chats, ends = self._read_chats(batch, self.format.column, rows)
         if not self.assistant_only:
             return tokenize_plain(self.encoder, self.renderer.render(chats, rows), special=False), ends
         rendered = self.renderer.render_with_spans(chats, rows)
-        answered = [train[-1] if train else True for train in chats.train]
         weights = self._weights(rendered, rows)
-        return tokenize_spans(self.encoder, rendered.texts, rendered.spans, weights), ends & np.array(answered, bool)
+        return tokenize_spans(self.encoder, rendered.texts, rendered.spans, weights), ends
 
     def _tokenize_chat_completions(self, batch: Columns, rows: Sequence[int]) -> tuple[TokenBatch, np.ndarray]:
         assert self.renderer is not None
         prompts = read_conversations(batch, "prompt", rows, self.name)
-        chats = read_conversations(batch, ("prompt", "completion"), rows, self.name)
-        ends = self._with_end(chats)
+        chats, ends = self._read_chats(batch, ("prompt", "completion"), rows)
         prompt_texts = self.renderer.render(prompts, rows, add_generation_prompt=True)
         if not self.assistant_only:
             texts, spans, weights = self.renderer.render(chats, rows), None, None
@@ -172,10 +164,22 @@ class BatchProcessor:
             texts, spans, weights = rendered.texts, rendered.spans, self._weights(rendered, rows)
         return tokenize_pairs(self.encoder, prompt_texts, texts, special=False, spans=spans, weights=weights), ends
 
-    def _with_end(self, chats: Conversations) -> np.ndarray:
-        """Returns (B,) bool: the conversation ends with an answer, and the template writes an end after it."""
-        answered = [messages[-1]["role"] == "assistant" and self._ends_answers for messages in chats.messages]
-        return np.array(answered, bool)
+    def _read_chats(
+        self, batch: Columns, columns: str | tuple[str, ...], rows: Sequence[int]
+    ) -> tuple[Conversations, np.ndarray]:
+        """Returns conversations, and (B,) bool: the last message is a trained answer, after which an end is written."""
+        chats = read_conversations(batch, columns, rows, self.name)
+        flagged = next((row for row, train in zip(rows, chats.train, strict=True) if train is not None), None)
+        if flagged is not None and not self.assistant_only:
+            raise DataFormatError(
+                f"Row {flagged} of the {self.name} data set sets `train`/`weight` in its messages, and the first row "
+                "does not. Set `assistant_only_loss=True`, or give every row these keys."
+            )
+        ends = [
+            messages[-1]["role"] == "assistant" and self._ends_answers and bool(train[-1] if train else True)
+            for messages, train in zip(chats.messages, chats.train, strict=True)
+        ]
+        return chats, np.array(ends, bool)
 
     def _weights(self, rendered: RenderedBatch, rows: Sequence[int]) -> list[list[float]] | None:
         if self.weighted:

@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 import pytest
+from datasets import IterableDataset
 
 from finetune.data.pipeline import as_dataset, prepare_split
 from finetune.data.settings import DataSettings
@@ -31,3 +32,26 @@ def test_prompt_and_completion_may_be_json_text_or_tuples(chat_tokenizer: Any) -
     for bad in (None, "no json", '"text"'):
         with pytest.raises(DataFormatError, match=r"ow 1 of the train data set: `completion` is"):
             trained([text, {**text, "completion": bad}], chat_tokenizer)
+
+
+def _streamed(rows: list[dict[str, Any]]) -> Any:
+    return IterableDataset.from_generator(lambda: iter(rows))
+
+
+@pytest.mark.parametrize("flag", [{"train": False}, {"weight": 0}], ids=str)
+def test_flags_that_the_first_row_lacks_are_never_ignored(flag: dict[str, Any], chat_tokenizer: Any) -> None:
+    pairs = [{"prompt": [USER], "completion": [answer]} for answer in (ANSWER, {**ANSWER, **flag})]
+    chats = [{"messages": row["prompt"] + row["completion"]} for row in pairs]
+    for rows in (pairs, chats):
+        with pytest.raises(DataFormatError, match="Row 1 of the train data set sets `train`/`weight`"):
+            trained(_streamed(rows), chat_tokenizer)
+        expected = trained(rows, chat_tokenizer, assistant_only_loss=True)
+        assert [part for _, part in expected] == ["the cat<|im_end|>"], "the row without a trained answer is left out"
+        assert trained(_streamed(rows), chat_tokenizer, assistant_only_loss=True) == expected
+
+
+def test_the_end_of_an_answer_that_is_not_trained_is_not_expected(chat_tokenizer: Any) -> None:
+    turns = [USER, ANSWER, USER, {**ANSWER, "train": False}]
+    for row in ({"messages": turns}, {"prompt": turns[:1], "completion": turns[1:]}):
+        audit = prepare_split(as_dataset([row]), chat_tokenizer, DataSettings(), say=lambda line: None).audit
+        assert audit.num_stop_expected == 0
