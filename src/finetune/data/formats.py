@@ -3,6 +3,7 @@
 Every error names the row, the column and what was found there, so that a bad row among a million can be repaired.
 """
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from enum import Enum
 from typing import Any
 
 from finetune.data.chat import is_message_list, parse_json_column
-from finetune.data.roles import KNOWN_ROLES, known_role
+from finetune.data.roles import KNOWN_ROLES, ROLE_ALIASES, known_role
 from finetune.data.rows import fail, type_name
 from finetune.errors import DataFormatError, nearest, ticked
 
@@ -98,13 +99,17 @@ def detect_format(row: Mapping[str, Any], dataset_text_field: str = "text", name
     if "input_ids" in row:
         return RowFormat(Kind.PACKED if "seq_lengths" in row else Kind.TOKENIZED, "input_ids")
     if "prompt" in row and "completion" in row:
-        chat = [_holds_messages(row[key]) for key in ("prompt", "completion")]
-        if chat[0] != chat[1] and None not in (row["prompt"], row["completion"]):
+        pair = (row["prompt"], row["completion"])
+        chat = [_holds_messages(value) for value in pair]
+        # Of two texts, one may well be JSON about people and their roles.
+        are_texts = all(isinstance(value, str) for value in pair)
+        if chat[0] != chat[1] and not are_texts and None not in pair:
             raise DataFormatError(
                 f"The {name} data set mixes text and messages: `prompt` is {type_name(row['prompt'])} and "
                 f"`completion` is {type_name(row['completion'])}. Give both as text or both as lists of messages."
             )
-        return RowFormat(Kind.CHAT_PROMPT_COMPLETION if chat[0] else Kind.PROMPT_COMPLETION, "prompt")
+        is_chat = all(chat) if are_texts else chat[0]
+        return RowFormat(Kind.CHAT_PROMPT_COMPLETION if is_chat else Kind.PROMPT_COMPLETION, "prompt")
     for column in ("messages", "conversations"):
         if column in row:
             return RowFormat(Kind.CHAT, column)
@@ -260,8 +265,20 @@ def _drop_none(value: Any) -> Any:
 
 def _holds_messages(value: Any) -> bool:
     if isinstance(value, str):
-        return value.lstrip().startswith("[{") and '"role"' in value
+        return value.lstrip().startswith("[") and '"role"' in value and _is_message_text(value)
     return is_message_list(value) or is_message_list(value, ("from", "value")) or value == []
+
+
+def _is_message_text(text: str) -> bool:
+    """Returns whether text is a conversation in JSON, and not JSON in which something has a role."""
+    try:
+        items = json.loads(text)
+    except ValueError:
+        return False
+    if not is_message_list(items) or not all(isinstance(item, dict) and "role" in item for item in items):
+        return False
+    speaks = all("content" in item or "tool_calls" in item for item in items)
+    return speaks and any(item["role"] in (*KNOWN_ROLES, *ROLE_ALIASES) for item in items)
 
 
 def _is_block_list(content: Any) -> bool:

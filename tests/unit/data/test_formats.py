@@ -13,6 +13,7 @@ from finetune.errors import ArgumentError, DataFormatError, FinetuneError
 
 USER = {"role": "user", "content": "a"}
 ASSISTANT = {"role": "assistant", "content": "b"}
+CHAT_PAIR = (Kind.CHAT_PROMPT_COMPLETION, "prompt")
 
 
 @pytest.mark.parametrize(
@@ -25,7 +26,16 @@ ASSISTANT = {"role": "assistant", "content": "b"}
         ({"messages": [USER], "text": "c"}, Kind.CHAT, "messages"),
         ({"conversations": [{"from": "human", "value": "a"}]}, Kind.CHAT, "conversations"),
         ({"text": [USER]}, Kind.CHAT, "text"),
-        ({"text": '[{"role": "user"}]'}, Kind.CHAT, "text"),
+        ({"text": '[{"role": "user", "content": "a"}]'}, Kind.CHAT, "text"),
+        ({"text": '[{"role": "assistant", "tool_calls": []}, {"role": "tool", "content": ""}]'}, Kind.CHAT, "text"),
+        ({"text": '[{"name": "Ann", "role": "CEO"}]'}, Kind.TEXT, "text"),
+        ({"text": '[{"role": "CEO", "content": "Ann"}]'}, Kind.TEXT, "text"),
+        ({"text": '[{"role": "user", "content": "a"}, 3]'}, Kind.TEXT, "text"),
+        ({"text": '[{"role": "user", "content": "a"'}, Kind.TEXT, "text"),
+        ({"prompt": "Who?", "completion": '[{"name": "Ann", "role": "CEO"}]'}, Kind.PROMPT_COMPLETION, "prompt"),
+        ({"prompt": "Who?", "completion": '[{"role": "user", "content": "a"}]'}, Kind.PROMPT_COMPLETION, "prompt"),
+        ({"prompt": '[{"role": "user", "content": "a"}]', "completion": "b"}, Kind.PROMPT_COMPLETION, "prompt"),
+        ({"prompt": [USER], "completion": '[{"role": "assistant", "content": "a"}]'}, *CHAT_PAIR),
         ({"input_ids": [1], "text": "c"}, Kind.TOKENIZED, "input_ids"),
         ({"input_ids": [1], "seq_lengths": [1]}, Kind.PACKED, "input_ids"),
     ],
