@@ -225,8 +225,10 @@ def _read_message(
         fail(row, name, f"message {turn} (`{role}`) has no `content`", "Give it text, or `tool_calls`.")
     if content is not None and not isinstance(content, str) and not _is_block_list(content):
         fail(row, name, f"`content` of message {turn} (`{role}`) is {type_name(content)}", "Expected text.")
-    if "tool_calls" in clean:
-        clean["tool_calls"] = _drop_none(clean["tool_calls"])
+    # Arrow gives every dictionary the keys of its neighbours. What JSON text has as null was written by someone.
+    for key in () if is_json else ("content", "tool_calls"):
+        if key in clean:
+            clean[key] = _drop_none(clean[key])
     return {"role": role, **clean}, trained
 
 
@@ -246,7 +248,6 @@ def _read_tools(value: Any, where: str) -> list[Any] | None:
     if isinstance(value, str):
         value = parse_json_column(value, "tools", where)
     elif value is not None:
-        # Arrow gives every dictionary the keys of all its neighbours; the absent ones come back as None.
         value = _drop_none(value)
     if not value:
         return None

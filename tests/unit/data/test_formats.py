@@ -1,3 +1,4 @@
+import json
 from typing import Any
 
 import pytest
@@ -137,6 +138,16 @@ def test_conversations_are_cleaned() -> None:
     assert read.train == [[False], None, None]
     assert read.tools == [None, [{"name": "f", "parameters": {"y": 1}}], [{"default": None}]]
     assert read.template_kwargs == [None, {"depth": 2}, None]
+
+
+def test_keys_that_arrow_adds_are_dropped_and_nulls_of_json_stay() -> None:
+    blocks = [{"type": "text", "text": "a", "image": None}, {"type": "image", "text": None, "image": "x.png"}]
+    calls = [{"function": {"name": "f", "arguments": {"unit": None, "x": 1}}}]
+    chat = [{"role": "user", "content": blocks}, {"role": "assistant", "tool_calls": calls}]
+    user, assistant = read_conversations({"messages": [chat]}, "messages", [0]).messages[0]
+    assert user["content"] == [{"type": "text", "text": "a"}, {"type": "image", "image": "x.png"}]
+    assert assistant["tool_calls"][0]["function"]["arguments"] == {"x": 1}
+    assert read_conversations({"messages": [json.dumps(chat)]}, "messages", [0]).messages[0] == chat
 
 
 def test_formatting_func_may_return_text_messages_or_a_row() -> None:
