@@ -155,10 +155,11 @@ def read_texts(batch: Columns, column: str, rows: Sequence[int], name: str = "tr
 def read_conversations(
     batch: Columns, columns: str | tuple[str, ...], rows: Sequence[int], name: str = "train"
 ) -> Conversations:
-    """Returns the clean conversations of a column: usual role names, no empty values, `train`/`weight` taken out.
+    """Returns the clean conversations of a column: no empty values, `train`/`weight` taken out.
 
     The messages of several columns follow each other in one conversation per row. Accepts lists or JSON text,
-    `role`/`content` or `from`/`value`. Raises `DataFormatError` with the row index.
+    `role`/`content` or `from`/`value`; names under `from` become the usual ones (`human` is `user`). Raises
+    `DataFormatError` with the row index.
     """
     columns = (columns,) if isinstance(columns, str) else columns
     for column in columns:
@@ -213,13 +214,14 @@ def _read_message(
 ) -> tuple[dict[str, Any], float | None]:
     clean = {key: value for key, value in message.items() if value is not None}
     trained = _read_train_flag(clean, turn, row, name)
-    role = clean.pop("from", None) if "role" not in clean else clean.pop("role")
+    is_sharegpt = "role" not in clean
+    role = clean.pop("from", None) if is_sharegpt else clean.pop("role")
     if "content" not in clean and "value" in clean:
         clean["content"] = clean.pop("value")
     if not isinstance(role, str):
         found = f"has the keys {ticked(list(message))} and no role" if role is None else f"has the role {role!r}"
         fail(row, name, f"message {turn} {found}", f"`role` must be text, such as {ticked(KNOWN_ROLES)}.")
-    role = known_role(role)
+    role = known_role(role, alias=is_sharegpt)
     content = clean.get("content")
     if content is None and not clean.get("tool_calls"):
         fail(row, name, f"message {turn} (`{role}`) has no `content`", "Give it text, or `tool_calls`.")

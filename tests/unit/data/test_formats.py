@@ -111,6 +111,19 @@ def test_the_template_judges_other_roles(caplog: Any, chat_tokenizer: Any) -> No
     assert "<|im_start|>document\nx" in chat_tokenizer.decode(made.dataset[0]["input_ids"])
 
 
+def test_roles_written_for_a_template_keep_their_names(caplog: Any) -> None:
+    roles._warn_of.cache_clear()
+    names = ("human", "observation", "gpt")
+    written = [{"role": role, "content": "a"} for role in names]
+    shared = [{"from": role, "value": "a"} for role in names]
+    read = read_conversations({"messages": [written, shared]}, "messages", [0, 1]).messages
+    assert [message["role"] for message in read[0]] == list(names)
+    assert [message["role"] for message in read[1]] == ["user", "tool", "assistant"]
+    assert [record.getMessage().rpartition(". ")[2] for record in caplog.records] == [
+        f"If it means `{meant}`, rename it." for meant in ("user", "tool", "assistant")
+    ]
+
+
 def test_a_template_that_refuses_a_role_names_the_roles(chat_tokenizer: Any) -> None:
     from datasets import Dataset
 
@@ -156,6 +169,10 @@ def test_formatting_func_may_return_text_messages_or_a_row() -> None:
     assert apply_formatting(batch, [0, 1], lambda row: [USER])["messages"] == [[USER], [USER]]
     made = apply_formatting(batch, [0, 1], lambda row: {"prompt": row["q"], "completion": row["a"]})
     assert made == {"prompt": ["a", "c"], "completion": ["b", "d"]}
+    optional = apply_formatting(batch, [0, 1], lambda row: {"text": "x", **({"tools": "y"} if row["q"] == "c" else {})})
+    assert optional == {"text": ["x", "x"], "tools": [None, "y"]}
+    with pytest.raises(DataFormatError, match="makes `text` of row 0, but `prompt`, `completion` of row 5"):
+        apply_formatting(batch, [4, 5], lambda row: "a" if row["q"] == "a" else made, ["text"])
     with pytest.raises(DataFormatError, match=r"`formatting_func` returned `list` for row 7"):
         apply_formatting({"q": ["a"]}, [7], lambda row: ["a"])
 
