@@ -57,6 +57,7 @@ class BatchProcessor:
         self.formats = settings.formatting_func is not None and "input_ids" not in first_row
         row, field = formatted_row(first_row, settings.formatting_func, settings.dataset_text_field)
         self.format: RowFormat = detect_format(row, field, name)
+        self._first_keys = tuple(row)
         self._check_row(row)
         self.assistant_only = settings.assistant_only_loss or self._has_flags(row, ("train", "weight"))
         self.completion_only = self.format.masks_prompt(row, settings.completion_only_loss)
@@ -92,7 +93,7 @@ class BatchProcessor:
         """Returns the labelled tokens of rows with the given indices; `truncate=False` leaves them whole."""
         if self.formats:
             assert self.settings.formatting_func is not None
-            batch = apply_formatting(batch, rows, self.settings.formatting_func)
+            batch = apply_formatting(batch, rows, self.settings.formatting_func, self._first_keys)
         parts = [slice(start, start + _PART) for start in range(0, len(rows), _PART)]
         try:
             made = self.encoder.in_turns(lambda part: self._process(_Rows(batch, part), rows[part], truncate), parts)

@@ -34,6 +34,7 @@ from finetune.data.mapped import (
     output_features,
 )
 from finetune.data.pretokenized import holds_integers
+from finetune.data.rows import type_name
 from finetune.data.settings import DataSettings
 from finetune.data.tokenize import NOTHING_TRAINED
 from finetune.data.watchdog import map_with_workers
@@ -137,12 +138,16 @@ def is_iterable_dataset(dataset: Any) -> bool:
 
 
 def as_dataset(rows: Any) -> Any:
-    """Returns a `datasets.Dataset` for a list of dictionaries; anything else as it is."""
+    """Returns a `datasets.Dataset` with the columns of all rows for a list of dictionaries; anything else as it is."""
     if not isinstance(rows, list):
         return rows
     from datasets import Dataset
 
-    return Dataset.from_list(rows)
+    for number, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise DataFormatError(f"Row {number} of a list of rows is {type_name(row)}, expected a dictionary.")
+    columns = dict.fromkeys(key for row in rows for key in row)  # `Dataset.from_list` would take those of the first
+    return Dataset.from_dict({column: [row.get(column) for row in rows] for column in columns})
 
 
 def say_on_main_process(message: str) -> None:

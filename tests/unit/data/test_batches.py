@@ -55,3 +55,21 @@ def test_the_end_of_an_answer_that_is_not_trained_is_not_expected(chat_tokenizer
     for row in ({"messages": turns}, {"prompt": turns[:1], "completion": turns[1:]}):
         audit = prepare_split(as_dataset([row]), chat_tokenizer, DataSettings(), say=lambda line: None).audit
         assert audit.num_stop_expected == 0
+
+
+def test_columns_that_only_later_rows_have_are_not_lost(chat_tokenizer: Any) -> None:
+    chat_tokenizer.chat_template = "{{ tools }}" + chat_tokenizer.chat_template
+    rows = [{"messages": [USER, ANSWER]}, {"messages": [USER, ANSWER], "tools": [{"name": "add"}]}]
+    texts = [text for text, _ in trained(rows, chat_tokenizer)]
+    assert texts[1].startswith("[{'name': 'add'}]")
+    made = trained([{"n": 0}, {"n": 1}], chat_tokenizer, formatting_func=lambda row: rows[row["n"]])
+    assert [text for text, _ in made] == texts
+    with pytest.raises(DataFormatError, match="Row 1 of a list of rows is `str`"):
+        as_dataset([{"text": "a"}, "b"])
+
+
+@pytest.mark.parametrize("late", [{"input_ids": [5, 6], "labels": [5, 6]}, {"text": "a"}, "a", [USER]], ids=str)
+def test_formatted_rows_are_all_of_one_kind(late: Any, chat_tokenizer: Any) -> None:
+    for first in ({"input_ids": [5, 6]}, {"prompt": "a", "completion": "b"}):
+        with pytest.raises(DataFormatError, match=r"`formatting_func` makes `.*` of row 0, but `.*` of row 1"):
+            trained([{"n": 0}, {"n": 1}], chat_tokenizer, formatting_func=lambda row, all=(first, late): all[row["n"]])
