@@ -137,3 +137,11 @@ def test_a_shuffled_and_packed_stream_resumes(tiny_llama: Any, chat_tokenizer: A
     again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
     losses = [[entry["loss"] for entry in each.state.log_history if "loss" in entry] for each in (whole, again)]
     assert losses[0] == losses[1]
+
+
+def test_the_end_of_longer_rows_is_kept_in_packed_ones(tiny_llama: Any, chat_tokenizer: Any, tmp_path: Path) -> None:
+    rows = Dataset.from_dict({"input_ids": [[5, 6, 7, 8, 9]] * 2})
+    trainer = make(
+        tiny_llama(512), chat_tokenizer, tmp_path, rows, packing=True, max_length=3, truncation_mode="keep_end"
+    )
+    assert trainer.train_dataset["input_ids"][:] == [[7, 8, 9]] * 2
