@@ -185,3 +185,20 @@ def test_a_test_set_without_labels_has_none(chat_tokenizer: Any, values: list[An
         "labels"
         not in prepare_rows(data, chat_tokenizer, Columns(("text",), "label"), task, 8, "test", None).column_names
     )
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_rows_of_tokens_are_cut_as_those_of_text(chat_tokenizer: Any, side: str) -> None:
+    chat_tokenizer.truncation_side = side
+    text = rows(text=["the cat sat on a mat", "sun"], label=["a", "b"])
+    tokens = chat_tokenizer(text["text"][:])
+    data = rows(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"], label=["a", "b"])
+    task = read_task(text, "label")
+    expected = prepare_rows(text, chat_tokenizer, Columns(("text",), "label"), task, 3, "train", None)
+    assert expected["length"][:] == [3, len(tokens["input_ids"][1])]
+    stream = data.to_iterable_dataset().with_format("torch")
+    for given in (data, stream):
+        made = prepare_rows(given, chat_tokenizer, Columns((), "label"), task, 3, "train", None)
+        for row, wanted in zip(made, expected, strict=True):
+            assert {key: wanted[key] for key in row} == row
+            assert {"input_ids", "attention_mask", "length", "labels"} <= set(row)
