@@ -49,7 +49,7 @@ def _check_keys(columns: Collection[str], first: Collection[str], row: int) -> N
     if found != expected:
         raise DataFormatError(
             f"`formatting_func` makes {ticked(expected) or 'none'} of row 0, but {ticked(found) or 'none'} of row "
-            f"{row}. These keys decide how rows are read ({ticked(_DECIDING_KEYS)}): return the same ones for every row."
+            f"{row}. These keys decide how rows are read ({ticked(_DECIDING_KEYS)}): return the same for every row."
         )
 
 

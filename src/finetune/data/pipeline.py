@@ -258,10 +258,13 @@ def _not_utf8(dataset: Any, name: str, error: UnicodeDecodeError) -> str:
 def _prepare_stream(
     dataset: Any, processing_class: Any, settings: DataSettings, row: Mapping[str, Any], name: str, say: Say
 ) -> PreparedSplit:
-    columns = list(row)
     if "seq_lengths" in row:
         audit = audit_rows(*[np.zeros(0, np.int32)] * 4, name=name, format=Kind.PACKED.value, sampled=True)
         return PreparedSplit(dataset, audit, "already prepared")
+    # Of a stream with a format (torch, numpy), rows hold arrays instead of lists.
+    dataset = dataset.with_format(None)
+    row = first_row(dataset, name)
+    columns = list(row)
     processor = BatchProcessor(processing_class, settings, row, name)
     keep = kept_columns(settings, columns)
     known = dataset.features or {}

@@ -68,6 +68,15 @@ def test_columns_that_only_later_rows_have_are_not_lost(chat_tokenizer: Any) -> 
         as_dataset([{"text": "a"}, "b"])
 
 
+@pytest.mark.parametrize("kind", ["torch", "numpy"])
+@pytest.mark.parametrize(
+    "row", [{"text": "a"}, {"messages": [USER, ANSWER]}, {"input_ids": [5, 6], "labels": [-100, 6]}], ids=str
+)
+def test_streams_with_a_format_are_read_as_plain_ones(row: dict[str, Any], kind: str, chat_tokenizer: Any) -> None:
+    stream = as_dataset([row] * 2).to_iterable_dataset()
+    assert trained(stream.with_format(kind), chat_tokenizer) == trained(stream, chat_tokenizer)
+
+
 @pytest.mark.parametrize("late", [{"input_ids": [5, 6], "labels": [5, 6]}, {"text": "a"}, "a", [USER]], ids=str)
 def test_formatted_rows_are_all_of_one_kind(late: Any, chat_tokenizer: Any) -> None:
     for first in ({"input_ids": [5, 6]}, {"prompt": "a", "completion": "b"}):
