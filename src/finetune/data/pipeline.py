@@ -158,10 +158,12 @@ def say_on_main_process(message: str) -> None:
 
 def _map(dataset: Any, processor: BatchProcessor, processing_class: Any, name: str, say: Say) -> tuple[Any, str]:
     settings = processor.settings
-    template = processor.renderer.template if processor.renderer is not None else None
-    parts = cache.key_parts(dataset, processing_class, settings, template)
+    renderer = processor.renderer
+    templates = [] if renderer is None else [renderer.template, renderer.tool_template]
+    parts = cache.key_parts(dataset, processing_class, settings, templates)
     key = cache.fingerprint(parts)
     path, nowhere = cache.cache_file(dataset, key, settings.cache_dir)
+    unkept = cache.kept_nowhere(dataset)
     keep = kept_columns(settings, dataset.column_names)
     options = {
         "with_indices": True,
@@ -174,7 +176,7 @@ def _map(dataset: Any, processor: BatchProcessor, processing_class: Any, name: s
     }
 
     def run(function: Callable[..., Any], num_proc: int | None) -> Any:
-        return dataset.map(function, num_proc=num_proc, cache_file_name=path, **options)
+        return dataset.map(function, num_proc=num_proc, cache_file_name=path or unkept, **options)
 
     function = MapFunction(processor, keep)
     workers = settings.num_proc if settings.num_proc and settings.num_proc > 1 else None

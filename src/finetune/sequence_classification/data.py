@@ -116,13 +116,17 @@ def prepare_rows(
         return dataset.map(convert, batched=True, with_indices=True, remove_columns=list(first_row(dataset, name)))
     parts: dict[str, Any] = {"data": dataset._fingerprint, "tokenizer": cache.tokenizer_digest(tokenizer)}
     parts |= {"columns": [*columns.texts, label], "task": [task.problem_type, task.names], "max_length": max_length}
+    parts |= {"side": tokenizer.truncation_side, "made": tokenizer.model_input_names, "version": cache.version()}
+    key = cache.fingerprint({**parts, "ids": sorted(map(str, task.ids.items()))})
+    path, _ = cache.cache_file(dataset, key, None)
     return dataset.map(
         convert,
         batched=True,
         with_indices=True,
         remove_columns=dataset.column_names,
         num_proc=num_proc,
-        new_fingerprint=cache.fingerprint({**parts, "ids": sorted(map(str, task.ids.items()))}),
+        new_fingerprint=key,
+        cache_file_name=path or cache.kept_nowhere(dataset),
         desc=f"Preparing {name} rows",
     )
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
+from finetune.data import cache
 from finetune.data.audit import SupervisionAudit
 from finetune.data.collate import DataCollatorForLanguageModeling
 from finetune.data.inspect import Preview, preview
@@ -46,7 +47,7 @@ class SFTRowMethods(RawRowMethods):
         is_train = dataset_name == "train"
         shuffles = args.shuffle_dataset and is_train
         if shuffles:
-            dataset = dataset.shuffle(seed=args.seed)
+            dataset = cache.shuffled(dataset, args.seed)
         settings = DataSettings.from_args(args, packing=packing, formatting_func=formatting_func)
         split = prepare_split(dataset, processing_class, settings, name=dataset_name)
         rows, audit = split.dataset, split.audit
