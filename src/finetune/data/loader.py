@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from .position import (
+from finetune.data.position import (
     following_rows,
     has_length,
     is_stream,
@@ -28,9 +28,9 @@ from .position import (
     skip_batches,
     watch_fetches,
 )
-from .rebalance import BatchRebalanceSampler
-from .samplers import LengthGroupedSampler, SeededRandomSampler, SequentialSampler, row_lengths
-from .streaming import StreamLoader
+from finetune.data.rebalance import BatchRebalanceSampler
+from finetune.data.samplers import LengthGroupedSampler, SeededRandomSampler, SequentialSampler, row_lengths
+from finetune.data.streaming import StreamLoader
 
 __all__ = [
     "StreamLoader",
