@@ -7,14 +7,13 @@ import numpy as np
 
 from finetune.data.batches import BatchProcessor
 from finetune.data.labels import LabelledBatch
-from finetune.data.rows import WEIGHTS
+from finetune.data.rows import LENGTH, WEIGHTS
 from finetune.data.settings import DataSettings
 from finetune.data.tokenize import NOTHING_TRAINED, TokenBatch
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-LENGTH = "length"
 SOURCE_LENGTH, SUPERVISED, FLAGS = "_source_length", "_supervised", "_flags"
 COUNT_COLUMNS = (SOURCE_LENGTH, SUPERVISED, FLAGS)
 """Per-row numbers that are stored with the prepared rows for the audit, and taken off before training."""

@@ -24,7 +24,6 @@ from finetune.data.formats import Kind
 from finetune.data.mapped import (
     COUNT_COLUMNS,
     FLAGS,
-    LENGTH,
     SOURCE_LENGTH,
     SUPERVISED,
     MapFunction,
@@ -34,7 +33,7 @@ from finetune.data.mapped import (
     output_features,
 )
 from finetune.data.pretokenized import holds_integers
-from finetune.data.rows import type_name
+from finetune.data.rows import LENGTH, type_name
 from finetune.data.settings import DataSettings
 from finetune.data.tokenize import NOTHING_TRAINED
 from finetune.data.watchdog import map_with_workers

@@ -8,7 +8,7 @@ import numpy as np
 
 from finetune.data.formats import Columns
 from finetune.data.rows import IGNORE_INDEX, WEIGHTS, fail, type_name
-from finetune.data.tokenize import DOUBLED_BOS, TokenBatch
+from finetune.data.tokenize import TokenBatch, flag_doubled_bos
 
 
 def read_tokenized(batch: Columns, rows: Sequence[int], tokenizer: Any, name: str = "train") -> TokenBatch:
@@ -39,17 +39,8 @@ def read_tokenized(batch: Columns, rows: Sequence[int], tokenizer: Any, name: st
             tokens.assistant_mask = _column(batch, "assistant_masks", rows, offsets, name) != 0
     if WEIGHTS in batch:
         tokens.weights = _weights(batch, rows, offsets, name)
-    _flag_doubled_bos(tokens, tokenizer)
+    flag_doubled_bos(tokens, tokenizer)
     return tokens
-
-
-def _flag_doubled_bos(tokens: TokenBatch, tokenizer: Any) -> None:
-    bos = tokenizer.bos_token_id
-    if bos is None or bos == tokenizer.eos_token_id:
-        return
-    starts, doubled = tokens.offsets[:-1], tokens.lengths > 1
-    doubled[doubled] = (tokens.ids[starts[doubled]] == bos) & (tokens.ids[starts[doubled] + 1] == bos)
-    tokens.flags[doubled] |= DOUBLED_BOS
 
 
 def _column(batch: Columns, column: str, rows: Sequence[int], offsets: np.ndarray, name: str) -> np.ndarray:

@@ -19,6 +19,9 @@ IGNORE_INDEX = -100
 """Label of a position that is not trained (the default `ignore_index` of `torch.nn.functional.cross_entropy`)."""
 
 
+LENGTH = "length"
+"""Column of prepared rows: how many tokens each has. Made anew for packed rows."""
+
 WEIGHTS = "token_weights"
 """Column of rows in which tokens count differently: what the loss of each label is multiplied by."""
 

@@ -10,11 +10,10 @@ from torch.utils.data import DataLoader
 from finetune.data import cache
 from finetune.data.audit import SupervisionAudit
 from finetune.data.collate import DataCollatorForLanguageModeling
-from finetune.data.mapped import LENGTH
 from finetune.data.packing import pack_dataset, packing_report
 from finetune.data.pipeline import as_dataset, first_row, is_iterable_dataset, prepare_split, say_on_main_process
 from finetune.data.preview import Preview, preview
-from finetune.data.rows import WEIGHTS
+from finetune.data.rows import LENGTH, WEIGHTS
 from finetune.data.settings import DataSettings
 from finetune.facade.raw_rows import RawRowMethods, prepare_each
 from finetune.sft.config import SFTConfig
