@@ -67,16 +67,12 @@ class BatchProcessor:
         self.encoder = Encoder(self.tokenizer)
         template = settings.chat_template
         self.stop_ids = stop_token_ids(processing_class, template)
-        if settings.eos_token is not None:
-            self.stop_ids |= {self.tokenizer.convert_tokens_to_ids(settings.eos_token)}
         self._stops = StopTokens(self.tokenizer, self.stop_ids)
         self.renderer: ChatRenderer | None = None
         if self.format.is_chat:
             self._ends_answers = not leaves_last_answer_open(processing_class, template)
             training = try_training_template(processing_class, template) if self.assistant_only else None
-            self.renderer = ChatRenderer(
-                processing_class, template, training, dict(settings.chat_template_kwargs), name
-            )
+            self.renderer = ChatRenderer(processing_class, template, training, name=name)
         else:
             self._eos = self._resolve_eos()
 
@@ -199,7 +195,7 @@ class BatchProcessor:
     def _resolve_eos(self) -> str:
         if self.format.has_tokens or not self.settings.append_eos:
             return ""
-        eos = self.settings.eos_token or self.tokenizer.eos_token
+        eos = self.tokenizer.eos_token
         if eos is None:
             raise DataFormatError(
                 "The tokenizer has no end-of-sequence token, so the model could not learn to stop. Set `eos_token` to "

@@ -5,8 +5,7 @@ Prepared rows are cached under a key of their own (`cache.py`). Processes that s
 barrier: one takes a file lock and works, the others find the rows in the cache when they get the lock.
 
 Columns of the result: `input_ids` and `labels` (lists of int32, half the memory of int64; collators cast), `length`
-(int32, so that grouping by length reads one column), `completion_mask`/`assistant_masks` with `emit_masks`, and
-`keep_columns`. Everything else is dropped.
+(int32, so that grouping by length reads one column), and `keep_columns`. Everything else is dropped.
 """
 
 import os

@@ -52,15 +52,6 @@ def test_columns_and_types(on_disk: Any, chat_tokenizer: Any) -> None:
     assert "text" not in prepared(on_disk, chat_tokenizer, keep_columns=("extra",))[0]
 
 
-def test_masks_are_kept_on_request(chat_tokenizer: Any) -> None:
-    rows = Dataset.from_dict({"prompt": [chat[:1] for chat in CHATS], "completion": [chat[1:] for chat in CHATS]})
-    for dataset in (rows, rows.to_iterable_dataset()):
-        made = prepared(dataset, chat_tokenizer, emit_masks=True, assistant_only_loss=True)
-        for row in made:
-            both = [c and a for c, a in zip(row["completion_mask"], row["assistant_masks"], strict=True)]
-            assert [label != -100 for label in row["labels"]] == [bool(bit) for bit in both]
-
-
 def test_streams_give_the_same_rows(on_disk: Any, chat_tokenizer: Any) -> None:
     for options in ({}, {"max_length": 3}, {"keep_columns": "all"}, {"batch_size": 1}):
         expected = prepared(on_disk, chat_tokenizer, **options)
