@@ -20,7 +20,7 @@ from finetune.checkpoint import manager as checkpoints
 from finetune.checkpoint.preemption import saving_on_signals
 from finetune.compat import TrainOutput
 from finetune.control.builtin import close_bars
-from finetune.data import loader as loaders
+from finetune.data import position
 from finetune.distributed import prepare as preparation
 from finetune.engine import checks, features, setup, step
 from finetune.engine.accumulation import global_count, take, without_repeated_rows
@@ -155,7 +155,7 @@ class Trainer(EvaluationMethods, OptimizerMethods, SavingMethods):
                 partial(describe_batch, loader),
                 self.accelerator.num_processes,
             ),
-            skip_batches=loaders.skip_batches,
+            skip_batches=position.skip_batches,
             restore_rng=partial(self._load_rng_state, resume_from_checkpoint) if resume_from_checkpoint else None,
             before_step=self._writer.settle,
             token_counter=setup.token_counter(args, self._traits, self.processing_class),

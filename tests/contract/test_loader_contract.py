@@ -10,9 +10,11 @@ from datasets import Dataset
 from torch.utils.data import IterableDataset, RandomSampler
 
 from finetune.data import loader as ours
+from finetune.data import position
 from finetune.data.collate import DataCollatorForLanguageModeling
 from finetune.data.columns import remove_unused_columns, signature_columns
 from finetune.data.digest import rows_digest
+from finetune.data.streaming import StreamLoader
 
 
 def tiny_model():
@@ -134,7 +136,7 @@ def test_stream_batches_and_generator_equal_transformers(tmp_path, make):
     (a, state_a), (b, state_b) = consume(theirs), consume(mine)
     assert_same(a, b)
     assert torch.equal(state_a, state_b)
-    assert isinstance(mine, ours.StreamLoader)
+    assert isinstance(mine, StreamLoader)
 
 
 def test_length_grouped_uses_transformers_grouping(tmp_path):
@@ -158,7 +160,7 @@ def test_skipping_equals_transformers_skipping(tmp_path, start):
     theirs, mine = theirs_and_ours(tmp_path, rows())
     (a, state_a), (b, state_b) = (
         consume(skip_first_batches(theirs, start), 1),
-        consume(ours.skip_batches(mine, start), 1),
+        consume(position.skip_batches(mine, start), 1),
     )
     assert_same(a, b)
     assert torch.equal(state_a, state_b)
@@ -172,9 +174,9 @@ def test_a_random_sampler_of_a_subclass_is_ordered_and_skipped_too(tmp_path):
     theirs.set_epoch(1)
     whole = [batch["input_ids"] for batch in theirs]
     theirs.set_epoch(1)
-    skipped = ours.skip_batches(theirs, 3)
+    skipped = position.skip_batches(theirs, 3)
     skipped.set_epoch(1)
     assert all(torch.equal(x, y["input_ids"]) for x, y in zip(whole[3:], skipped, strict=True))
-    following = [ours.following_rows(loader, 3, 1) for loader in (theirs, mine)]
+    following = [position.following_rows(loader, 3, 1) for loader in (theirs, mine)]
     assert rows_digest(theirs.dataset, following[0]) == rows_digest(mine.dataset, following[1])
-    assert ours.loader_state(theirs) == ours.loader_state(mine)
+    assert position.loader_state(theirs) == position.loader_state(mine)

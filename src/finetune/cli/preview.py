@@ -37,8 +37,8 @@ def run_preview(argv: Sequence[str] | None = None) -> None:
     from datasets import Dataset
 
     from finetune.data.audit import audit_table
-    from finetune.data.inspect import preview
     from finetune.data.pipeline import prepare_split
+    from finetune.data.preview import preview
     from finetune.data.settings import DataSettings
     from finetune.sft.build import load_tokenizer_for_sft
 

@@ -14,12 +14,11 @@ from finetune.data.formats import (
     Conversations,
     Kind,
     RowFormat,
-    apply_formatting,
     detect_format,
-    formatted_row,
     read_conversations,
     read_texts,
 )
+from finetune.data.formatting import apply_formatting, formatted_row
 from finetune.data.labels import LabelledBatch, StopTokens, join_labelled, label_batch
 from finetune.data.pretokenized import read_tokenized
 from finetune.data.rows import WEIGHTS
@@ -58,6 +57,7 @@ class BatchProcessor:
         self.formats = settings.formatting_func is not None and "input_ids" not in first_row
         row, field = formatted_row(first_row, settings.formatting_func, settings.dataset_text_field)
         self.format: RowFormat = detect_format(row, field, name)
+        self._first_keys = tuple(row)
         self._check_row(row)
         self.assistant_only = settings.assistant_only_loss or self._has_flags(row, ("train", "weight"))
         self.completion_only = self.format.masks_prompt(row, settings.completion_only_loss)
@@ -67,16 +67,12 @@ class BatchProcessor:
         self.encoder = Encoder(self.tokenizer)
         template = settings.chat_template
         self.stop_ids = stop_token_ids(processing_class, template)
-        if settings.eos_token is not None:
-            self.stop_ids |= {self.tokenizer.convert_tokens_to_ids(settings.eos_token)}
         self._stops = StopTokens(self.tokenizer, self.stop_ids)
         self.renderer: ChatRenderer | None = None
         if self.format.is_chat:
             self._ends_answers = not leaves_last_answer_open(processing_class, template)
             training = try_training_template(processing_class, template) if self.assistant_only else None
-            self.renderer = ChatRenderer(
-                processing_class, template, training, dict(settings.chat_template_kwargs), name
-            )
+            self.renderer = ChatRenderer(processing_class, template, training, name=name)
         else:
             self._eos = self._resolve_eos()
 
@@ -93,7 +89,7 @@ class BatchProcessor:
         """Returns the labelled tokens of rows with the given indices; `truncate=False` leaves them whole."""
         if self.formats:
             assert self.settings.formatting_func is not None
-            batch = apply_formatting(batch, rows, self.settings.formatting_func)
+            batch = apply_formatting(batch, rows, self.settings.formatting_func, self._first_keys)
         parts = [slice(start, start + _PART) for start in range(0, len(rows), _PART)]
         try:
             made = self.encoder.in_turns(lambda part: self._process(_Rows(batch, part), rows[part], truncate), parts)
@@ -146,25 +142,17 @@ class BatchProcessor:
 
     def _tokenize_chats(self, batch: Columns, rows: Sequence[int]) -> tuple[TokenBatch, np.ndarray]:
         assert self.renderer is not None
-        chats = read_conversations(batch, self.format.column, rows, self.name)
-        ends = self._with_end(chats)
-        if any(train is not None for train in chats.train) and not self.assistant_only:
-            raise DataFormatError(
-                f"The {self.name} data set sets `train`/`weight` in the messages of some rows but not in the first "
-                "one. Set `assistant_only_loss=True`, or give every row these keys."
-            )
+        chats, ends = self._read_chats(batch, self.format.column, rows)
         if not self.assistant_only:
             return tokenize_plain(self.encoder, self.renderer.render(chats, rows), special=False), ends
         rendered = self.renderer.render_with_spans(chats, rows)
-        answered = [train[-1] if train else True for train in chats.train]
         weights = self._weights(rendered, rows)
-        return tokenize_spans(self.encoder, rendered.texts, rendered.spans, weights), ends & np.array(answered, bool)
+        return tokenize_spans(self.encoder, rendered.texts, rendered.spans, weights), ends
 
     def _tokenize_chat_completions(self, batch: Columns, rows: Sequence[int]) -> tuple[TokenBatch, np.ndarray]:
         assert self.renderer is not None
         prompts = read_conversations(batch, "prompt", rows, self.name)
-        chats = read_conversations({**batch, "messages": _join(batch)}, "messages", rows, self.name)
-        ends = self._with_end(chats)
+        chats, ends = self._read_chats(batch, ("prompt", "completion"), rows)
         prompt_texts = self.renderer.render(prompts, rows, add_generation_prompt=True)
         if not self.assistant_only:
             texts, spans, weights = self.renderer.render(chats, rows), None, None
@@ -173,10 +161,22 @@ class BatchProcessor:
             texts, spans, weights = rendered.texts, rendered.spans, self._weights(rendered, rows)
         return tokenize_pairs(self.encoder, prompt_texts, texts, special=False, spans=spans, weights=weights), ends
 
-    def _with_end(self, chats: Conversations) -> np.ndarray:
-        """Returns (B,) bool: the conversation ends with an answer, and the template writes an end after it."""
-        answered = [messages[-1]["role"] == "assistant" and self._ends_answers for messages in chats.messages]
-        return np.array(answered, bool)
+    def _read_chats(
+        self, batch: Columns, columns: str | tuple[str, ...], rows: Sequence[int]
+    ) -> tuple[Conversations, np.ndarray]:
+        """Returns conversations, and (B,) bool: the last message is a trained answer, after which an end is written."""
+        chats = read_conversations(batch, columns, rows, self.name)
+        flagged = next((row for row, train in zip(rows, chats.train, strict=True) if train is not None), None)
+        if flagged is not None and not self.assistant_only:
+            raise DataFormatError(
+                f"Row {flagged} of the {self.name} data set sets `train`/`weight` in its messages, and the first row "
+                "does not. Set `assistant_only_loss=True`, or give every row these keys."
+            )
+        ends = [
+            messages[-1]["role"] == "assistant" and self._ends_answers and bool(train[-1] if train else True)
+            for messages, train in zip(chats.messages, chats.train, strict=True)
+        ]
+        return chats, np.array(ends, bool)
 
     def _weights(self, rendered: RenderedBatch, rows: Sequence[int]) -> list[list[float]] | None:
         if self.weighted:
@@ -195,7 +195,7 @@ class BatchProcessor:
     def _resolve_eos(self) -> str:
         if self.format.has_tokens or not self.settings.append_eos:
             return ""
-        eos = self.settings.eos_token or self.tokenizer.eos_token
+        eos = self.tokenizer.eos_token
         if eos is None:
             raise DataFormatError(
                 "The tokenizer has no end-of-sequence token, so the model could not learn to stop. Set `eos_token` to "
@@ -244,10 +244,3 @@ class _Rows(Mapping[str, Sequence[Any]]):
 
     def __len__(self) -> int:
         return len(self._batch)
-
-
-def _join(batch: Columns) -> list[Any]:
-    return [
-        [*prompt, *completion] if isinstance(prompt, list) and isinstance(completion, list) else completion
-        for prompt, completion in zip(batch["prompt"], batch["completion"], strict=True)
-    ]

@@ -5,13 +5,16 @@ costs hours, and a changed template may go unnoticed. Here the key is made of wh
 fingerprint, the tokenizer's content, the template, the settings and the version of this code.
 """
 
+import functools
 import glob
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 from finetune.compat import tokenizer_of
@@ -19,6 +22,12 @@ from finetune.data.settings import PIPELINE_VERSION, DataSettings
 from finetune.files import write_atomically
 
 KeyParts = dict[str, Any]
+
+# Public attributes of a tokenizer that change no token (`chat_template` is a part of the key by itself).
+_NO_SETTINGS = (
+    "name_or_path", "vocab_file", "verbose", "padding_side", "truncation_side", "model_max_length", "chat_template",
+    "response_template",
+)  # fmt: skip
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
@@ -31,21 +40,30 @@ def tokenizer_digest(tokenizer: Any) -> str:
     else:
         parts.append(json.dumps(sorted(tokenizer.get_vocab().items())))
         parts.append(json.dumps(getattr(tokenizer, "init_kwargs", {}), sort_keys=True, default=str))
+    # What the Python class around either of them is set to.
+    plain = (str, int, float, type(None))
+    state = {key: value for key, value in vars(tokenizer).items() if key[0] != "_" and isinstance(value, plain)}
+    parts.append(json.dumps({key: value for key, value in state.items() if key not in _NO_SETTINGS}, sort_keys=True))
     return _hash("\n".join(parts))
 
 
-def key_parts(dataset: Any, processing_class: Any, settings: DataSettings, template: str | None) -> KeyParts:
-    """Returns what decides the prepared rows of a data set, by name."""
+def version() -> str:
+    """Returns the versions of the code that turns text into tokens."""
     import tokenizers
 
+    return f"{PIPELINE_VERSION}/{tokenizers.__version__}"
+
+
+def key_parts(dataset: Any, processing_class: Any, settings: DataSettings, templates: Iterable[str]) -> KeyParts:
+    """Returns what decides the prepared rows of a data set, by name; `templates` are those that may render a row."""
     tokenizer = tokenizer_of(processing_class)
     return {
         "data": dataset._fingerprint,
         "tokenizer": tokenizer_digest(tokenizer),
-        "template": _hash(template or ""),
-        "formatting_func": _function_digest(settings.formatting_func),
+        "template": _hash(json.dumps(list(templates))),
+        "formatting_func": function_digest(settings.formatting_func),
         "settings": json.loads(json.dumps(settings.cache_key(), default=str)),
-        "version": f"{PIPELINE_VERSION}/{tokenizers.__version__}",
+        "version": version(),
     }
 
 
@@ -82,6 +100,26 @@ def is_cached(path: str) -> bool:
         return True
     parts = glob.glob(glob.escape(path.removesuffix(".arrow")) + "_*_of_*.arrow")
     return any(len(parts) >= int(part.removesuffix(".arrow").rpartition("_of_")[2]) for part in parts)
+
+
+def kept_nowhere(dataset: Any) -> str | None:
+    """Returns a file for rows that are gone with this process; None if they are better kept in memory, as the data is.
+
+    `datasets` writes beside the data's files if it is given none, which may be where nobody can write.
+    """
+    from datasets.fingerprint import generate_random_fingerprint, get_temporary_cache_files_directory
+
+    if not dataset.cache_files:
+        return None
+    return os.path.join(get_temporary_cache_files_directory(), f"cache-{generate_random_fingerprint()}.arrow")
+
+
+def shuffled(dataset: Any, seed: int) -> Any:
+    """Returns the rows of a data set or stream in random order, also where nothing can be written beside its files."""
+    files = getattr(dataset, "cache_files", None)
+    if files and not os.access(os.path.dirname(files[0]["filename"]), os.W_OK):
+        return dataset.shuffle(seed=seed, keep_in_memory=True)
+    return dataset.shuffle(seed=seed)
 
 
 @contextmanager
@@ -130,15 +168,45 @@ def explain_miss(path: str, parts: KeyParts) -> str:
     return "; ".join(changes) or "the cached rows are gone"
 
 
-def _function_digest(function: Any) -> str:
+def function_digest(function: Any) -> str:
+    """Returns a hash of what a function does: its code, what it closes over, and the file of its module.
+
+    A function that can be imported is pickled by its name, so its file counts too. Functions that it takes from other
+    modules count by their names. A random hash where the function cannot be pickled or has no source.
+    """
     if function is None:
         return ""
     from datasets.fingerprint import Hasher
 
     try:
-        return Hasher.hash(function)
-    except Exception:  # what cannot be pickled cannot be compared either: never reuse its rows
+        parts = [Hasher.hash(function)]
+        for part in _parts_of(function):
+            if (module := getattr(part, "__module__", None)) != "__main__":
+                parts.append(_hash(Path(str(sys.modules[str(module)].__file__)).read_text(encoding="utf-8")))
+            if isinstance(code := getattr(part, "__code__", None), CodeType):
+                parts.append(_code_digest(code))
+    except Exception:  # what cannot be pickled or read cannot be compared either: never reuse its rows
         return os.urandom(8).hex()
+    return _hash("\n".join(parts))
+
+
+def _parts_of(function: Any) -> list[Any]:
+    """Returns the functions and classes whose code runs when a function, `partial`, method or object is called."""
+    if isinstance(function, functools.partial):
+        return _parts_of(function.func)
+    if (owner := getattr(function, "__self__", None)) is not None:
+        return [function.__func__, owner if isinstance(owner, type) else type(owner)]
+    return [function] if hasattr(function, "__code__") or isinstance(function, type) else [type(function)]
+
+
+def _code_digest(code: CodeType) -> str:
+    """Returns a hash of what was compiled: the file may have been changed since."""
+    constants = [_code_digest(c) if isinstance(c, CodeType) else _constant(c) for c in code.co_consts]
+    return _hash(f"{code.co_code!r}{code.co_names}{code.co_varnames}{constants}")
+
+
+def _constant(value: Any) -> str:
+    return repr(sorted(map(repr, value)) if isinstance(value, frozenset) else value)  # sets have no order of their own
 
 
 def _hash(text: str) -> str:

@@ -65,7 +65,7 @@ def maybe_convert_to_chatml(example: dict[str, Any]) -> dict[str, Any]:
     """Returns the row with `from`/`value` renamed to `role`/`content` and `conversations` to `messages`.
 
     The messages of the given row are left as they were. Roles keep their names, as in TRL; the training pipeline
-    also reads `human` as `user` and `gpt` as `assistant`.
+    reads `from: human` as `user` and `from: gpt` as `assistant`.
     """
     renamed = dict(example)
     for key in (*_CONVERSATION_KEYS, "conversations"):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import randomness
+from finetune.data import randomness
 
 
 def digest(value: Any) -> str:

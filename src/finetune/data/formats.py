@@ -3,14 +3,16 @@
 Every error names the row, the column and what was found there, so that a bad row among a million can be repaired.
 """
 
+import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, NoReturn
+from typing import Any
 
 from finetune.data.chat import is_message_list, parse_json_column
-from finetune.data.roles import KNOWN_ROLES, known_role
+from finetune.data.roles import KNOWN_ROLES, ROLE_ALIASES, known_role
+from finetune.data.rows import fail, type_name
 from finetune.errors import DataFormatError, nearest, ticked
 
 Columns = Mapping[str, Sequence[Any]]
@@ -97,13 +99,17 @@ def detect_format(row: Mapping[str, Any], dataset_text_field: str = "text", name
     if "input_ids" in row:
         return RowFormat(Kind.PACKED if "seq_lengths" in row else Kind.TOKENIZED, "input_ids")
     if "prompt" in row and "completion" in row:
-        chat = [_holds_messages(row[key]) for key in ("prompt", "completion")]
-        if chat[0] != chat[1] and None not in (row["prompt"], row["completion"]):
+        pair = (row["prompt"], row["completion"])
+        chat = [_holds_messages(value) for value in pair]
+        # Of two texts, one may well be JSON about people and their roles.
+        are_texts = all(isinstance(value, str) for value in pair)
+        if chat[0] != chat[1] and not are_texts and None not in pair:
             raise DataFormatError(
-                f"The {name} data set mixes text and messages: `prompt` is {_type_name(row['prompt'])} and "
-                f"`completion` is {_type_name(row['completion'])}. Give both as text or both as lists of messages."
+                f"The {name} data set mixes text and messages: `prompt` is {type_name(row['prompt'])} and "
+                f"`completion` is {type_name(row['completion'])}. Give both as text or both as lists of messages."
             )
-        return RowFormat(Kind.CHAT_PROMPT_COMPLETION if chat[0] else Kind.PROMPT_COMPLETION, "prompt")
+        is_chat = all(chat) if are_texts else chat[0]
+        return RowFormat(Kind.CHAT_PROMPT_COMPLETION if is_chat else Kind.PROMPT_COMPLETION, "prompt")
     for column in ("messages", "conversations"):
         if column in row:
             return RowFormat(Kind.CHAT, column)
@@ -142,22 +148,29 @@ def read_texts(batch: Columns, column: str, rows: Sequence[int], name: str = "tr
     texts = list(batch[column])
     for row, text in zip(rows, texts, strict=True):
         if type(text) is not str:
-            _fail(row, name, f"`{column}` is {_type_name(text)}, expected text", "Remove or repair the row.")
+            fail(row, name, f"`{column}` is {type_name(text)}, expected text", "Remove or repair the row.")
     return texts
 
 
-def read_conversations(batch: Columns, column: str, rows: Sequence[int], name: str = "train") -> Conversations:
-    """Returns the clean conversations of a column: usual role names, no empty values, `train`/`weight` taken out.
+def read_conversations(
+    batch: Columns, columns: str | tuple[str, ...], rows: Sequence[int], name: str = "train"
+) -> Conversations:
+    """Returns the clean conversations of a column: no empty values, `train`/`weight` taken out.
 
-    Accepts lists or JSON text, `role`/`content` or `from`/`value`. Raises `DataFormatError` with the row index.
+    The messages of several columns follow each other in one conversation per row. Accepts lists or JSON text,
+    `role`/`content` or `from`/`value`; names under `from` become the usual ones (`human` is `user`). Raises
+    `DataFormatError` with the row index.
     """
-    if column not in batch:
-        raise DataFormatError(f"The {name} data set has no column `{column}` from row {rows[0]} on.")
+    columns = (columns,) if isinstance(columns, str) else columns
+    for column in columns:
+        if column not in batch:
+            raise DataFormatError(f"The {name} data set has no column `{column}` from row {rows[0]} on.")
     read = Conversations([], [], [], [])
     tools = batch.get("tools") or [None] * len(rows)
     kwargs = batch.get("chat_template_kwargs") or [None] * len(rows)
-    for row, value, row_tools, row_kwargs in zip(rows, batch[column], tools, kwargs, strict=True):
-        messages, train = _read_messages(value, column, row, name)
+    values = zip(*(batch[column] for column in columns), strict=True)
+    for row, row_values, row_tools, row_kwargs in zip(rows, values, tools, kwargs, strict=True):
+        messages, train = _read_messages(dict(zip(columns, row_values, strict=True)), row, name)
         where = f"row {row} of the {name} data set"
         read.messages.append(messages)
         read.train.append(train)
@@ -167,80 +180,57 @@ def read_conversations(batch: Columns, column: str, rows: Sequence[int], name: s
     return read
 
 
-def apply_formatting(batch: Columns, rows: Sequence[int], function: Callable[[dict[str, Any]], Any]) -> Columns:
-    """Returns the columns that `formatting_func` makes of a batch: `text`, `messages`, or those of the rows it returns.
-
-    The function gets one row as a dictionary and returns text, a list of messages, or a row.
-    """
-    made: list[dict[str, Any]] = []
-    for position, row in enumerate(rows):
-        result = function({key: values[position] for key, values in batch.items()})
-        if isinstance(result, Mapping):
-            made.append(dict(result))
-        elif is_message_list(result) or is_message_list(result, ("from", "value")):
-            made.append({"messages": result})
-        elif isinstance(result, str):
-            made.append({"text": result})
-        else:
-            raise DataFormatError(
-                f"`formatting_func` returned {_type_name(result)} for row {row}. It is called with one row and must "
-                "return text, a list of messages, or a dictionary."
-            )
-    return {key: [row.get(key) for row in made] for key in (made[0] if made else {})}
-
-
-def formatted_row(
-    row: Mapping[str, Any], function: Callable[[dict[str, Any]], Any] | None, text_field: str
-) -> tuple[dict[str, Any], str]:
-    """Returns what `formatting_func` makes of one row, and the column of its text. Rows with `input_ids` stay."""
-    if function is None or "input_ids" in row:
-        return dict(row), text_field
-    made = apply_formatting({key: [value] for key, value in row.items()}, [0], function)
-    return {key: values[0] for key, values in made.items()}, "text" if "text" in made else text_field
-
-
-def _read_messages(value: Any, column: str, row: int, name: str) -> tuple[list[dict[str, Any]], list[float] | None]:
-    value = parse_json_column(value, column, f"row {row} of the {name} data set")
-    if not isinstance(value, (list, tuple)):
-        _fail(row, name, f"`{column}` is {_type_name(value)}, expected a list of messages", "Repair the row.")
-    if not value:
-        _fail(row, name, f"`{column}` is an empty list, expected at least one message", "Remove the row.")
+def _read_messages(values: Mapping[str, Any], row: int, name: str) -> tuple[list[dict[str, Any]], list[float] | None]:
+    found: list[tuple[Any, bool]] = []  # each message, and whether it stood in JSON text
+    for column, value in values.items():
+        chat = parse_json_column(value, column, f"row {row} of the {name} data set")
+        if not isinstance(chat, (list, tuple)):
+            fail(row, name, f"`{column}` is {type_name(chat)}, expected a list of messages", "Repair the row.")
+        found += [(message, isinstance(value, str)) for message in chat]
+    where = ticked(list(values))
+    if not found:
+        fail(row, name, f"{where} is an empty list, expected at least one message", "Remove the row.")
     messages: list[dict[str, Any]] = []
     train: list[float] = []
     flagged = False
-    for turn, message in enumerate(value):
+    for turn, (message, is_json) in enumerate(found):
         if not isinstance(message, Mapping):
-            _fail(row, name, f"message {turn} of `{column}` is {_type_name(message)}, expected a dictionary", "")
-        clean, trained = _read_message(message, turn, row, name)
+            fail(row, name, f"message {turn} of {where} is {type_name(message)}, expected a dictionary", "")
+        clean, trained = _read_message(message, turn, row, name, is_json)
         messages.append(clean)
         if clean["role"] == "assistant":
             train.append(1.0 if trained is None else trained)
             flagged = flagged or trained is not None
         elif trained and message.get("train"):
-            _fail(row, name, f"message {turn} has `train: true` and the role `{clean['role']}`", _TRAIN_HELP)
+            fail(row, name, f"message {turn} has `train: true` and the role `{clean['role']}`", _TRAIN_HELP)
     return messages, train if flagged else None
 
 
 _TRAIN_HELP = "Only assistant messages can be trained; set `train` to false or leave it out."
 
 
-def _read_message(message: Mapping[str, Any], turn: int, row: int, name: str) -> tuple[dict[str, Any], float | None]:
+def _read_message(
+    message: Mapping[str, Any], turn: int, row: int, name: str, is_json: bool
+) -> tuple[dict[str, Any], float | None]:
     clean = {key: value for key, value in message.items() if value is not None}
     trained = _read_train_flag(clean, turn, row, name)
-    role = clean.pop("from", None) if "role" not in clean else clean.pop("role")
+    is_sharegpt = "role" not in clean
+    role = clean.pop("from", None) if is_sharegpt else clean.pop("role")
     if "content" not in clean and "value" in clean:
         clean["content"] = clean.pop("value")
     if not isinstance(role, str):
         found = f"has the keys {ticked(list(message))} and no role" if role is None else f"has the role {role!r}"
-        _fail(row, name, f"message {turn} {found}", f"`role` must be text, such as {ticked(KNOWN_ROLES)}.")
-    role = known_role(role)
+        fail(row, name, f"message {turn} {found}", f"`role` must be text, such as {ticked(KNOWN_ROLES)}.")
+    role = known_role(role, alias=is_sharegpt)
     content = clean.get("content")
     if content is None and not clean.get("tool_calls"):
-        _fail(row, name, f"message {turn} (`{role}`) has no `content`", "Give it text, or `tool_calls`.")
+        fail(row, name, f"message {turn} (`{role}`) has no `content`", "Give it text, or `tool_calls`.")
     if content is not None and not isinstance(content, str) and not _is_block_list(content):
-        _fail(row, name, f"`content` of message {turn} (`{role}`) is {_type_name(content)}", "Expected text.")
-    if "tool_calls" in clean:
-        clean["tool_calls"] = _drop_none(clean["tool_calls"])
+        fail(row, name, f"`content` of message {turn} (`{role}`) is {type_name(content)}", "Expected text.")
+    # Arrow gives every dictionary the keys of its neighbours. What JSON text has as null was written by someone.
+    for key in () if is_json else ("content", "tool_calls"):
+        if key in clean:
+            clean[key] = _drop_none(clean[key])
     return {"role": role, **clean}, trained
 
 
@@ -248,9 +238,9 @@ def _read_train_flag(message: dict[str, Any], turn: int, row: int, name: str) ->
     train, weight = message.pop("train", None), message.pop("weight", None)
     if weight is not None and not (isinstance(weight, (int, float)) and 0 <= weight < math.inf):
         allowed = "Allowed: numbers from 0 (not trained) on; 1 is the weight of other turns."
-        _fail(row, name, f"message {turn} has `weight` {weight!r}", allowed)
+        fail(row, name, f"message {turn} has `weight` {weight!r}", allowed)
     if train is not None and train not in (True, False):
-        _fail(row, name, f"message {turn} has `train` {train!r}", "Allowed: true and false.")
+        fail(row, name, f"message {turn} has `train` {train!r}", "Allowed: true and false.")
     if train is None and weight is None:
         return None
     return 0.0 if train is not None and not train else float(1 if weight is None else weight)
@@ -260,12 +250,11 @@ def _read_tools(value: Any, where: str) -> list[Any] | None:
     if isinstance(value, str):
         value = parse_json_column(value, "tools", where)
     elif value is not None:
-        # Arrow gives every dictionary the keys of all its neighbours; the absent ones come back as None.
         value = _drop_none(value)
     if not value:
         return None
     if not isinstance(value, list):
-        raise DataFormatError(f"{where}: `tools` is {_type_name(value)}, expected a list of tool schemas.")
+        raise DataFormatError(f"{where}: `tools` is {type_name(value)}, expected a list of tool schemas.")
     return value
 
 
@@ -279,17 +268,21 @@ def _drop_none(value: Any) -> Any:
 
 def _holds_messages(value: Any) -> bool:
     if isinstance(value, str):
-        return value.lstrip().startswith("[{") and '"role"' in value
+        return value.lstrip().startswith("[") and '"role"' in value and _is_message_text(value)
     return is_message_list(value) or is_message_list(value, ("from", "value")) or value == []
+
+
+def _is_message_text(text: str) -> bool:
+    """Returns whether text is a conversation in JSON, and not JSON in which something has a role."""
+    try:
+        items = json.loads(text)
+    except ValueError:
+        return False
+    if not is_message_list(items) or not all(isinstance(item, dict) and "role" in item for item in items):
+        return False
+    speaks = all("content" in item or "tool_calls" in item for item in items)
+    return speaks and any(item["role"] in (*KNOWN_ROLES, *ROLE_ALIASES) for item in items)
 
 
 def _is_block_list(content: Any) -> bool:
     return isinstance(content, (list, tuple)) and all(isinstance(block, Mapping) for block in content)
-
-
-def _fail(row: int, name: str, found: str, remedy: str) -> NoReturn:
-    raise DataFormatError(f"Row {row} of the {name} data set: {found}. {remedy}".rstrip())
-
-
-def _type_name(value: Any) -> str:
-    return "None" if value is None else f"`{type(value).__name__}`"

@@ -18,35 +18,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from .position import (
-    following_rows,
-    has_length,
-    is_stream,
-    load_loader_state,
-    loader_state,
-    rows_per_batch,
-    skip_batches,
-    watch_fetches,
-)
-from .rebalance import BatchRebalanceSampler
-from .samplers import LengthGroupedSampler, SeededRandomSampler, SequentialSampler, row_lengths
-from .streaming import StreamLoader
-
-__all__ = [
-    "StreamLoader",
-    "build_dataloader",
-    "eval_sampler",
-    "following_rows",
-    "has_length",
-    "is_stream",
-    "load_loader_state",
-    "loader_state",
-    "num_examples",
-    "rows_per_batch",
-    "seed_worker",
-    "skip_batches",
-    "train_sampler",
-]
+from finetune.data.position import has_length, is_stream, watch_fetches
+from finetune.data.rebalance import BatchRebalanceSampler
+from finetune.data.samplers import LengthGroupedSampler, SeededRandomSampler, SequentialSampler, row_lengths
+from finetune.data.streaming import StreamLoader
 
 logger = logging.getLogger(__name__)
 

@@ -7,14 +7,13 @@ import numpy as np
 
 from finetune.data.batches import BatchProcessor
 from finetune.data.labels import LabelledBatch
-from finetune.data.rows import WEIGHTS
+from finetune.data.rows import LENGTH, WEIGHTS
 from finetune.data.settings import DataSettings
-from finetune.data.tokenize import NOTHING_TRAINED, TokenBatch
+from finetune.data.tokenize import NOTHING_TRAINED
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-LENGTH = "length"
 SOURCE_LENGTH, SUPERVISED, FLAGS = "_source_length", "_supervised", "_flags"
 COUNT_COLUMNS = (SOURCE_LENGTH, SUPERVISED, FLAGS)
 """Per-row numbers that are stored with the prepared rows for the audit, and taken off before training."""
@@ -30,7 +29,7 @@ class MapFunction:
 
     def __call__(self, batch: Mapping[str, Any], indices: Sequence[int]) -> "pa.Table | dict[str, Any]":
         labelled = self.processor.process(batch, indices)
-        arrays = _arrays(labelled, self.processor)
+        arrays = _arrays(labelled)
         if not self.keep:
             import pyarrow as pa
 
@@ -58,13 +57,13 @@ class StreamFunction:
         self.num_read = indices[-1] + 1
         trained = np.flatnonzero((labelled.tokens.flags & NOTHING_TRAINED) == 0).tolist()
         columns: dict[str, list[Any]] = {key: list(batch[key]) for key in self.keep}
-        for key, values in _arrays(labelled, self.processor).items():
+        for key, values in _arrays(labelled).items():
             if key not in COUNT_COLUMNS:
                 columns[key] = values.to_pylist()
         return {key: [values[i] for i in trained] for key, values in columns.items()}
 
 
-def _arrays(labelled: LabelledBatch, processor: BatchProcessor) -> dict[str, Any]:
+def _arrays(labelled: LabelledBatch) -> dict[str, Any]:
     import pyarrow as pa
 
     tokens = labelled.tokens
@@ -76,8 +75,6 @@ def _arrays(labelled: LabelledBatch, processor: BatchProcessor) -> dict[str, Any
     assert tokens.labels is not None
     arrays = {"input_ids": lists(tokens.ids), "labels": lists(tokens.labels)}
     arrays[LENGTH] = pa.array(tokens.lengths.astype(np.int32))
-    for key, mask in _masks(tokens, processor).items():
-        arrays[key] = lists(mask.astype(np.int8))
     if tokens.weights is not None:
         arrays[WEIGHTS] = lists(tokens.weights)
     arrays[SOURCE_LENGTH] = pa.array(labelled.source_lengths)
@@ -86,24 +83,12 @@ def _arrays(labelled: LabelledBatch, processor: BatchProcessor) -> dict[str, Any
     return arrays
 
 
-def _masks(tokens: TokenBatch, processor: BatchProcessor) -> dict[str, np.ndarray]:
-    if not processor.settings.emit_masks:
-        return {}
-    masks = {"completion_mask": tokens.completion_mask, "assistant_masks": tokens.assistant_mask}
-    return {key: mask for key, mask in masks.items() if mask is not None}
-
-
 def output_features(processor: BatchProcessor, kept: Mapping[str, Any], *, stream: bool = False) -> Any:
     """Returns the `datasets.Features` of the columns made, after those of the columns kept."""
     from datasets import Features, Sequence, Value
 
     types: dict[str, Any] = dict(kept)
     types |= {"input_ids": Sequence(Value("int32")), "labels": Sequence(Value("int32")), LENGTH: Value("int32")}
-    if processor.settings.emit_masks:
-        if processor.format.has_completion:
-            types["completion_mask"] = Sequence(Value("int8"))
-        if processor.assistant_only and processor.renderer is not None:
-            types["assistant_masks"] = Sequence(Value("int8"))
     if processor.weighted:
         types[WEIGHTS] = Sequence(Value("float32"))
     if not stream:

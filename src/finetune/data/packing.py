@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from finetune.data.rows import LENGTH
 from finetune.data.samplers import list_lengths
 from finetune.errors import ArgumentError, DataFormatError, nearest
 
@@ -32,7 +33,6 @@ logger = logging.getLogger(__name__)
 
 STRATEGIES = ("bfd", "bfd_split", "wrapped")
 SEQ_LENGTHS = "seq_lengths"
-LENGTH = "length"  # bookkeeping column of the pipeline: tokens per row, made anew for packed rows
 
 DatasetT = TypeVar("DatasetT")
 

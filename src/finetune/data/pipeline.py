@@ -5,8 +5,7 @@ Prepared rows are cached under a key of their own (`cache.py`). Processes that s
 barrier: one takes a file lock and works, the others find the rows in the cache when they get the lock.
 
 Columns of the result: `input_ids` and `labels` (lists of int32, half the memory of int64; collators cast), `length`
-(int32, so that grouping by length reads one column), `completion_mask`/`assistant_masks` with `emit_masks`, and
-`keep_columns`. Everything else is dropped.
+(int32, so that grouping by length reads one column), and `keep_columns`. Everything else is dropped.
 """
 
 import os
@@ -24,7 +23,6 @@ from finetune.data.formats import Kind
 from finetune.data.mapped import (
     COUNT_COLUMNS,
     FLAGS,
-    LENGTH,
     SOURCE_LENGTH,
     SUPERVISED,
     MapFunction,
@@ -34,6 +32,7 @@ from finetune.data.mapped import (
     output_features,
 )
 from finetune.data.pretokenized import holds_integers
+from finetune.data.rows import LENGTH, type_name
 from finetune.data.settings import DataSettings
 from finetune.data.tokenize import NOTHING_TRAINED
 from finetune.data.watchdog import map_with_workers
@@ -137,12 +136,16 @@ def is_iterable_dataset(dataset: Any) -> bool:
 
 
 def as_dataset(rows: Any) -> Any:
-    """Returns a `datasets.Dataset` for a list of dictionaries; anything else as it is."""
+    """Returns a `datasets.Dataset` with the columns of all rows for a list of dictionaries; anything else as it is."""
     if not isinstance(rows, list):
         return rows
     from datasets import Dataset
 
-    return Dataset.from_list(rows)
+    for number, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise DataFormatError(f"Row {number} of a list of rows is {type_name(row)}, expected a dictionary.")
+    columns = dict.fromkeys(key for row in rows for key in row)  # `Dataset.from_list` would take those of the first
+    return Dataset.from_dict({column: [row.get(column) for row in rows] for column in columns})
 
 
 def say_on_main_process(message: str) -> None:
@@ -153,10 +156,12 @@ def say_on_main_process(message: str) -> None:
 
 def _map(dataset: Any, processor: BatchProcessor, processing_class: Any, name: str, say: Say) -> tuple[Any, str]:
     settings = processor.settings
-    template = processor.renderer.template if processor.renderer is not None else None
-    parts = cache.key_parts(dataset, processing_class, settings, template)
+    renderer = processor.renderer
+    templates = [] if renderer is None else [renderer.template, renderer.tool_template]
+    parts = cache.key_parts(dataset, processing_class, settings, templates)
     key = cache.fingerprint(parts)
     path, nowhere = cache.cache_file(dataset, key, settings.cache_dir)
+    unkept = cache.kept_nowhere(dataset)
     keep = kept_columns(settings, dataset.column_names)
     options = {
         "with_indices": True,
@@ -169,7 +174,7 @@ def _map(dataset: Any, processor: BatchProcessor, processing_class: Any, name: s
     }
 
     def run(function: Callable[..., Any], num_proc: int | None) -> Any:
-        return dataset.map(function, num_proc=num_proc, cache_file_name=path, **options)
+        return dataset.map(function, num_proc=num_proc, cache_file_name=path or unkept, **options)
 
     function = MapFunction(processor, keep)
     workers = settings.num_proc if settings.num_proc and settings.num_proc > 1 else None
@@ -253,10 +258,13 @@ def _not_utf8(dataset: Any, name: str, error: UnicodeDecodeError) -> str:
 def _prepare_stream(
     dataset: Any, processing_class: Any, settings: DataSettings, row: Mapping[str, Any], name: str, say: Say
 ) -> PreparedSplit:
-    columns = list(row)
     if "seq_lengths" in row:
         audit = audit_rows(*[np.zeros(0, np.int32)] * 4, name=name, format=Kind.PACKED.value, sampled=True)
         return PreparedSplit(dataset, audit, "already prepared")
+    # Of a stream with a format (torch, numpy), rows hold arrays instead of lists.
+    dataset = dataset.with_format(None)
+    row = first_row(dataset, name)
+    columns = list(row)
     processor = BatchProcessor(processing_class, settings, row, name)
     keep = kept_columns(settings, columns)
     known = dataset.features or {}

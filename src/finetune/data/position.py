@@ -14,12 +14,11 @@ import numpy as np
 import torch
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
+from finetune.data.randomness import FetchRandomness
+from finetune.data.rebalance import BatchRebalanceSampler
+from finetune.data.samplers import OrderedSampler, permutation, rank_batches
+from finetune.data.streaming import StreamLoader
 from finetune.errors import CheckpointError
-
-from .randomness import FetchRandomness
-from .rebalance import BatchRebalanceSampler
-from .samplers import OrderedSampler, permutation, rank_batches
-from .streaming import StreamLoader
 
 _LOADER_PARAMS = (
     "num_workers collate_fn pin_memory timeout worker_init_fn multiprocessing_context generator prefetch_factor "

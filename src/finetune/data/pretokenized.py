@@ -2,14 +2,13 @@
 
 from collections.abc import Sequence
 from itertools import chain
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
 from finetune.data.formats import Columns
-from finetune.data.rows import IGNORE_INDEX, WEIGHTS
-from finetune.data.tokenize import DOUBLED_BOS, TokenBatch
-from finetune.errors import DataFormatError
+from finetune.data.rows import IGNORE_INDEX, WEIGHTS, fail, type_name
+from finetune.data.tokenize import TokenBatch, flag_doubled_bos
 
 
 def read_tokenized(batch: Columns, rows: Sequence[int], tokenizer: Any, name: str = "train") -> TokenBatch:
@@ -24,16 +23,14 @@ def read_tokenized(batch: Columns, rows: Sequence[int], tokenizer: Any, name: st
     if len(ids) and (ids.min() < 0 or ids.max() >= limit):
         bad = int(np.flatnonzero((ids < 0) | (ids >= limit))[0])
         row = rows[int(np.searchsorted(offsets, bad, side="right")) - 1]
-        _fail(
-            row, name, f"`input_ids` holds {ids[bad]}; the vocabulary has 0 to {limit - 1}", "Use the same tokenizer."
-        )
+        fail(row, name, f"`input_ids` holds {ids[bad]}; the vocabulary has 0 to {limit - 1}", "Use the same tokenizer.")
     tokens = TokenBatch(ids.astype(np.int32), offsets)
     if "labels" in batch:
         labels = _column(batch, "labels", rows, offsets, name)
         wrong = np.flatnonzero((labels != IGNORE_INDEX) & ((labels < 0) | (labels >= limit)))
         if len(wrong):
             row = rows[int(np.searchsorted(offsets, wrong[0], side="right")) - 1]
-            _fail(row, name, f"`labels` holds {labels[wrong[0]]}", f"Allowed: ids, and {IGNORE_INDEX} where untrained.")
+            fail(row, name, f"`labels` holds {labels[wrong[0]]}", f"Allowed: ids, and {IGNORE_INDEX} where untrained.")
         tokens.labels = labels.astype(np.int32)
     else:
         if "completion_mask" in batch:
@@ -42,17 +39,8 @@ def read_tokenized(batch: Columns, rows: Sequence[int], tokenizer: Any, name: st
             tokens.assistant_mask = _column(batch, "assistant_masks", rows, offsets, name) != 0
     if WEIGHTS in batch:
         tokens.weights = _weights(batch, rows, offsets, name)
-    _flag_doubled_bos(tokens, tokenizer)
+    flag_doubled_bos(tokens, tokenizer)
     return tokens
-
-
-def _flag_doubled_bos(tokens: TokenBatch, tokenizer: Any) -> None:
-    bos = tokenizer.bos_token_id
-    if bos is None or bos == tokenizer.eos_token_id:
-        return
-    starts, doubled = tokens.offsets[:-1], tokens.lengths > 1
-    doubled[doubled] = (tokens.ids[starts[doubled]] == bos) & (tokens.ids[starts[doubled] + 1] == bos)
-    tokens.flags[doubled] |= DOUBLED_BOS
 
 
 def _column(batch: Columns, column: str, rows: Sequence[int], offsets: np.ndarray, name: str) -> np.ndarray:
@@ -60,7 +48,7 @@ def _column(batch: Columns, column: str, rows: Sequence[int], offsets: np.ndarra
     if not np.array_equal(own, offsets):
         i = int(np.flatnonzero(np.diff(own) != np.diff(offsets))[0])
         found = f"`{column}` has {own[i + 1] - own[i]} values for {offsets[i + 1] - offsets[i]} `input_ids`"
-        _fail(rows[i], name, found, "Make them equally long.")
+        fail(rows[i], name, found, "Make them equally long.")
     return values
 
 
@@ -68,10 +56,10 @@ def _weights(batch: Columns, rows: Sequence[int], offsets: np.ndarray, name: str
     """Returns the column `token_weights` as (N,) float32."""
     for row, values, length in zip(rows, batch[WEIGHTS], np.diff(offsets).tolist(), strict=True):
         if not isinstance(values, (list, tuple, np.ndarray)) or len(values) != length:
-            _fail(row, name, f"`{WEIGHTS}` is not one number for each of the {length} `input_ids`", "Repair the row.")
+            fail(row, name, f"`{WEIGHTS}` is not one number for each of the {length} `input_ids`", "Repair the row.")
         found = _numbers(values)
         if found is None or not (np.isfinite(found) & (found >= 0)).all():
-            _fail(row, name, f"`{WEIGHTS}` holds something else than numbers from 0 on", "Repair the row.")
+            fail(row, name, f"`{WEIGHTS}` holds something else than numbers from 0 on", "Repair the row.")
     return np.concatenate([np.zeros(0, np.float32), *(np.asarray(v, np.float32) for v in batch[WEIGHTS])])
 
 
@@ -86,15 +74,15 @@ def _numbers(values: Any) -> np.ndarray | None:
 def _flat(values: Sequence[Any], column: str, rows: Sequence[int], name: str) -> tuple[np.ndarray, np.ndarray]:
     for row, value in zip(rows, values, strict=True):
         if not isinstance(value, (list, tuple, np.ndarray)):
-            found = "None" if value is None else f"`{type(value).__name__}`"
-            _fail(row, name, f"`{column}` is {found}, expected a list of integers", "Remove or repair the row.")
+            found = f"`{column}` is {type_name(value)}, expected a list of integers"
+            fail(row, name, found, "Remove or repair the row.")
     offsets = np.zeros(len(values) + 1, np.int64)
     np.cumsum([len(value) for value in values], out=offsets[1:])
     flat = _array(list(chain.from_iterable(values)))
     if flat is None:
         for row, value in zip(rows, values, strict=True):
             if _array(list(value)) is None:
-                _fail(row, name, f"`{column}` holds values that are no integers", "Give one flat list of integers.")
+                fail(row, name, f"`{column}` holds values that are no integers", "Give one flat list of integers.")
     assert flat is not None
     return flat, offsets
 
@@ -108,10 +96,6 @@ def _array(values: list[Any]) -> np.ndarray | None:
     except (TypeError, ValueError, OverflowError):
         return None
     return array.astype(np.int64) if array.dtype.kind in "bi" and array.ndim == 1 else None
-
-
-def _fail(row: int, name: str, found: str, remedy: str) -> NoReturn:
-    raise DataFormatError(f"Row {row} of the {name} data set: {found}. {remedy}")
 
 
 def holds_integers(dataset: Any, column: str) -> bool:

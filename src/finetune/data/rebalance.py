@@ -8,10 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from torch.utils.data import Sampler
 
+from finetune.data.randomness import FetchRandomness
+from finetune.data.samplers import permutation
 from finetune.errors import ArgumentError
-
-from .randomness import FetchRandomness
-from .samplers import permutation
 
 Cost = Callable[[int, float], float]
 

@@ -20,15 +20,16 @@ ROLE_ALIASES = {
 KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 
 
-def known_role(role: str) -> str:
-    """Returns the name that chat templates have for a role; one not known here stays, and is warned of once.
+def known_role(role: str, *, alias: bool) -> str:
+    """Returns the role, under its usual name with `alias`; one that is not known here is warned of once.
 
-    Templates decide which roles there are (`document`, `control`, `thought`, ...), so none is refused here.
+    Templates decide which roles there are (`document`, `observation`, `thought`, ...), so none is refused, and those
+    written for a template (`alias=False`) keep their names.
 
-    >>> known_role("human")
+    >>> known_role("human", alias=True)
     'user'
     """
-    role = ROLE_ALIASES.get(role, role)
+    role = ROLE_ALIASES.get(role, role) if alias else role
     if role not in KNOWN_ROLES:
         _warn_of(role)
     return role
@@ -42,5 +43,5 @@ def _warn_of(role: str) -> None:
         "role `assistant` says counts as an answer.%s",
         role,
         ticked(KNOWN_ROLES),
-        nearest(role, (*KNOWN_ROLES, *ROLE_ALIASES)),
+        f" If it means `{ROLE_ALIASES[role]}`, rename it." if role in ROLE_ALIASES else nearest(role, KNOWN_ROLES),
     )

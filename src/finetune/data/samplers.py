@@ -16,9 +16,8 @@ import torch
 from torch.utils.data import Sampler
 from torch.utils.data import SequentialSampler as TorchSequentialSampler
 
+from finetune.data.randomness import FetchRandomness
 from finetune.errors import DataFormatError
-
-from .randomness import FetchRandomness
 
 OrderedT = TypeVar("OrderedT", bound="OrderedSampler")
 _CHUNK_ROWS = 4096  # rows turned into Python integers at a time

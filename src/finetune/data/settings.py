@@ -1,13 +1,16 @@
 """What the data pipeline is asked to do, as one frozen value."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from finetune.errors import ArgumentError
 
-PIPELINE_VERSION = 3
-"""Part of the cache key: raise it whenever the same rows and settings give other tokens, labels or counts."""
+PIPELINE_VERSION = 4
+"""Part of the cache key: raise it whenever the same rows and settings give other tokens, labels or counts.
+
+Packed rows too: `datasets` finds them again by the key of the rows that were packed.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,14 +24,11 @@ class DataSettings:
         truncate: False leaves long rows whole, for `packing_strategy` `bfd_split` and `wrapped`, which cut themselves.
         completion_only_loss: train the completion alone; None: yes where rows have one (or a `completion_mask`).
         assistant_only_loss: train the assistant's turns alone. Rows with `train`/`weight` in a message imply it.
-        eos_token: text that ends text and prompt-completion rows; None: the tokenizer's.
         add_special_tokens: False keeps the tokenizer from adding its own (BOS) to text and prompt-completion rows.
         append_eos: False ends text and prompt-completion rows without an end-of-sequence token.
         chat_template: template text in place of the tokenizer's own.
-        chat_template_kwargs: variables for the template, such as `{"enable_thinking": False}`; a row's own win.
         formatting_func: makes text, messages or a row from each row before anything else.
         keep_columns: columns passed on beside the tokens, or "all".
-        emit_masks: keep `completion_mask` and `assistant_masks` as columns.
         num_proc: worker processes for map-style data sets. Tokenizers use several threads in one process already,
             so this pays only where rendering chat templates dominates.
         batch_size: rows per call of the tokenizer.
@@ -43,14 +43,11 @@ class DataSettings:
     truncate: bool = True
     completion_only_loss: bool | None = None
     assistant_only_loss: bool = False
-    eos_token: str | None = None
     add_special_tokens: bool = True
     append_eos: bool = True
     chat_template: str | None = None
-    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     formatting_func: Callable[[dict[str, Any]], Any] | None = None
     keep_columns: tuple[str, ...] | Literal["all"] = ()
-    emit_masks: bool = False
     num_proc: int | None = None
     batch_size: int = 1000
     cache_dir: str | None = None

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from .randomness import FetchRandomness
-from .stream_source import explained_rows
+from finetune.data.randomness import FetchRandomness
+from finetune.data.stream_source import explained_rows
 
 
 @dataclass

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any
 
+from finetune.data.mapped import StreamFunction
+from finetune.data.rows import type_name
 from finetune.errors import DataFormatError
-
-from .mapped import StreamFunction
 
 _SEARCHED_ROWS = 2000  # behind the last good row: more than are read at once
 
@@ -62,8 +62,9 @@ def stream_error(stream: Any, error: Exception) -> DataFormatError | None:
     try:
         for row, value in enumerate(islice(function.source, function.num_read + _SEARCHED_ROWS)):
             if not isinstance(value, Mapping):
-                found = f"`{type(value).__name__}`" if value is not None else "None"
-                return DataFormatError(f"Row {row} of the {name} data set is {found}, expected a dictionary.")
+                return DataFormatError(
+                    f"Row {row} of the {name} data set is {type_name(value)}, expected a dictionary."
+                )
     except UnicodeDecodeError:
         pass
     except Exception:

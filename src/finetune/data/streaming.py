@@ -18,13 +18,12 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
+from finetune.data import randomness
+from finetune.data.digest import digest
+from finetune.data.randomness import FetchRandomness
+from finetune.data.stream_batches import Batches, Packet
+from finetune.data.stream_source import why_not_resumable
 from finetune.errors import CheckpointError
-
-from . import randomness
-from .digest import digest
-from .randomness import FetchRandomness
-from .stream_batches import Batches, Packet
-from .stream_source import why_not_resumable
 
 logger = logging.getLogger(__name__)
 

@@ -206,18 +206,23 @@ def drop_doubled_bos(batch: TokenBatch, tokenizer: Any) -> TokenBatch:
     A template that writes BOS and a tokenizer that adds one give two. Models whose BOS is also their EOS are left
     alone: there, an empty text is rightly BOS EOS.
     """
-    bos = tokenizer.bos_token_id
-    if bos is None or bos == tokenizer.eos_token_id:
-        return batch
-    starts = batch.offsets[:-1]
-    doubled = batch.lengths > 1
-    doubled[doubled] = (batch.ids[starts[doubled]] == bos) & (batch.ids[starts[doubled] + 1] == bos)
-    batch.flags[doubled] |= DOUBLED_BOS
+    doubled = flag_doubled_bos(batch, tokenizer)
     if not doubled.any():
         return batch
     keep = np.ones(len(batch.ids), bool)
-    keep[starts[doubled]] = False
+    keep[batch.offsets[:-1][doubled]] = False
     return take_tokens(batch, keep)
+
+
+def flag_doubled_bos(batch: TokenBatch, tokenizer: Any) -> np.ndarray:
+    """Returns (B,) bool, true for rows that begin with two BOS tokens, and flags these rows."""
+    bos = tokenizer.bos_token_id
+    if bos is None or bos == tokenizer.eos_token_id:
+        return np.zeros(len(batch.lengths), bool)
+    starts, doubled = batch.offsets[:-1], batch.lengths > 1
+    doubled[doubled] = (batch.ids[starts[doubled]] == bos) & (batch.ids[starts[doubled] + 1] == bos)
+    batch.flags[doubled] |= DOUBLED_BOS
+    return doubled
 
 
 def take_tokens(batch: TokenBatch, keep: np.ndarray) -> TokenBatch:

@@ -6,7 +6,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from finetune.arguments import TrainingArguments
-from finetune.data import columns
+from finetune.data import columns, position
 from finetune.data import loader as loaders
 from finetune.distributed.accelerator import processes_in_step
 from finetune.engine.plan import StepPlan
@@ -31,7 +31,8 @@ class DataMethods(TrainerBase):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """Returns the loader of `eval_dataset`: a data set, a key of `self.eval_dataset`, or None for the latter."""
-        key = eval_dataset if isinstance(eval_dataset, str) else "eval"
+        own = eval_dataset is None or eval_dataset is self.eval_dataset
+        key = eval_dataset if isinstance(eval_dataset, str) else "eval" if own else None
         if self.args.dataloader_persistent_workers and key in self._eval_loaders:
             return self._eval_loaders[key]
         if isinstance(eval_dataset, str):
@@ -72,7 +73,7 @@ class DataMethods(TrainerBase):
             dataset = self._remove_unused_columns(dataset, description=description)
         if getattr(dataset, "column_names", None) is None:
             collate = self._get_collator_with_removed_columns(collate, description=description)
-        sampler = sampler_fn(with_lengths) if sampler_fn is not None and not loaders.is_stream(dataset) else None
+        sampler = sampler_fn(with_lengths) if sampler_fn is not None and not position.is_stream(dataset) else None
         with processes_in_step(self.accelerator):
             loader = loaders.build_dataloader(
                 dataset,
@@ -92,7 +93,7 @@ class DataMethods(TrainerBase):
     ) -> tuple[int, int, int, float, int, int, int]:
         """Returns how long the run is: epochs, updates per epoch, rows of the data, rows seen by the run, rows per
         update, batches per epoch, and updates. Called once per `train()`, with the training loader."""
-        sized = loaders.has_length(dataloader)
+        sized = position.has_length(dataloader)
         plan = StepPlan.resolve(
             num_batches=len(dataloader) if sized else None,
             num_examples=self.num_examples(dataloader) if sized else None,

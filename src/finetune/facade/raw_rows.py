@@ -40,7 +40,11 @@ class RawRowMethods(EvaluationMethods):
 
 
 def prepare_each(eval_dataset: Any, prepare: Callable[[Any, str], Any]) -> Any:
-    """Returns `prepare(data set, name)` of one data set (named "eval") or of each in a dictionary; None stays None."""
+    """Returns `prepare(data set, name)` of one data set (named "eval") or of each in a dictionary; None stays None.
+
+    One under the key "train" is named "eval[train]": by the name "train", trainers know the rows to train on.
+    """
     if isinstance(eval_dataset, Mapping):
-        return {name: prepare(part, str(name)) for name, part in eval_dataset.items()}
+        names = {key: "eval[train]" if key == "train" else str(key) for key in eval_dataset}
+        return {key: prepare(part, names[key]) for key, part in eval_dataset.items()}
     return None if eval_dataset is None else prepare(eval_dataset, "eval")

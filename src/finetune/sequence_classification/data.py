@@ -10,6 +10,7 @@ from typing import Any
 
 from finetune.data import cache
 from finetune.data.pipeline import first_row, is_iterable_dataset
+from finetune.data.rows import fail, type_name
 from finetune.errors import DataFormatError, first_nearest, nearest, ticked
 from finetune.sequence_classification.labels import LABELS, SINGLE, Task, encode_labels, feature_of
 
@@ -92,9 +93,14 @@ def prepare_rows(
         unlabelled = (None, -1) if task.problem_type == SINGLE and -1 not in task.ids else (None,)
         label = None if all(not isinstance(value, list) and value in unlabelled for value in values) else label
     feature = feature_of(dataset, label)
+    dataset = dataset.with_format(None)
 
     def convert(batch: Mapping[str, Sequence[Any]], rows: Sequence[int]) -> dict[str, Any]:
-        made = {key: batch[key] for key in ("input_ids", "attention_mask", "token_type_ids") if key in batch}
+        made = {
+            key: [_cut(values, max_length, tokenizer.truncation_side) for values in batch[key]]
+            for key in ("input_ids", "attention_mask", "token_type_ids")
+            if key in batch
+        }
         if columns.texts:
             texts = [_texts(batch, column, rows, name) for column in columns.texts]
             made = dict(tokenizer(*texts, truncation=max_length is not None, max_length=max_length))
@@ -110,21 +116,31 @@ def prepare_rows(
         return dataset.map(convert, batched=True, with_indices=True, remove_columns=list(first_row(dataset, name)))
     parts: dict[str, Any] = {"data": dataset._fingerprint, "tokenizer": cache.tokenizer_digest(tokenizer)}
     parts |= {"columns": [*columns.texts, label], "task": [task.problem_type, task.names], "max_length": max_length}
-    return dataset.with_format(None).map(
+    parts |= {"side": tokenizer.truncation_side, "made": tokenizer.model_input_names, "version": cache.version()}
+    key = cache.fingerprint({**parts, "ids": sorted(map(str, task.ids.items()))})
+    path, _ = cache.cache_file(dataset, key, None)
+    return dataset.map(
         convert,
         batched=True,
         with_indices=True,
         remove_columns=dataset.column_names,
         num_proc=num_proc,
-        new_fingerprint=cache.fingerprint({**parts, "ids": sorted(map(str, task.ids.items()))}),
+        new_fingerprint=key,
+        cache_file_name=path or cache.kept_nowhere(dataset),
         desc=f"Preparing {name} rows",
     )
+
+
+def _cut(values: Any, max_length: int | None, side: str) -> Any:
+    """Returns the values of a row of tokens that are kept; without `max_length`, or if there are few, all."""
+    if max_length is None or len(values) <= max_length:
+        return values
+    return values[-max_length:] if side == "left" else values[:max_length]
 
 
 def _texts(batch: Mapping[str, Sequence[Any]], column: str, rows: Sequence[int], name: str) -> list[str]:
     texts = list(batch[column])
     for row, text in zip(rows, texts, strict=True):
         if not isinstance(text, str):
-            kind = "None" if text is None else f"`{type(text).__name__}`"
-            raise DataFormatError(f"Row {row} of the {name} data set: `{column}` is {kind}, expected text.")
+            fail(row, name, f"`{column}` is {type_name(text)}, expected text", "Remove or repair the row.")
     return texts

@@ -7,15 +7,19 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
+from finetune.data import cache
 from finetune.data.audit import SupervisionAudit
 from finetune.data.collate import DataCollatorForLanguageModeling
-from finetune.data.inspect import Preview, preview
 from finetune.data.packing import pack_dataset, packing_report
 from finetune.data.pipeline import as_dataset, first_row, is_iterable_dataset, prepare_split, say_on_main_process
+from finetune.data.preview import Preview, preview
+from finetune.data.rows import LENGTH, WEIGHTS
 from finetune.data.settings import DataSettings
 from finetune.facade.raw_rows import RawRowMethods, prepare_each
 from finetune.sft.config import SFTConfig
 from finetune.sft.plan import DataPlan
+
+_PACKED_COLUMNS = ("input_ids", "labels", LENGTH, WEIGHTS)
 
 
 class SFTRowMethods(RawRowMethods):
@@ -42,7 +46,7 @@ class SFTRowMethods(RawRowMethods):
         is_train = dataset_name == "train"
         shuffles = args.shuffle_dataset and is_train
         if shuffles:
-            dataset = dataset.shuffle(seed=args.seed)
+            dataset = cache.shuffled(dataset, args.seed)
         settings = DataSettings.from_args(args, packing=packing, formatting_func=formatting_func)
         split = prepare_split(dataset, processing_class, settings, name=dataset_name)
         rows, audit = split.dataset, split.audit
@@ -115,6 +119,9 @@ class SFTRowMethods(RawRowMethods):
 def _packed(rows: Any, args: Any, audit: SupervisionAudit) -> tuple[Any, SupervisionAudit]:
     """Returns prepared rows packed, and their audit with the share of the slots that is filled."""
     length = args.max_length or 0
+    # Rows that came prepared may have other columns, which cannot be joined token by token.
+    if other := [column for column in rows.column_names or () if column not in _PACKED_COLUMNS]:
+        rows = rows.remove_columns(other)
     if is_iterable_dataset(rows):
         return pack_dataset(rows, length, args.packing_strategy), audit
     packed = pack_dataset(rows, length, args.packing_strategy, {"desc": f"Packing {audit.name} rows"})

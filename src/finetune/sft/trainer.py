@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from finetune.arguments.coerce import coerce_training_arguments
 from finetune.compat import EvalLoopOutput, TrainOutput
-from finetune.data import inspect
+from finetune.data import preview
 from finetune.data.audit import SupervisionAudit
 from finetune.data.collate import DataCollatorForLanguageModeling
 from finetune.data.pipeline import first_row
@@ -132,7 +132,7 @@ class SFTTrainer(SFTRowMethods, SFTLossMethods):
         self._metrics = {"train": MetricBag(), "eval": MetricBag()}
         self._tokens = TokenCounter()
         if self.is_world_process_zero() and args.get_process_log_level() <= logging.WARNING:
-            inspect.show(self._preview, self.audits)
+            preview.show(self._preview, self.audits)
 
     def _settle_padding(self) -> None:
         """Decides whether batches are padding-free, if that depends on the model: here, where it is on its device."""
@@ -173,14 +173,22 @@ class SFTTrainer(SFTRowMethods, SFTLossMethods):
         return str(self._recomputation or "")
 
     def _recomputes_activations(self) -> bool:
+<<<<<<< HEAD
         plugin: Any = self.accelerator.state.fsdp_plugin if fsdp_version(self.accelerator) is not None else None
+=======
+        is_fsdp = fsdp_version(self.accelerator) is not None
+>>>>>>> data_fixes
         self._recomputation = recompute.decide(
             self.model,
             self.args,
             num_rows=self._train_batch_size,
             longest_row=recompute.longest_row(self.train_dataset, self.args.max_length),
             autocast=self.compute_loss_context_manager(),
+<<<<<<< HEAD
             fsdp_recomputes=plugin is not None and bool(plugin.activation_checkpointing),
+=======
+            fsdp_recomputes=is_fsdp and bool(self.accelerator.state.fsdp_plugin.activation_checkpointing),
+>>>>>>> data_fixes
         )
         return self._recomputation.recomputes
 
@@ -235,5 +243,5 @@ class SFTTrainer(SFTRowMethods, SFTLossMethods):
     ) -> TrainOutput:
         """As `Trainer.train`; the audit and the preview of the data go to the run folder first."""
         if self.args.should_save:
-            inspect.write(self.output_dir, self._preview, self.audits)
+            preview.write(self.output_dir, self._preview, self.audits)
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)

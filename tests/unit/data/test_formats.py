@@ -1,3 +1,4 @@
+import json
 from typing import Any
 
 import pytest
@@ -5,13 +6,15 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from finetune.data import roles
-from finetune.data.formats import Kind, apply_formatting, detect_format, read_conversations, read_texts
+from finetune.data.formats import Kind, detect_format, read_conversations, read_texts
+from finetune.data.formatting import apply_formatting
 from finetune.data.pipeline import prepare_split
 from finetune.data.settings import DataSettings
 from finetune.errors import ArgumentError, DataFormatError, FinetuneError
 
 USER = {"role": "user", "content": "a"}
 ASSISTANT = {"role": "assistant", "content": "b"}
+CHAT_PAIR = (Kind.CHAT_PROMPT_COMPLETION, "prompt")
 
 
 @pytest.mark.parametrize(
@@ -24,7 +27,16 @@ ASSISTANT = {"role": "assistant", "content": "b"}
         ({"messages": [USER], "text": "c"}, Kind.CHAT, "messages"),
         ({"conversations": [{"from": "human", "value": "a"}]}, Kind.CHAT, "conversations"),
         ({"text": [USER]}, Kind.CHAT, "text"),
-        ({"text": '[{"role": "user"}]'}, Kind.CHAT, "text"),
+        ({"text": '[{"role": "user", "content": "a"}]'}, Kind.CHAT, "text"),
+        ({"text": '[{"role": "assistant", "tool_calls": []}, {"role": "tool", "content": ""}]'}, Kind.CHAT, "text"),
+        ({"text": '[{"name": "Ann", "role": "CEO"}]'}, Kind.TEXT, "text"),
+        ({"text": '[{"role": "CEO", "content": "Ann"}]'}, Kind.TEXT, "text"),
+        ({"text": '[{"role": "user", "content": "a"}, 3]'}, Kind.TEXT, "text"),
+        ({"text": '[{"role": "user", "content": "a"'}, Kind.TEXT, "text"),
+        ({"prompt": "Who?", "completion": '[{"name": "Ann", "role": "CEO"}]'}, Kind.PROMPT_COMPLETION, "prompt"),
+        ({"prompt": "Who?", "completion": '[{"role": "user", "content": "a"}]'}, Kind.PROMPT_COMPLETION, "prompt"),
+        ({"prompt": '[{"role": "user", "content": "a"}]', "completion": "b"}, Kind.PROMPT_COMPLETION, "prompt"),
+        ({"prompt": [USER], "completion": '[{"role": "assistant", "content": "a"}]'}, *CHAT_PAIR),
         ({"input_ids": [1], "text": "c"}, Kind.TOKENIZED, "input_ids"),
         ({"input_ids": [1], "seq_lengths": [1]}, Kind.PACKED, "input_ids"),
     ],
@@ -99,6 +111,19 @@ def test_the_template_judges_other_roles(caplog: Any, chat_tokenizer: Any) -> No
     assert "<|im_start|>document\nx" in chat_tokenizer.decode(made.dataset[0]["input_ids"])
 
 
+def test_roles_written_for_a_template_keep_their_names(caplog: Any) -> None:
+    roles._warn_of.cache_clear()
+    names = ("human", "observation", "gpt")
+    written = [{"role": role, "content": "a"} for role in names]
+    shared = [{"from": role, "value": "a"} for role in names]
+    read = read_conversations({"messages": [written, shared]}, "messages", [0, 1]).messages
+    assert [message["role"] for message in read[0]] == list(names)
+    assert [message["role"] for message in read[1]] == ["user", "tool", "assistant"]
+    assert [record.getMessage().rpartition(". ")[2] for record in caplog.records] == [
+        f"If it means `{meant}`, rename it." for meant in ("user", "tool", "assistant")
+    ]
+
+
 def test_a_template_that_refuses_a_role_names_the_roles(chat_tokenizer: Any) -> None:
     from datasets import Dataset
 
@@ -128,12 +153,26 @@ def test_conversations_are_cleaned() -> None:
     assert read.template_kwargs == [None, {"depth": 2}, None]
 
 
+def test_keys_that_arrow_adds_are_dropped_and_nulls_of_json_stay() -> None:
+    blocks = [{"type": "text", "text": "a", "image": None}, {"type": "image", "text": None, "image": "x.png"}]
+    calls = [{"function": {"name": "f", "arguments": {"unit": None, "x": 1}}}]
+    chat = [{"role": "user", "content": blocks}, {"role": "assistant", "tool_calls": calls}]
+    user, assistant = read_conversations({"messages": [chat]}, "messages", [0]).messages[0]
+    assert user["content"] == [{"type": "text", "text": "a"}, {"type": "image", "image": "x.png"}]
+    assert assistant["tool_calls"][0]["function"]["arguments"] == {"x": 1}
+    assert read_conversations({"messages": [json.dumps(chat)]}, "messages", [0]).messages[0] == chat
+
+
 def test_formatting_func_may_return_text_messages_or_a_row() -> None:
     batch = {"q": ["a", "c"], "a": ["b", "d"]}
     assert apply_formatting(batch, [0, 1], lambda row: row["q"] + row["a"]) == {"text": ["ab", "cd"]}
     assert apply_formatting(batch, [0, 1], lambda row: [USER])["messages"] == [[USER], [USER]]
     made = apply_formatting(batch, [0, 1], lambda row: {"prompt": row["q"], "completion": row["a"]})
     assert made == {"prompt": ["a", "c"], "completion": ["b", "d"]}
+    optional = apply_formatting(batch, [0, 1], lambda row: {"text": "x", **({"tools": "y"} if row["q"] == "c" else {})})
+    assert optional == {"text": ["x", "x"], "tools": [None, "y"]}
+    with pytest.raises(DataFormatError, match="makes `text` of row 0, but `prompt`, `completion` of row 5"):
+        apply_formatting(batch, [4, 5], lambda row: "a" if row["q"] == "a" else made, ["text"])
     with pytest.raises(DataFormatError, match=r"`formatting_func` returned `list` for row 7"):
         apply_formatting({"q": ["a"]}, [7], lambda row: ["a"])
 

@@ -11,9 +11,11 @@ from datasets import Dataset
 from torch.utils.data import DataLoader, IterableDataset
 
 from finetune.data import loader as loaders
+from finetune.data import position
 from finetune.data.digest import rows_digest
 from finetune.data.rebalance import BatchRebalanceSampler
 from finetune.data.samplers import LengthGroupedSampler, SeededRandomSampler, SequentialSampler
+from finetune.data.streaming import StreamLoader
 from finetune.errors import CheckpointError
 
 ARGS = SimpleNamespace(
@@ -31,7 +33,7 @@ ARGS = SimpleNamespace(
 
 def batch_digest(loader, num_batches, epoch, num_rows=32):
     """What a checkpoint keeps of the rows that follow."""
-    indices = loaders.following_rows(loader, num_batches, epoch, num_rows)
+    indices = position.following_rows(loader, num_batches, epoch, num_rows)
     return None if indices is None else rows_digest(loader.dataset, indices)
 
 
@@ -125,7 +127,7 @@ def test_skipped_batches_are_the_rest_of_the_same_epoch(kind, world_size, drop_l
         for start in range(len(expected) + 1):
             dataset = Rows(40)
             loader = build(dataset, kind, rank=rank, world_size=world_size, drop_last=drop_last)
-            skipped = loaders.skip_batches(loader, start)
+            skipped = position.skip_batches(loader, start)
             for target in (skipped, *loaders_nested(skipped)):
                 target.set_epoch(2)
             assert rows(skipped) == expected[start:], (rank, start)
@@ -141,20 +143,20 @@ def loaders_nested(loader):
 
 def test_the_given_loader_serves_the_next_epochs():
     loader = build(Rows(10))
-    skipped = loaders.skip_batches(loader, 2)
+    skipped = position.skip_batches(loader, 2)
     assert type(skipped) is DataLoaderShard and skipped._drop_last == loader._drop_last
     assert len(rows(skipped)) == 2 and len(rows(loader)) == 4
-    assert loaders.skip_batches(loader, 0) is loader
+    assert position.skip_batches(loader, 0) is loader
 
 
 def test_split_batches_and_dispatch():
     for rank in range(2):
         whole = rows(build(Rows(11), batch_size=4, rank=rank, world_size=2, split_batches=True))
         loader = build(Rows(11), batch_size=4, rank=rank, world_size=2, split_batches=True)
-        assert rows(loaders.skip_batches(loader, 1)) == whole[1:]
-        assert loaders.rows_per_batch(loader) == 4
+        assert rows(position.skip_batches(loader, 1)) == whole[1:]
+        assert position.rows_per_batch(loader) == 4
     whole = rows(build(Rows(11), dispatch_batches=True))
-    assert rows(loaders.skip_batches(build(Rows(11), dispatch_batches=True), 2)) == whole[2:]
+    assert rows(position.skip_batches(build(Rows(11), dispatch_batches=True), 2)) == whole[2:]
 
 
 def test_samplers_and_loaders_of_ones_own_are_skipped_by_drawing_indices():
@@ -169,10 +171,10 @@ def test_samplers_and_loaders_of_ones_own_are_skipped_by_drawing_indices():
         DataLoader(Rows(10), batch_size=2, sampler=Odd(), collate_fn=collate),
         DataLoader(Rows(10), batch_sampler=[[5, 3], [1, 7], [9]], collate_fn=collate),
     ):
-        skipped = loaders.skip_batches(loader, 1)
+        skipped = position.skip_batches(loader, 1)
         assert rows(skipped) == [[1, 7], [9]]
     assert batch_digest(loader, 1, 0) is None
-    assert rows(loaders.skip_batches(DataLoader(Rows(5), batch_size=2, collate_fn=collate), 1)) == [[2, 3], [4]]
+    assert rows(position.skip_batches(DataLoader(Rows(5), batch_size=2, collate_fn=collate), 1)) == [[2, 3], [4]]
 
 
 def test_skipping_in_a_stream_reads_the_batches_again():
@@ -181,17 +183,17 @@ def test_skipping_in_a_stream_reads_the_batches_again():
             return iter(range(9))
 
     loader = loaders.build_dataloader(Stream(), args=ARGS, accelerator=Accelerator(), collate_fn=collate, batch_size=2)
-    assert isinstance(loader, loaders.StreamLoader) and loaders.is_stream(loader.dataset)
+    assert isinstance(loader, StreamLoader) and position.is_stream(loader.dataset)
     whole = rows(loader)
-    assert rows(loaders.skip_batches(loader, 2)) == whole[2:]
+    assert rows(position.skip_batches(loader, 2)) == whole[2:]
     assert rows(loader) == whole, "the next epoch is whole again"
     dispatched = loaders.build_dataloader(
         Stream(), args=ARGS, accelerator=Accelerator(dispatch_batches=True), collate_fn=collate, batch_size=2
     )
-    assert not isinstance(dispatched, loaders.StreamLoader)
-    assert rows(loaders.skip_batches(dispatched, 2)) == whole[2:]
+    assert not isinstance(dispatched, StreamLoader)
+    assert rows(position.skip_batches(dispatched, 2)) == whole[2:]
     with pytest.raises(CheckpointError, match="dispatch_batches"):
-        loaders.load_loader_state(dispatched, loaders.loader_state(loader))
+        position.load_loader_state(dispatched, position.loader_state(loader))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -246,14 +248,14 @@ def test_digest_of_text_rows_and_formats():
 
 
 def test_state_names_what_changed():
-    state = loaders.loader_state(build(Rows(50)))
+    state = position.loader_state(build(Rows(50)))
     assert state == {"kind": "map", "num_rows": 50, "sampler": "SeededRandomSampler", "seed": 42}
-    loaders.load_loader_state(build(Rows(50)), state)
+    position.load_loader_state(build(Rows(50)), state)
     with pytest.raises(CheckpointError, match="`num_rows` was 50 and is 49"):
-        loaders.load_loader_state(build(Rows(49)), state)
+        position.load_loader_state(build(Rows(49)), state)
     with pytest.raises(CheckpointError, match="`sampler` was 'SeededRandomSampler' and is 'SequentialSampler'"):
-        loaders.load_loader_state(build(Rows(50), "sequential"), state)
-    loaders.load_loader_state(build(Rows(49)), state, verify=False)
+        position.load_loader_state(build(Rows(50), "sequential"), state)
+    position.load_loader_state(build(Rows(49)), state, verify=False)
 
 
 def test_counts():
@@ -261,7 +263,7 @@ def test_counts():
     assert loaders.num_examples(loader) == 10
     assert loaders.num_examples([1, 2, 3], batch_size=4) == 12
     stream = Dataset.from_dict({"x": [1]}).to_iterable_dataset()
-    assert loaders.has_length(loader) and not loaders.has_length(stream)
+    assert position.has_length(loader) and not position.has_length(stream)
 
 
 def test_workers_differ_by_rank_and_stay_in_the_range_of_numpy(monkeypatch):

@@ -148,7 +148,8 @@ def test_tokenizers_that_add_eos_do_not_get_a_second(chat_tokenizer: Any) -> Non
 
 
 def test_eos_can_be_another_token(chat_tokenizer: Any) -> None:
-    processor = BatchProcessor(chat_tokenizer, DataSettings(eos_token="</s>"), {"text": "a"})
+    chat_tokenizer.eos_token = "</s>"
+    processor = BatchProcessor(chat_tokenizer, DataSettings(), {"text": "a"})
     made = processor.process({"text": ["the cat"]}, [0]).tokens
     assert made.ids[-1] == chat_tokenizer.convert_tokens_to_ids("</s>")
     assert made.flags[0] & 4

@@ -130,6 +130,11 @@ def test_persistent_workers_keep_their_loader(tiny_bert: Any, tmp_path: Path) ->
     first = trainer.get_eval_dataloader("a")
     assert trainer.get_eval_dataloader("a") is first
     assert trainer.get_eval_dataloader("b") is not first
+    trainer.eval_dataset = rows()
+    own = trainer.get_eval_dataloader()
+    assert trainer.get_eval_dataloader(trainer.eval_dataset) is own
+    assert trainer.get_eval_dataloader(rows(4)) is not own, "other rows have a loader of their own"
+    assert trainer.get_eval_dataloader() is own
 
 
 def compiled_run(make_bert: Any, out: Path, **options: Any) -> tuple[finetune.Trainer, list[float]]:

@@ -1,10 +1,11 @@
 """Which columns and labels are found, what they mean, and the errors for what cannot be told."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from datasets import ClassLabel, Dataset, Features, List, Value
+from datasets import ClassLabel, Dataset, Features, List, Value, load_from_disk
 
 from finetune.errors import ArgumentError, DataFormatError
 from finetune.sequence_classification.data import Columns, find_columns, prepare_rows
@@ -185,3 +186,35 @@ def test_a_test_set_without_labels_has_none(chat_tokenizer: Any, values: list[An
         "labels"
         not in prepare_rows(data, chat_tokenizer, Columns(("text",), "label"), task, 8, "test", None).column_names
     )
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_rows_of_tokens_are_cut_as_those_of_text(chat_tokenizer: Any, side: str) -> None:
+    chat_tokenizer.truncation_side = side
+    text = rows(text=["the cat sat on a mat", "sun"], label=["a", "b"])
+    tokens = chat_tokenizer(text["text"][:])
+    data = rows(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"], label=["a", "b"])
+    task = read_task(text, "label")
+    expected = prepare_rows(text, chat_tokenizer, Columns(("text",), "label"), task, 3, "train", None)
+    assert expected["length"][:] == [3, len(tokens["input_ids"][1])]
+    stream = data.to_iterable_dataset().with_format("torch")
+    for given in (data, stream):
+        made = prepare_rows(given, chat_tokenizer, Columns((), "label"), task, 3, "train", None)
+        for row, wanted in zip(made, expected, strict=True):
+            assert {key: wanted[key] for key in row} == row
+            assert {"input_ids", "attention_mask", "length", "labels"} <= set(row)
+
+
+def test_what_changes_the_tokens_is_part_of_the_cached_rows_key(chat_tokenizer: Any, tmp_path: Path) -> None:
+    rows(text=["the cat sat on a mat", "sun"], label=["a", "b"]).save_to_disk(tmp_path / "rows")
+    data = load_from_disk(str(tmp_path / "rows"))
+    task = read_task(data, "label")
+
+    def made() -> Dataset:
+        return prepare_rows(data, chat_tokenizer, Columns(("text",), "label"), task, 3, "train", None)
+
+    first = made()
+    chat_tokenizer.truncation_side = "left"
+    assert made()["input_ids"][0] != first["input_ids"][0]
+    chat_tokenizer.model_input_names = ["input_ids", "token_type_ids"]
+    assert "token_type_ids" in made().column_names

@@ -137,3 +137,33 @@ def test_a_shuffled_and_packed_stream_resumes(tiny_llama: Any, chat_tokenizer: A
     again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
     losses = [[entry["loss"] for entry in each.state.log_history if "loss" in entry] for each in (whole, again)]
     assert losses[0] == losses[1]
+
+
+def test_the_end_of_longer_rows_is_kept_in_packed_ones(tiny_llama: Any, chat_tokenizer: Any, tmp_path: Path) -> None:
+    rows = Dataset.from_dict({"input_ids": [[5, 6, 7, 8, 9]] * 2})
+    trainer = make(
+        tiny_llama(512), chat_tokenizer, tmp_path, rows, packing=True, max_length=3, truncation_mode="keep_end"
+    )
+    assert trainer.train_dataset["input_ids"][:] == [[7, 8, 9]] * 2
+
+
+def test_an_evaluation_set_may_be_named_train(tiny_llama: Any, chat_tokenizer: Any, tmp_path: Path) -> None:
+    cut = Dataset.from_list(
+        [{"prompt": "the", "completion": " cat sat on a mat" * 9}, {"prompt": "a", "completion": "b"}]
+    )
+    rows = Dataset.from_list([{"prompt": "the", "completion": " cat"}] * 4)
+    options = {"max_length": 6, "shuffle_dataset": True}
+    trainer = make(tiny_llama(512), chat_tokenizer, tmp_path, rows, {"train": cut.select([0]), "b": cut}, **options)
+    assert {name: audit.num_rows for name, audit in trainer.audits.items()} == {"train": 4, "eval[train]": 1, "b": 2}
+    assert "eval_train_loss" in trainer.evaluate()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("length", [{"length": 5}, {}], ids=str)
+def test_other_columns_of_prepared_rows_are_not_packed(
+    length: dict[str, int], stream: bool, tiny_llama: Any, chat_tokenizer: Any, tmp_path: Path
+) -> None:
+    rows = Dataset.from_list([{"input_ids": [5, 6, 7, 8, 4], "labels": [5, 6, 7, 8, 4], "id": "a", **length}] * 6)
+    rows = rows.to_iterable_dataset() if stream else rows
+    trainer = make(tiny_llama(512), chat_tokenizer, tmp_path, rows, packing=True, max_length=16)
+    assert [row["seq_lengths"] for row in trainer.train_dataset] == [[5, 5, 5]] * 2

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from finetune.data.inspect import preview
+from finetune.data.preview import preview
 from finetune.data.settings import DataSettings
 from finetune.errors import DataFormatError
 
