@@ -1,6 +1,10 @@
-"""`finetune plan`: what a training will hold in memory, from the model's configuration alone.
+r"""Estimate the memory per device of a training run, on one device and under DDP, FSDP2 and ZeRO.
 
-No weights are read, no device is needed: the training step of `finetune sft` runs on fake tensors.
+Takes the arguments of `finetune sft`. Only the model's configuration is read; no GPU is needed, because the training
+step runs on fake tensors, which have a size but no values.
+
+    finetune plan --model Qwen/Qwen2.5-0.5B --max_length 2048 \
+        --per_device_train_batch_size 4 --num_processes 8
 """
 
 import dataclasses
@@ -53,7 +57,8 @@ def run_plan(argv: Sequence[str] | None = None) -> None:
     from finetune.cli.script_arguments import ModelConfig
     from finetune.sft.config import SFTConfig
 
-    options, args, model_args = parse_arguments((PlanArguments, SFTConfig, ModelConfig), argv, prog="finetune plan")
+    types = (PlanArguments, SFTConfig, ModelConfig)
+    options, args, model_args = parse_arguments(types, argv, prog="finetune plan", description=__doc__)
     print(plan_text(options, args, model_args))
 
 
