@@ -8,6 +8,7 @@ step runs on fake tensors, which have a size but no values.
 """
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,6 +86,7 @@ def plan_text(options: PlanArguments, args: Any, model_args: Any) -> str:
     options_of_model = {
         "peft_config": get_peft_config(model_args), "attn_implementation": model_args.attn_implementation,
     }  # fmt: skip
+    print(f"Tracing a training step of {name} on fake tensors ...", file=sys.stderr, flush=True)
     try:
         with PlannedStep(config, args, stored, autocast=mixed_dtype(args), **options_of_model) as step:
             trace = narrow = step.trace()
