@@ -45,7 +45,7 @@ def run_demo(output_dir: Path, *, seed: int = 42, max_steps: int = -1) -> dict[s
         processing_class=tokenizer,
     )
     rows = list(data["test"])
-    print(f"{len(data['train'])} training rows; {len(rows)} test rows, none of them among the training rows.", flush=True)
+    print(f"{len(data['train'])} training rows; {len(rows)} test rows, none of which is among them.", flush=True)
     print("Before: writing an answer to each test row ...", flush=True)
     before = answers(trainer.model, tokenizer, rows)
     loss_before = trainer.evaluate()["eval_loss"]
