@@ -148,8 +148,8 @@ def fit_devices(launcher: dict[str, str], path: Path) -> None:
         raise ArgumentError(f"{source} is {number}, but {visible}. Set `--num_processes {devices}`.")
     if number == 1 and is_shipped and path.stem == "ddp":
         raise ArgumentError(
-            f"`accelerate_config` is 'ddp', which needs at least 2 processes; {number} would be started, and {visible}. "
-            "Use `--accelerate_config single_gpu`, or leave it out."
+            f"`accelerate_config` is 'ddp', which needs at least 2 processes; {number} would be started, and {visible}."
+            " Use `--accelerate_config single_gpu`, or leave it out."
         )
 
 
