@@ -2,24 +2,25 @@ r"""Fine-tuning for sequence classification: one class, several classes, or a nu
 
 All weights:
 
-    python trainers/sequence_classification.py \
+    finetune classify \
         --model_name_or_path google-bert/bert-base-cased \
         --dataset_name imdb --class_weights balanced \
         --learning_rate 2e-5 --num_train_epochs 2 --per_device_train_batch_size 16 --eval_strategy epoch \
         --output_dir bert-imdb
 
-A LoRA adapter (the head is trained with it) on local rows with `text` and `label`, a tenth of them held out:
+A LoRA adapter (the head is trained with it) on local rows with `text` and `label`, a tenth held out for evaluation:
 
-    python trainers/sequence_classification.py \
+    finetune classify \
         --model_name_or_path ./my-model --dataset_name rows.csv \
         --dataset_train_split "train[:90%]" --dataset_test_split "train[90%:]" --eval_strategy epoch \
         --use_peft --lora_target_modules all-linear --learning_rate 2e-4 \
         --output_dir my-adapter
 
 Other columns: `--text_columns premise hypothesis --label_column entailed`. Several processes: `finetune classify
---accelerate_config ddp --num_processes 4 ...`. Arguments from a file: `--config run.yaml`; the command line wins over
-it. `--help` lists all arguments. What an interrupted run has saved is continued by the same command with
-`--resume_from_checkpoint auto`.
+--accelerate_config ddp --num_processes 4 ...`. Arguments from a file: `--config run.yaml`; the command line takes
+precedence. `--help` lists all arguments. To continue an interrupted run, repeat its command with
+`--resume_from_checkpoint auto`. From a checkout, `accelerate launch trainers/sequence_classification.py ...` works as
+well.
 """
 
 from collections.abc import Sequence

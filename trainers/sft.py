@@ -2,25 +2,24 @@ r"""Supervised fine-tuning of a causal language model.
 
 All weights:
 
-    python trainers/sft.py \
+    finetune sft \
         --model_name_or_path Qwen/Qwen2.5-0.5B \
         --dataset_name trl-lib/Capybara \
         --learning_rate 2e-5 --num_train_epochs 1 --packing \
         --per_device_train_batch_size 2 --gradient_accumulation_steps 8 \
         --output_dir Qwen2.5-0.5B-SFT
 
-A LoRA adapter on local rows (`text`, `prompt` and `completion`, or `messages`), a tenth of them held out:
+A LoRA adapter on local rows (`text`, `prompt` and `completion`, or `messages`), a tenth held out for evaluation:
 
-    python trainers/sft.py \
+    finetune sft \
         --model_name_or_path ./my-model --dataset_name rows.jsonl \
         --dataset_train_split "train[:90%]" --dataset_test_split "train[90%:]" --eval_strategy epoch \
         --use_peft --lora_target_modules all-linear --learning_rate 2e-4 \
         --output_dir my-adapter
 
-Several processes: `accelerate launch --config_file accelerate_configs/ddp.yaml trainers/sft.py ...`, or
-`finetune sft --accelerate_config ddp --num_processes 4 ...`. Arguments from a file: `--config run.yaml`; the command
-line wins over it. `--help` lists all arguments. What an interrupted run has saved is continued by the same command
-with `--resume_from_checkpoint auto`.
+Several processes: `finetune sft --accelerate_config ddp --num_processes 4 ...`. Arguments from a file: `--config
+run.yaml`; the command line takes precedence. `--help` lists all arguments. To continue an interrupted run, repeat its
+command with `--resume_from_checkpoint auto`. From a checkout, `accelerate launch trainers/sft.py ...` works as well.
 """
 
 from collections.abc import Sequence

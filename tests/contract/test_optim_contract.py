@@ -88,11 +88,11 @@ def test_both_groups_exist_when_one_is_empty():
 
 
 def test_every_optimizer_name_of_transformers_is_registered():
-    assert {name.value for name in OptimizerNames} <= set(registry._load_builders())
+    assert {name.value for name in OptimizerNames} <= set(registry._registered())
 
 
 def test_registered_names_are_accepted_by_the_arguments():
-    assert set(registry._load_builders()) <= REGISTERED_OPTIMIZERS | {name.value for name in OptimizerNames}
+    assert set(registry._registered()) <= REGISTERED_OPTIMIZERS | {name.value for name in OptimizerNames}
 
 
 PLAIN = [

@@ -1,7 +1,7 @@
 """The predicted peak against the allocator's own record of a real training, on CPU."""
 
 import gc
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 
 import pytest
 import torch
@@ -11,11 +11,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Gemma3
 
 from finetune import SFTConfig, SFTTrainer
 from finetune.cli.demo import MODEL
+from finetune.kernels import head_pass
 from finetune.kernels.fused_head import fuse_head
 from finetune.models.activation import activation_checkpointing
 from finetune.optim.registry import build_optimizer
 from finetune.reporting import planned_step
 from finetune.reporting.ledger import sharded
+from finetune.reporting.memory_trace import GROUPS
 from finetune.reporting.planned_step import PlannedStep, mixed_dtype
 
 MODELS = {
@@ -102,6 +104,25 @@ def test_peak_is_within_ten_percent(name, changes, tmp_path):
     guess = predicted(MODELS[name], args).peak()[0]
     real = measured(MODELS[name], args)
     assert guess == pytest.approx(real, rel=0.1)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_equal_chunks_of_the_head_are_traced_once_and_the_plan_is_the_same(bf16, tmp_path, monkeypatch):
+    calls = []
+    softmax = head_pass.HeadPass._softmax_and_gradient
+    count = lambda self, *args: (calls.append(1), softmax(self, *args))[1]  # noqa: E731
+    monkeypatch.setattr(head_pass.HeadPass, "_softmax_and_gradient", count)
+    # 512 tokens are 9 chunks, the last one shorter, of 8 blocks.
+    monkeypatch.setitem(head_pass._CHUNK_BYTES, "cpu", 61 * 1500 * (2 if bf16 else 4))
+    monkeypatch.setitem(head_pass._BLOCK_BYTES, "cpu", 8 * 1500 * 4)
+    args = arguments(tmp_path, optim="adamw_torch", bf16=bf16)
+    short = predicted(MODELS["llama"], args)
+    assert len(calls) == 2 * 3 * 3
+    monkeypatch.setattr(planned_step, "repeats_skipped", nullcontext)
+    whole = predicted(MODELS["llama"], args)
+    assert len(calls) > 2 * 3 * 3 + 2 * 64
+    assert short.peak() == whole.peak()
+    assert {group: short.largest(group) for group in GROUPS} == {group: whole.largest(group) for group in GROUPS}
 
 
 def tracked_by_torch(config, args, ranks):

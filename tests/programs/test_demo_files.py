@@ -1,5 +1,6 @@
 """`examples/make_demo_model.py` makes the files that are shipped in `src/finetune/demo`."""
 
+import json
 import runpy
 import sys
 from pathlib import Path
@@ -33,6 +34,15 @@ def test_rows_and_tokenizer_are_the_shipped_ones_and_the_weights_repeat(
     other = weights(make(tmp_path / "other", monkeypatch, "--steps", "2", "--seed", "1"))
     assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
     assert not all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def test_no_test_row_is_a_training_row() -> None:
+    """`finetune demo` says so. Names occur in both."""
+    train, test = (
+        {json.dumps(json.loads(line)["prompt"]) for line in (SHIPPED / f"{name}.jsonl").read_text().splitlines()}
+        for name in ("train", "test")
+    )
+    assert len(test) == 200 and not train & test
 
 
 @pytest.mark.slow

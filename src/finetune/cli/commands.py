@@ -6,6 +6,7 @@ import importlib.util
 import os
 import platform
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -45,8 +46,13 @@ def report(argv: Sequence[str] | None = None) -> None:
     from finetune.reporting.report import report_from_run
 
     print(report_from_run(options.run_folder))
-    for path in save_plots(options.run_folder, format=options.plots) if options.plots else ():
+    if not options.plots:
+        return
+    paths = save_plots(options.run_folder, format=options.plots)
+    for path in paths:
         print(path)
+    if not paths:
+        print("No curve has two points yet; no pictures written.", file=sys.stderr)
 
 
 def env(argv: Sequence[str] | None = None) -> None:

@@ -23,7 +23,7 @@ def run_demo(output_dir: Path, *, seed: int = 42, max_steps: int = -1) -> dict[s
     training, for tests.
 
     Raises:
-        ArgumentError: `output_dir` cannot be written, or holds a run that is no demonstration.
+        ArgumentError: `output_dir` cannot be written, or holds a run that is not a demonstration.
     """
     start = time.perf_counter()
     _check(output_dir)
@@ -45,7 +45,7 @@ def run_demo(output_dir: Path, *, seed: int = 42, max_steps: int = -1) -> dict[s
         processing_class=tokenizer,
     )
     rows = list(data["test"])
-    print(f"{len(data['train'])} rows to train on, {len(rows)} rows about other people to test with.", flush=True)
+    print(f"{len(data['train'])} training rows; {len(rows)} test rows, none of which is among them.", flush=True)
     print("Before: writing an answer to each test row ...", flush=True)
     before = answers(trainer.model, tokenizer, rows)
     loss_before = trainer.evaluate()["eval_loss"]
@@ -158,7 +158,7 @@ def _write(output_dir: Path, trainer: Any, metrics: dict[str, Any], samples: lis
         extra={
             "title": "finetune demo",
             "notes": "A small language model, pretrained without any JSON, is fine-tuned to turn a sentence about a "
-            "person into a JSON record. Exact match is measured on people it has never seen.",
+            "person into a JSON record. Exact match is measured on rows that are not among the training rows.",
             "results": metrics,
             "generations": samples,
         },
@@ -177,7 +177,7 @@ def _show(output_dir: Path, metrics: dict[str, Any], samples: list[dict[str, str
         f"   on {metrics['test_rows']} rows it was not trained on"
         f"\nevaluation loss{metrics['eval_loss_before']:>9.3f}{metrics['eval_loss_after']:>9.3f}"
         f"\n\n{metrics['train_steps']} steps in {metrics['train_seconds']:.0f} s, "
-        f"{metrics['total_seconds']:.0f} s in all."
+        f"{metrics['total_seconds']:.0f} s in total."
         f"\nModel:   {output_dir / 'model'}"
         f"\nReport:  {output_dir / 'report.html'}"
         f"\nNumbers: {output_dir / 'metrics.json'}"

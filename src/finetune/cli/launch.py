@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+import yaml
+
 from finetune.cli.programs import choose, load_program, program_path, run_program, shipped_folder
 from finetune.errors import ArgumentError
 
@@ -91,7 +93,10 @@ def run(name: str, argv: Sequence[str]) -> int:
         launcher.update(found)
         program.extend(rest)
         if launcher:
-            launcher["config_file"] = str(_configuration(launcher))
+            path = _configuration(launcher)
+            if not any(word.startswith(("--use_cpu", "--use-cpu")) for word in program):
+                fit_devices(launcher, path)
+            launcher["config_file"] = str(path)
 
     code = run_program(prepare, argv)
     if code:
@@ -115,6 +120,45 @@ def _configuration(launcher: dict[str, str]) -> Path:
     if torch.accelerator.is_available():
         return config_path("ddp" if several else "single_gpu")
     return config_path("cpu")
+
+
+def fit_devices(launcher: dict[str, str], path: Path) -> None:
+    """Sets `num_processes` in `launcher` to the number of accelerators if only a shipped configuration says another.
+
+    Processes on CPUs, on several machines, and on machines without accelerators are left as they are.
+
+    Raises:
+        ArgumentError: more processes than accelerators are asked for, or `ddp` with one accelerator.
+    """
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    values = values if isinstance(values, dict) else {}
+    machines = str(launcher.get("num_machines") or values.get("num_machines") or 1)
+    if path.stem == "cpu" or values.get("use_cpu") or machines != "1":
+        return
+    devices = _accelerators(str(launcher.get("gpu_ids") or values.get("gpu_ids") or "all"))
+    if not devices:
+        return
+    is_shipped = path.parent == shipped_folder("accelerate_configs")
+    if is_shipped and values.get("num_processes") != 1:
+        launcher.setdefault("num_processes", str(devices))
+    number = int(launcher.get("num_processes") or values.get("num_processes") or 1)
+    visible = f"{devices} accelerator{'s' if devices > 1 else ''} {'are' if devices > 1 else 'is'} available"
+    if number > devices:
+        source = "`--num_processes`" if "num_processes" in launcher else f"`num_processes` in {str(path)!r}"
+        raise ArgumentError(f"{source} is {number}, but {visible}. Set `--num_processes {devices}`.")
+    if number == 1 and is_shipped and path.stem == "ddp":
+        raise ArgumentError(
+            f"`accelerate_config` is 'ddp', which needs at least 2 processes; {number} would be started, and {visible}."
+            " Use `--accelerate_config single_gpu`, or leave it out."
+        )
+
+
+def _accelerators(ids: str) -> int:
+    """Returns the number of accelerators that a launcher with these `gpu_ids` ("all" or "0,1") uses."""
+    import torch
+
+    available = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+    return available if ids == "all" else min(available, len(ids.split(",")))
 
 
 def _launch(name: str, launcher: dict[str, str], program: list[str]) -> int:

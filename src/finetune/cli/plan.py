@@ -1,13 +1,17 @@
-"""`finetune plan`: what a training will hold in memory, from the model's configuration alone.
+r"""Estimate the memory per device of a training run, on one device and under DDP, FSDP2 and ZeRO.
 
-No weights are read, no device is needed: the training step of `finetune sft` runs on fake tensors.
+Takes the arguments of `finetune sft`. Only the model's configuration is read; no GPU is needed, because the training
+step runs on fake tensors, which have a size but no values.
+
+    finetune plan --model Qwen/Qwen2.5-0.5B --max_length 2048 \
+        --per_device_train_batch_size 4 --num_processes 8
 """
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from finetune.arguments import arg
@@ -53,7 +57,8 @@ def run_plan(argv: Sequence[str] | None = None) -> None:
     from finetune.cli.script_arguments import ModelConfig
     from finetune.sft.config import SFTConfig
 
-    options, args, model_args = parse_arguments((PlanArguments, SFTConfig, ModelConfig), argv, prog="finetune plan")
+    types = (PlanArguments, SFTConfig, ModelConfig)
+    options, args, model_args = parse_arguments(types, argv, prog="finetune plan", description=__doc__)
     print(plan_text(options, args, model_args))
 
 
@@ -68,7 +73,8 @@ def plan_text(options: PlanArguments, args: Any, model_args: Any) -> str:
 
     from finetune.cli.script_arguments import get_peft_config
     from finetune.models.load import parse_dtype
-    from finetune.reporting.ledger import STRATEGIES, ledger_table, sharded, single
+    from finetune.optim.registry import optimizer_name, why_not_sharded
+    from finetune.reporting.ledger import BACKENDS, STRATEGIES, ledger_table, sharded, single
     from finetune.reporting.planned_step import PlannedStep, mixed_dtype
 
     name = options.model or model_args.model_name_or_path
@@ -80,6 +86,7 @@ def plan_text(options: PlanArguments, args: Any, model_args: Any) -> str:
     options_of_model = {
         "peft_config": get_peft_config(model_args), "attn_implementation": model_args.attn_implementation,
     }  # fmt: skip
+    print(f"Tracing a training step of {name} on fake tensors ...", file=sys.stderr, flush=True)
     try:
         with PlannedStep(config, args, stored, autocast=mixed_dtype(args), **options_of_model) as step:
             trace = narrow = step.trace()
@@ -91,20 +98,21 @@ def plan_text(options: PlanArguments, args: Any, model_args: Any) -> str:
             raise
         raise FinetuneError(
             f"this training cannot be run on fake tensors: {type(error).__name__} {error}. Either the model or "
-            f"`optim={getattr(args.optim, 'value', args.optim)}` asks for values or updates inside backward; plan with "
+            f"`optim={optimizer_name(args.optim)}` asks for values or updates inside backward; plan with "
             "another `optim`, such as `adamw_torch`."
         ) from error
     sizes = step.sizes
     rows = [single(trace)]
     for way in STRATEGIES:
         row = sharded(way, options.num_processes, trace, narrow, sizes, trained_bytes=step.gradient_bytes)
-        rows.append(dataclasses.replace(row, refused=_why_refused(way, args)))
+        backend = BACKENDS[way]
+        rows.append(dataclasses.replace(row, refused=why_not_sharded(args.optim, backend) if backend else ""))
     precision = f"{step.dtype}, computed in {step.autocast}" if step.autocast is not None else str(step.dtype)
     lines = [
         f"{name} ({source}): {step.model_class}, {sizes.parameters / 1e6:,.1f}M parameters, "
         f"{sizes.trained / 1e6:,.1f}M trained; {precision.replace('torch.', '')}",
         f"{args.per_device_train_batch_size} rows x {args.max_length:,} tokens per device, all of them trained on; "
-        f"optim={getattr(args.optim, 'value', args.optim)}"
+        f"optim={optimizer_name(args.optim)}"
         + (f" ({args.optim_args})" if args.optim_args else "")
         + f"; {'' if step.recomputes else 'no '}activation checkpointing; {step.head}",
         *([step.described] if step.described else []),
@@ -157,22 +165,6 @@ def _check(name: str | None, options: PlanArguments, args: Any, model_args: Any)
         raise ArgumentError("`max_length` is None, so rows have no length to plan for. Give one.")
     if model_args.load_in_4bit or model_args.load_in_8bit:
         raise ArgumentError("`finetune plan` does not know quantized weights. Drop `load_in_4bit` and `load_in_8bit`.")
-
-
-def _why_refused(way: str, args: Any) -> str:
-    """Returns the error with which the optimizer refuses to be sharded, or nothing."""
-    from finetune.optim.registry import refuse_sharding
-
-    optim = str(getattr(args.optim, "value", args.optim))
-    if way == "ddp" or not optim.startswith(("galore", "apollo", "muon")):
-        return ""
-    asked = SimpleNamespace(fsdp=way == "fsdp2", deepspeed=way.startswith("zero"))
-    request: Any = SimpleNamespace(name=optim, args=asked)
-    try:
-        refuse_sharding(request, "deepspeed", *([] if optim == "muon" else ["fsdp"]))
-    except ArgumentError as error:
-        return str(error)
-    return ""
 
 
 def _not_counted(args: Any) -> list[str]:

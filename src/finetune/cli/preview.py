@@ -1,4 +1,10 @@
-"""`finetune preview`: the rows of a data set as the model is trained on them, before any training."""
+r"""Show rows of a dataset as a model would be trained on them, and count trained, truncated and dropped tokens.
+
+Takes the arguments of `finetune sft`; only the tokenizer of the model is loaded.
+
+    finetune preview --model_name_or_path ./my-model --dataset_name rows.jsonl \
+        --max_length 512 --rows 2
+"""
 
 import sys
 from collections.abc import Sequence
@@ -28,7 +34,9 @@ def run_preview(argv: Sequence[str] | None = None) -> None:
     from finetune.sft.config import SFTConfig
 
     types = (PreviewArguments, ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig)
-    options, script_args, args, model_args, mixture = parse_arguments(types, argv, prog="finetune preview")
+    options, script_args, args, model_args, mixture = parse_arguments(
+        types, argv, prog="finetune preview", description=__doc__
+    )
     for name in ("rows", "counted_rows"):
         if (number := getattr(options, name)) < 1:
             raise ArgumentError(f"`{name}` is {number}; it must be at least 1.")

@@ -79,14 +79,13 @@ def without_repetitions(inputs: Any, valid: int, own: int, number: int, dataload
     """Returns micro-batch `number`, of `own` rows, with its first `valid` rows only: cut, collated anew or masked.
 
     Without a valid row one repeated row stays, because a model cannot run on nothing; where batches have no row
-    dimension everything stays and the labels are masked.
+    dimension everything stays. Labels of tokens are masked then, so that metrics of tokens do not count them.
     """
     if _has_rows(inputs, own):
-        keep = max(valid, 1)
-        return {key: value[:keep] if isinstance(value, Tensor) else value for key, value in inputs.items()}
+        inputs = {key: value[: max(valid, 1)] if isinstance(value, Tensor) else value for key, value in inputs.items()}
+        return inputs if valid else _without_labels(inputs)
     if valid == 0:
-        labels = inputs.get("labels")
-        return {**inputs, "labels": torch.full_like(labels, IGNORE_INDEX)} if isinstance(labels, Tensor) else inputs
+        return _without_labels(inputs)
     indices = batch_rows(dataloader, number)
     if indices is not None and len(indices) == own:
         device = next((value.device for value in inputs.values() if isinstance(value, Tensor)), None)
@@ -101,6 +100,16 @@ def without_repetitions(inputs: Any, valid: int, own: int, number: int, dataload
         "in these batches, which have no row dimension. Evaluate on a map-style data set with the default sampler, or "
         "on rows that are not packed (`eval_packing=False`)."
     )
+
+
+def _without_labels(inputs: Any) -> dict[str, Any]:
+    """Returns a batch whose tokens are all masked. Labels of whole rows stay: a classifier refuses a masked one."""
+    masked = {
+        name: torch.full_like(labels, IGNORE_INDEX)
+        for name in ("labels", "shift_labels")
+        if isinstance(labels := inputs.get(name), Tensor) and labels.ndim > 1 and not labels.is_floating_point()
+    }
+    return {**inputs, **masked}
 
 
 def _has_rows(inputs: Any, size: int) -> bool:

@@ -7,6 +7,8 @@ The formulas and the legend (N supervised tokens, C of a chunk, D hidden size, V
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +38,8 @@ class HeadOptions:
 
 class HeadPass:
     """One walk over the supervised tokens: sums of the loss and, if needed, its gradients."""
+
+    skips_repeats = False  # see `repeats_skipped`
 
     def __init__(
         self,
@@ -80,12 +84,10 @@ class HeadPass:
         # Probabilities overwrite the logits unless something still needs the logits afterwards.
         keeps_logits = self.options.entropy or (self.options.softcap is not None and self.needs_grad)
         probabilities = torch.empty(block, vocabulary, **shape) if keeps_logits else None
-        for start in range(0, total, rows):
-            stop = min(start + rows, total)
+        for start, stop in self._parts(0, total, rows):
             chunk = self.hidden.index_select(0, positions[start:stop]).to(self.dtype)  # (C, D)
             self._project(chunk, logits[: stop - start])
-            for low in range(start, stop, block):
-                high = min(low + block, stop)
+            for low, high in self._parts(start, stop, block):
                 part = logits[low - start : high - start]
                 values = part if wide is None else self._widened(part, wide[: high - low])
                 probs = values if probabilities is None else probabilities[: high - low]
@@ -95,6 +97,14 @@ class HeadPass:
                     part.copy_(probs)
             if self.needs_grad:
                 self._accumulate(chunk, logits[: stop - start], start, stop)
+
+    def _parts(self, start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
+        """Yields the borders of the parts of `size` tokens, in order; the last one may be shorter."""
+        starts = range(start, stop, size)
+        if self.skips_repeats and len(starts) > 3:
+            starts = (starts[0], starts[1], starts[-1])
+        for low in starts:
+            yield low, min(low + size, stop)
 
     def _project(self, chunk: Tensor, logits: Tensor) -> None:
         """Writes `chunk @ weight.T + bias` into `logits` (C, V), scaled already if they are wide."""
@@ -170,9 +180,9 @@ class HeadPass:
         # A block of the vocabulary at a time: the product stays in the cache until it is added.
         itemsize = 4 if self.dtype == torch.float16 else chunk.element_size()
         width = max(1, _block_bytes(chunk) // (chunk.shape[1] * itemsize))
-        for low in range(0, d_logits.shape[1], width):
-            part = self._product(d_logits[:, low : low + width].t(), chunk)
-            target = self.d_weight[low : low + width]
+        for low, high in self._parts(0, d_logits.shape[1], width):
+            part = self._product(d_logits[:, low:high].t(), chunk)
+            target = self.d_weight[low:high]
             target.copy_(part).div_(self.lift) if first else target.add_(part, alpha=1 / self.lift)
 
     def _product(self, d_logits: Tensor, chunk: Tensor) -> Tensor:
@@ -186,6 +196,20 @@ class HeadPass:
         if d_logits.device.type == "cuda" and torch.version.hip is None:
             return torch.mm(d_logits, chunk, out_dtype=torch.float32)  # without copies of the operands; AMD has none
         return d_logits.float() @ chunk.float()
+
+
+@contextmanager
+def repeats_skipped() -> Iterator[None]:
+    """Context manager for memory traces: of many equal chunks only the first, the second and the last are run.
+
+    The values are wrong then. Memory is not: the first chunk starts the sums, the second one frees what the first one
+    left behind, and all others up to the last, which may be shorter, repeat the second.
+    """
+    before, HeadPass.skips_repeats = HeadPass.skips_repeats, True
+    try:
+        yield
+    finally:
+        HeadPass.skips_repeats = before
 
 
 def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:

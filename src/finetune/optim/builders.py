@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from finetune.errors import ArgumentError
-from finetune.optim.registry import ClassAndArguments, OptimizerRequest, refuse_sharding, register_optimizer
+from finetune.optim.registry import ClassAndArguments, OptimizerRequest, register_optimizer
 
 
 def import_or_explain(module: str, install: str, request: OptimizerRequest) -> Any:
@@ -109,13 +109,12 @@ def adam_like_torch(request: OptimizerRequest) -> ClassAndArguments:
     return _with_options(_ADAM_LIKE_TORCH[request.name], request.adam, request)
 
 
-@register_optimizer("muon")
+@register_optimizer("muon", refuses=["deepspeed"])  # ZeRO steps flat pieces, in which no matrix is left
 def muon(request: OptimizerRequest) -> ClassAndArguments:
     """Returns torch's Muon for the hidden matrices and AdamW for embeddings, the output layer, norms and biases."""
     from finetune.optim.muon import MuonAdamW, muon_parameters
 
     model, options = request.require_model(), request.options
-    refuse_sharding(request, "deepspeed")  # ZeRO steps flat pieces, in which no matrix is left
     kwargs = {
         **request.adam,
         "muon_params": muon_parameters(model),

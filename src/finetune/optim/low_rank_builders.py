@@ -10,14 +10,14 @@ from finetune.optim.builders import import_or_explain
 from finetune.optim.fused_backward import world_size
 from finetune.optim.galore_basis import PROJECTION_TYPES
 from finetune.optim.groups import partition, target_weight_names
-from finetune.optim.registry import ClassAndArguments, OptimizerRequest, refuse_sharding, register_optimizer
+from finetune.optim.registry import ClassAndArguments, OptimizerRequest, register_optimizer
 
 logger = logging.getLogger(__name__)
 
 _RULES = ("galore_adamw", "galore_adamw_8bit", "galore_adafactor")
 
 
-@register_optimizer(*_RULES, *(f"{name}_layerwise" for name in _RULES))
+@register_optimizer(*_RULES, *(f"{name}_layerwise" for name in _RULES), refuses=["deepspeed", "fsdp"])
 def galore(request: OptimizerRequest) -> ClassAndArguments:
     """Returns this package's GaLore, or galore_torch's with `optim_args="implementation=galore_torch"`.
 
@@ -27,7 +27,6 @@ def galore(request: OptimizerRequest) -> ClassAndArguments:
     from finetune.optim.galore import GaLoreSettings
 
     model, options = request.require_model(), request.options
-    refuse_sharding(request, "deepspeed", "fsdp")
     targets = target_parameters(request, model)
     implementation = options.choice("implementation", ("finetune", "galore_torch"), "finetune")
     shared: dict[str, Any] = {
@@ -125,13 +124,12 @@ def _prepare_projection_in_backward(request: OptimizerRequest, model: nn.Module)
         nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, sorted(names))
 
 
-@register_optimizer("apollo_adamw", "apollo_adamw_layerwise")
+@register_optimizer("apollo_adamw", "apollo_adamw_layerwise", refuses=["deepspeed", "fsdp"])
 def apollo(request: OptimizerRequest) -> ClassAndArguments:
     """Returns this package's APOLLO. `optim_args`: `rank`, `update_proj_gap`, `scale`, `proj_type`, `scale_type`."""
     from finetune.optim.apollo import ApolloAdamW, ApolloSettings
 
     model, options = request.require_model(), request.options
-    refuse_sharding(request, "deepspeed", "fsdp")
     in_backward = request.name.endswith("_layerwise")
     if in_backward:
         _require_update_in_backward(request)

@@ -9,7 +9,7 @@ and `TrainingArguments(optim="adan", optim_args="...")` then builds it over the 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import nn
 from torch.optim import Optimizer
@@ -62,42 +62,60 @@ class OptimizerRequest:
 
 ClassAndArguments = tuple[Any, dict[str, Any]]
 Builder = Callable[[OptimizerRequest], ClassAndArguments]
+Backend = Literal["deepspeed", "fsdp"]
 
-_BUILDERS: dict[str, Builder] = {}
+
+@dataclass(frozen=True)
+class _Registered:
+    """A builder, and the backends under which its optimizers do not work because they divide weights or gradients."""
+
+    builder: Builder
+    refuses: tuple[Backend, ...]
 
 
-def register_optimizer(*names: str) -> Callable[[Builder], Builder]:
-    """Returns a decorator that makes a builder available as `optim=name`; a later registration replaces it."""
+_REGISTERED: dict[str, _Registered] = {}
+
+
+def register_optimizer(*names: str, refuses: Sequence[Backend] = ()) -> Callable[[Builder], Builder]:
+    """Returns a decorator that makes a builder available as `optim=name`; a later registration replaces it.
+
+    `refuses` names the backends that divide what the optimizer needs whole: under these a run ends with an error, and
+    `finetune plan` shows it as refused.
+    """
 
     def register(builder: Builder) -> Builder:
-        _BUILDERS.update(dict.fromkeys(names, builder))
+        _REGISTERED.update(dict.fromkeys(names, _Registered(builder, tuple(refuses))))
         REGISTERED_OPTIMIZERS.update(names)
         return builder
 
     return register
 
 
-def _load_builders() -> dict[str, Builder]:
+def _registered() -> dict[str, _Registered]:
     # Imported late because builders.py itself registers through this module.
     from finetune.optim import low_rank_builders as _low_rank_builders  # noqa: F401
 
-    return _BUILDERS
+    return _REGISTERED
 
 
 def optimizer_cls_and_kwargs(args: OptimizerArguments, model: nn.Module | None = None) -> ClassAndArguments:
     """Returns the optimizer class for `args.optim` and its keyword arguments, without parameters.
 
     The meaning is that of `transformers.Trainer.get_optimizer_cls_and_kwargs`. Raises `ArgumentError` for an unknown
-    name, a package that is not installed, and keys of `optim_args` that would have no effect.
+    name, a package that is not installed, keys of `optim_args` that would have no effect, and an optimizer that does
+    not work under the `deepspeed` or `fsdp` of the run.
     """
-    builders = _load_builders()
-    name = str(getattr(args.optim, "value", args.optim))
-    if name not in builders:
+    known = _registered()
+    name = optimizer_name(args.optim)
+    if name not in known:
         raise ArgumentError(
-            f"`optim={name}` is not an optimizer.{nearest(name, builders)} Allowed: {', '.join(sorted(builders))}."
+            f"`optim={name}` is not an optimizer.{nearest(name, known)} Allowed: {', '.join(sorted(known))}."
         )
+    for backend in known[name].refuses:
+        if getattr(args, backend, None) or environment.launched_sharding(backend):
+            raise ArgumentError(why_not_sharded(name, backend))
     options = OptimOptions(args.optim_args, name)
-    result = builders[name](OptimizerRequest(name=name, args=args, model=model, options=options))
+    result = known[name].builder(OptimizerRequest(name=name, args=args, model=model, options=options))
     options.finish()
     return result
 
@@ -129,15 +147,22 @@ def build_optimizer(
     return optimizer
 
 
-def refuse_sharding(request: OptimizerRequest, *launchers: str) -> None:
-    """Raises `ArgumentError` when "deepspeed" or "fsdp", whichever is in `launchers`, shards weights or gradients."""
-    for argument in launchers:
-        if getattr(request.args, argument, None) or environment.launched_sharding(argument):
-            raise ArgumentError(
-                f"`optim={request.name}` needs whole weight matrices and gradients, which `{argument}` splits over the "
-                f"ranks. Use data parallelism, with `optim=galore_adamw_layerwise` if memory is short, or keep "
-                f"`{argument}` with `optim=adamw_8bit`."
-            )
+def optimizer_name(optim: Any) -> str:
+    """Returns the name in `args.optim`, which is a text or a member of transformers' enumeration."""
+    return str(getattr(optim, "value", optim))
+
+
+def why_not_sharded(optim: Any, backend: Backend) -> str:
+    """Returns why the optimizer does not work under `backend`, or "" if it does, or is unknown."""
+    name = optimizer_name(optim)
+    found = _registered().get(name)
+    if found is None or backend not in found.refuses:
+        return ""
+    return (
+        f"`optim={name}` needs whole weight matrices and gradients, which `{backend}` splits over the ranks. Use data "
+        f"parallelism, with `optim=galore_adamw_layerwise` if memory is short, or keep `{backend}` with "
+        f"`optim=adamw_8bit`."
+    )
 
 
 def _replaced_groups(kwargs: dict[str, Any]) -> Any:

@@ -19,6 +19,7 @@ because each rank runs its own rows. With bfloat16 FSDP2 gathers, and ZeRO store
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import nn
 
@@ -27,6 +28,12 @@ from finetune.files import format_bytes
 from finetune.reporting.memory_trace import GROUPS, MemoryTrace
 
 STRATEGIES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
+# The argument of the trainer that asks for each of them; DDP needs none.
+BACKENDS: dict[str, Literal["deepspeed", "fsdp"] | None] = {
+    "ddp": None,
+    "fsdp2": "fsdp",
+    **dict.fromkeys(("zero1", "zero2", "zero3"), "deepspeed"),
+}
 _NAMES = {
     "single": "one device",
     "ddp": "DDP",

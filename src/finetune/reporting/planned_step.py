@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from finetune.kernels.fused_head import fuse_head
+from finetune.kernels.head_pass import repeats_skipped
 from finetune.kernels.head_support import unsupported_reason
 from finetune.models.activation import activation_checkpointing
 from finetune.models.adapters import add_adapters
@@ -54,7 +55,8 @@ class PlannedStep:
 
     def trace(self) -> MemoryTrace:
         """Returns the memory of two updates."""
-        return trace_updates(self.make_model, self.make_optimizer, self.loss, **self.settings)
+        with repeats_skipped():
+            return trace_updates(self.make_model, self.make_optimizer, self.loss, **self.settings)
 
     def __enter__(self) -> "PlannedStep":
         return self

@@ -234,12 +234,16 @@ def save_plots(
 ) -> list[Path]:
     """Writes one picture per chart of the run in `source` to `output_dir` (`source`/plots); returns their paths.
 
+    Without a curve of two points nothing is written and the list is empty.
+
     Raises:
         ArgumentError: no run in `source`, an unknown `format`, or `png` without matplotlib.
     """
     if format not in ("svg", "png"):
         raise ArgumentError(f"`format` is {format!r}; choose `svg` or `png`.")
     pictures = charts(read_history(source))
+    if not pictures:
+        return []
     base = Path(source)
     folder = Path(output_dir) if output_dir is not None else (base if base.is_dir() else base.parent) / "plots"
     folder.mkdir(parents=True, exist_ok=True)

@@ -90,3 +90,59 @@ def test_a_wrong_configuration_is_one_line_and_exit_code_2(capsys: pytest.Captur
     assert launch.run("sft", ["--accelerate_config", "ddpp", "--output_dir", "x"]) == 2
     error = capsys.readouterr().err
     assert "Did you mean `ddp`" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "expected"),
+    [
+        ("ddp", {}, "2"),
+        ("fsdp2", {}, "2"),
+        ("zero3", {"gpu_ids": "1"}, "1"),
+        ("ddp", {"num_processes": "2"}, "2"),
+        ("single_gpu", {}, None),
+        ("cpu", {}, None),
+        ("cpu", {"num_processes": "8"}, "8"),
+        ("ddp_multi_node", {"num_processes": "16"}, "16"),
+    ],
+)
+def test_there_are_as_many_processes_as_accelerators(
+    name: str, given: dict[str, str], expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_accelerators(monkeypatch, 2)
+    launcher = dict(given)
+    launch.fit_devices(launcher, launch.config_path(name))
+    assert launcher.get("num_processes") == expected
+
+
+def test_more_processes_than_accelerators_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with_accelerators(monkeypatch, 2)
+    with pytest.raises(ArgumentError, match=r"`--num_processes` is 4, but 2 accelerators are available\. Set"):
+        launch.fit_devices({"num_processes": "4"}, launch.config_path("ddp"))
+    own = tmp_path / "own.yaml"
+    own.write_text("distributed_type: MULTI_GPU\nnum_processes: 8\n")
+    with pytest.raises(ArgumentError, match=r"`num_processes` in '.*own\.yaml' is 8.*Set `--num_processes 2`"):
+        launch.fit_devices({}, own)
+    with_accelerators(monkeypatch, 1)
+    with pytest.raises(ArgumentError, match=r"'ddp', which needs at least 2 processes.*1 accelerator is available"):
+        launch.fit_devices({}, launch.config_path("ddp"))
+
+
+def test_without_accelerators_the_configuration_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_accelerators(monkeypatch, 0)
+    launcher: dict[str, str] = {}
+    launch.fit_devices(launcher, launch.config_path("ddp"))
+    assert launcher == {}
+
+
+def test_the_number_reaches_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_accelerators(monkeypatch, 2)
+    launched: list[dict[str, str]] = []
+    monkeypatch.setattr(launch, "_launch", lambda name, launcher, program: launched.append(launcher) or 0)
+    assert launch.run("sft", ["--accelerate_config", "ddp", "--output_dir", "x"]) == 0
+    assert launch.run("sft", ["--accelerate_config", "ddp", "--use_cpu"]) == 0
+    assert [each.get("num_processes") for each in launched] == ["2", None]
+
+
+def with_accelerators(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: number > 0)
+    monkeypatch.setattr("torch.accelerator.device_count", lambda: number)

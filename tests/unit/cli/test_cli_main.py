@@ -49,11 +49,22 @@ def test_help_is_quick_because_it_imports_nothing_heavy(command: str) -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_the_help_of_a_program_begins_with_its_examples(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["sft", "--help"]) == 0
+@pytest.mark.parametrize("name", ["sft", "classify"])
+def test_the_help_of_a_program_begins_with_examples_that_work_once_installed(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([name, "--help"]) == 0
     shown = capsys.readouterr().out
-    assert "    python trainers/sft.py \\\n        --model_name_or_path" in shown
-    assert "finetune sft --accelerate_config ddp --num_processes 4" in shown
+    assert f"    finetune {name} \\\n        --model_name_or_path" in shown
+    assert "python trainers/" not in shown
+    assert " ".join(shown.split()).count(f"finetune {name} --accelerate_config ddp --num_processes 4") == 1
+
+
+@pytest.mark.parametrize("name", ["preview", "plan"])
+def test_the_help_of_preview_and_plan_has_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([name, "--help"]) == 0
+    before_the_arguments = capsys.readouterr().out.split("options:")[0]
+    assert f"    finetune {name} --model" in before_the_arguments
 
 
 def test_an_error_names_the_command_and_the_argument_once(capsys: pytest.CaptureFixture[str]) -> None:
@@ -92,3 +103,10 @@ def test_a_report_with_its_curves_as_pictures(capsys: pytest.CaptureFixture[str]
     written = [Path(line) for line in capsys.readouterr().out.split()]
     assert written == [tmp_path / "report.html", tmp_path / "plots" / "loss.svg"]
     assert all(path.is_file() for path in written)
+
+
+def test_a_report_says_when_there_is_no_curve_to_draw(capsys: pytest.CaptureFixture[str], tmp_path) -> None:
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": [{"step": 1, "loss": 1.0}]}))
+    assert main(["report", str(tmp_path), "--plots", "png"]) == 0
+    assert "No curve has two points yet; no pictures written." in capsys.readouterr().err
+    assert not (tmp_path / "plots").exists()

@@ -43,7 +43,8 @@ def test_a_file_a_folder_and_nothing(tmp_path, monkeypatch):
 def test_the_whole_command(capsys):
     words = ["plan", "--model", str(MODEL), "--max_length", "64", "--num_processes", "4", "--use_cpu"]
     assert main([*words, "--optim", "galore_adamw_layerwise", "--optim_target_modules", "all-linear"]) == 0
-    text = capsys.readouterr().out
+    text, said = capsys.readouterr()
+    assert said.startswith("Tracing a training step of ")
     assert "LlamaForCausalLM, 1.0M parameters, 1.0M trained; float32" in text and "fused loss" in text
     assert "one device" in text and "DDP x 4" in text and "GaLore projects 28 weights" in text
     assert "FSDP2: `optim=galore_adamw_layerwise` needs whole weight matrices" in text

@@ -54,11 +54,17 @@ def test_batches_without_rows_are_collated_anew() -> None:
     assert counted.inputs["cu_seq_lens_q"].tolist() == [0, 3]
 
 
-def test_a_process_without_a_row_of_its_own_counts_nothing() -> None:
-    loader = loader_of(1, DataCollatorForLanguageModeling(0, padding_free=True))
+@pytest.mark.parametrize("padding_free", [True, False])
+def test_a_process_without_a_row_of_its_own_counts_nothing(padding_free: bool) -> None:
+    loader = loader_of(1, DataCollatorForLanguageModeling(0, padding_free=padding_free))
     counted = count_rows(list(loader)[1], 1, rank(1, remainder=1), loader)
     assert counted.valid == 0
     assert set(counted.inputs["labels"].flatten().tolist()) == {-100}
+
+
+def test_the_class_of_a_repeated_row_is_kept() -> None:
+    loader = loader_of(1, lambda rows: {"input_ids": torch.ones(len(rows), 3), "labels": torch.ones(len(rows)).long()})
+    assert count_rows(list(loader)[1], 1, rank(1, remainder=1), loader).inputs["labels"].tolist() == [1]
 
 
 class Odd(SequentialSampler):

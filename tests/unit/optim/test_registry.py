@@ -6,7 +6,7 @@ from torch import nn
 
 from finetune.errors import ArgumentError
 from finetune.optim import registry
-from finetune.optim.registry import build_optimizer, optimizer_cls_and_kwargs, register_optimizer
+from finetune.optim.registry import build_optimizer, optimizer_cls_and_kwargs, register_optimizer, why_not_sharded
 
 
 def arguments(optim, optim_args=None, **changes):
@@ -41,7 +41,18 @@ def test_a_third_party_adds_an_optimizer_in_three_lines(model):
         assert optimizer.defaults["momentum"] == 0.5
         assert [g["weight_decay"] for g in optimizer.param_groups] == [0.1, 0.0]
     finally:
-        del registry._BUILDERS["mine"]
+        del registry._REGISTERED["mine"]
+
+
+def test_a_third_party_says_what_its_optimizer_refuses(model):
+    register_optimizer("whole", refuses=["fsdp"])(lambda request: (torch.optim.SGD, {"lr": 0.1}))
+    try:
+        assert "`optim=whole` needs whole weight matrices" in why_not_sharded("whole", "fsdp")
+        assert why_not_sharded("whole", "deepspeed") == why_not_sharded("adamw_torch", "fsdp") == ""
+        with pytest.raises(ArgumentError, match="which `fsdp` splits"):
+            build_optimizer(arguments("whole", fsdp=True), model)
+    finally:
+        del registry._REGISTERED["whole"]
 
 
 @pytest.mark.parametrize(
@@ -144,7 +155,7 @@ ELSEWHERE = {
 
 def test_every_optimizer_is_listed():
     tested = {*TORCH_ONLY, *BITSANDBYTES, *OTHERS, *LOW_RANK}
-    assert tested | ELSEWHERE == set(registry._load_builders()) and not tested & ELSEWHERE
+    assert tested | ELSEWHERE == set(registry._registered()) and not tested & ELSEWHERE
 
 
 @pytest.mark.parametrize("optim", TORCH_ONLY + BITSANDBYTES + OTHERS + LOW_RANK)
