@@ -173,22 +173,14 @@ class SFTTrainer(SFTRowMethods, SFTLossMethods):
         return str(self._recomputation or "")
 
     def _recomputes_activations(self) -> bool:
-<<<<<<< HEAD
         plugin: Any = self.accelerator.state.fsdp_plugin if fsdp_version(self.accelerator) is not None else None
-=======
-        is_fsdp = fsdp_version(self.accelerator) is not None
->>>>>>> data_fixes
         self._recomputation = recompute.decide(
             self.model,
             self.args,
             num_rows=self._train_batch_size,
             longest_row=recompute.longest_row(self.train_dataset, self.args.max_length),
             autocast=self.compute_loss_context_manager(),
-<<<<<<< HEAD
             fsdp_recomputes=plugin is not None and bool(plugin.activation_checkpointing),
-=======
-            fsdp_recomputes=is_fsdp and bool(self.accelerator.state.fsdp_plugin.activation_checkpointing),
->>>>>>> data_fixes
         )
         return self._recomputation.recomputes
 
