@@ -17,7 +17,7 @@ import numpy as np
 
 from finetune.data.chat import common_prefix_length
 from finetune.data.encoder import EncodedBatch, Encoder
-from finetune.data.span_check import Span
+from finetune.data.span_search import Span
 from finetune.errors import DataFormatError
 
 TRUNCATED, STOP_EXPECTED, STOP_TRAINED, DOUBLED_BOS = 1, 2, 4, 8

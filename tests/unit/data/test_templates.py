@@ -9,7 +9,7 @@ from transformers import ProcessorMixin
 from finetune.data.formats import Conversations
 from finetune.data.pipeline import prepare_split
 from finetune.data.settings import DataSettings
-from finetune.data.span_check import verify_spans
+from finetune.data.span_search import verify_spans
 from finetune.data.spans import ChatRenderer
 from finetune.data.templates import (
     adopt_chat_template,
