@@ -178,8 +178,10 @@ class _Probes:
         if after.startswith(closing):
             return start + len(closing)
         # The last answer may be closed by a marker of its own, and the others like the user's turns.
-        asked = self.render([*upto, {"role": "user", "content": self.mark}]).rpartition(self.mark)[2]
-        if asked and after.startswith(asked):
+        in_blocks = any(isinstance(message.get("content"), list) for message in self.messages)
+        question = [{"type": "text", "text": self.mark}] if in_blocks else self.mark
+        _, found, asked = self.render([*upto, {"role": "user", "content": question}]).rpartition(self.mark)
+        if found and asked and after.startswith(asked):
             return start + len(asked)
         end = self._token_end(text, start + common_prefix_length(closing, after))
         if end <= start:

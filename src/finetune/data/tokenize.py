@@ -100,10 +100,10 @@ def tokenize_pairs(
 
     `weights` are those of the spans, as in `tokenize_spans`.
 
-    The completion begins where the text goes on behind the prompt. Rows where the tokens of the prompt alone are not the
-    first tokens of the whole get `BOUNDARY_MISMATCH`; the mask is right, but the model sees other prompt tokens in
-    training than in use. Rows where its characters are not get `TEMPLATE_DRIFT` too; their completion begins at the
-    first token that prompt and text do not share, because an answer `<b>` shares `<` with a `<think>` of the prompt.
+    The completion begins where the prompt ends. Rows where the tokens of the prompt alone are not the first tokens of
+    the whole get `BOUNDARY_MISMATCH`: the mask is right, but the model sees other prompt tokens in training than in
+    use. Rows where its characters are not get `TEMPLATE_DRIFT` too. Their completion begins at the first token that
+    prompt and text do not share, because an answer `<b>` shares the character `<` with a `<think>` of the prompt.
     """
     encoded = encoder.encode_batch(texts, special=special, positions=True)
     ids, offsets = encoded.ids, encoded.offsets
