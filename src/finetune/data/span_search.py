@@ -156,12 +156,13 @@ class _Probes:
         # earlier messages must be there unchanged.
         if shared < common_prefix_length(self.render(earlier), before) - there:
             raise TurnsNotFoundError(f"the text before message {turn} changes once the message is there")
+        # An answer `<b>` shares `<` with a block that the prompt opens, one of other text does not.
+        other = self.render([*earlier, self._saying("assistant"), *self.messages[turn + 1 :]])
+        shared = min(shared, common_prefix_length(before[there:], other[here:]))
         if here + shared == limit:
             return limit
-        return max(
-            here,
-            min(self._token_end(self.text, here + shared), self._token_end(before, there + shared) - there + here),
-        )
+        ends = self._token_end(self.text, here + shared) - here, self._token_end(before, there + shared) - there
+        return here + max(0, min(ends))
 
     def _end(self, turn: int, start: int) -> int:
         """Returns the end of the marker that closes a turn whose own text ends at `start`."""
@@ -177,16 +178,25 @@ class _Probes:
         closing = alone[region[1] :]
         if after.startswith(closing):
             return start + len(closing)
+        shared = max(0, self._token_end(text, start + common_prefix_length(closing, after)) - start)
+        asked = self._after_a_question(upto)
         # The last answer may be closed by a marker of its own, and the others like the user's turns.
-        in_blocks = any(isinstance(message.get("content"), list) for message in self.messages)
-        question = [{"type": "text", "text": self.mark}] if in_blocks else self.mark
-        _, found, asked = self.render([*upto, {"role": "user", "content": question}]).rpartition(self.mark)
-        if found and asked and after.startswith(asked):
-            return start + len(asked)
-        end = self._token_end(text, start + common_prefix_length(closing, after))
-        if end <= start:
+        if asked and after[shared:].startswith(asked):
+            return start + shared + len(asked)
+        # Or what is missing ends every conversation, whoever has the last word.
+        if shared == 0 or not asked.endswith(closing[shared:].strip()):
             raise TurnsNotFoundError(f"what closes message {turn} changes once others follow")
-        return end
+        return start + shared
+
+    def _after_a_question(self, messages: Messages) -> str:
+        """Returns what the template writes behind a last user message."""
+        _, found, after = self.render([*messages, self._saying("user")]).rpartition(self.mark)
+        return after if found else ""
+
+    def _saying(self, role: str) -> Message:
+        """Returns a message of a role that says the mark and nothing else."""
+        in_blocks = any(isinstance(message.get("content"), list) for message in self.messages)
+        return {"role": role, "content": [{"type": "text", "text": self.mark}] if in_blocks else self.mark}
 
     def _token_end(self, text: str, position: int) -> int:
         """Returns the end of the last token that lies wholly before a position: `<|end|>` and `<|user|>` share `<|`."""

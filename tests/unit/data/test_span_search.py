@@ -97,6 +97,12 @@ def test_answers_that_begin_like_what_the_prompt_opens(answer: str) -> None:
     assert trained(template, [user("a"), says(answer), user("b"), says("c")])[0] == answer + "<e>"
 
 
+def test_a_tool_call_that_begins_like_what_the_prompt_opens() -> None:
+    template = THINKING.replace("OPEN", "<Think>")
+    chat = [user("a"), says(None, tool_calls=CALL), tool("b"), says("c"), user("d"), says("e")]
+    assert trained(template.replace("<call>", "<T>"), chat)[0] == '<T>{"city": "Rome"}</call><e>'
+
+
 def test_text_of_a_tool_that_the_template_escapes_or_leaves_out() -> None:
     chat = [user("go"), says(None, tool_calls=CALL), tool('{"temp": 20}'), says('It says {"temp": 20}')]
     escaped = PLAIN.replace("{{ m.content }}", "{{ m.content | tojson if m.role == 'tool' else m.content }}")
