@@ -259,6 +259,23 @@ TRL_TRAINS_THE_PROMPT = (
 )
 
 
+def tool_conversations() -> list[list[dict[str, Any]]]:
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}
+    result = {"role": "tool", "name": "weather", "content": '{"temp": 20}'}
+    asked = [{"role": "user", "content": "weather?"}, {"role": "assistant", "tool_calls": [call]}, result]
+    beside = [asked[0], {**asked[1], "content": "Let me see."}, result]
+    reasoned = [asked[0], {**asked[1], "content": "<think>\nhm\n</think>\n\nLet me see."}, result]
+    again, told = asked[1:], {"role": "assistant", "content": 'It says {"temp": 20}'}
+    reasoned_told = {**told, "content": "<think>\nso\n</think>\n\nIt is 20."}
+    return [
+        [*asked, told],
+        [*asked, *again, told, *turns("thanks", "bye")],
+        [*beside, told, *turns("thanks", "bye")],
+        [*reasoned, reasoned_told, *turns("thanks", "<think>\nend\n</think>\n\nbye")],
+        [*turns("make html", "<html>", "x", ""), *asked, told],
+    ]
+
+
 @pytest.mark.parametrize("family", family_names())
 def test_spans_found_without_markers_are_those_of_trls_training_templates(family: str, chat_tokenizer: Any) -> None:
     """Wherever TRL's template with markers writes the same text as the original, our spans end where its spans end.
@@ -271,7 +288,9 @@ def test_spans_found_without_markers_are_those_of_trls_training_templates(family
     chat_tokenizer.add_special_tokens({"additional_special_tokens": special_tokens_in(original)})
     training = try_training_template(chat_tokenizer, original)
     compared = 0
-    for messages in (turns("the cat", "sat on"), turns("a", "b c", "red sun", "go down")):
+    for messages in (turns("the cat", "sat on"), turns("a", "b c", "red sun", "go down"), *tool_conversations()):
+        if family == "diffusion_gemma" and any(message["role"] == "tool" for message in messages):
+            continue  # see `test_a_tool_calls_stop_token_is_trained_unlike_trl`
         try:
             text, expected = spans_of(chat_tokenizer, marked, messages, None)
             plain, found = spans_of(chat_tokenizer, original, messages, training)
@@ -287,6 +306,54 @@ def test_spans_found_without_markers_are_those_of_trls_training_templates(family
             assert not extra or (family in TRL_TRAINS_THE_PROMPT and start > their_start), (family, extra)
     if not compared:
         pytest.skip("TRL's training template writes another text, or the family needs images")
+
+
+TOOL_FAMILIES = ("gptoss", "llama3_1", "llama3_2", "phi3", "qwen2_5", "qwen3", "qwen3_5_think", "qwen3_6", "gemma4_v5")
+
+
+@pytest.mark.parametrize("family", TOOL_FAMILIES)
+def test_tool_conversations_are_trained_whether_trl_has_a_training_template_or_not(
+    family: str, chat_tokenizer: Any
+) -> None:
+    """What TRL's template marks is trained in the text that the model's own template writes, thinking blocks aside."""
+    original = (TEMPLATES / f"{family}.jinja").read_text(encoding="utf-8")
+    marked = TEMPLATES / f"{family}_training.jinja"
+    chat_tokenizer.add_special_tokens({"additional_special_tokens": special_tokens_in(original)})
+    drops_text = family in ("llama3_1", "llama3_2", "gptoss")  # beside a tool call
+    refused = 0
+    for messages in tool_conversations():
+        messages = [{"content": "", **message} for message in messages]  # Phi 3 asks for it
+        try:
+            text, found = spans_of(chat_tokenizer, original, messages, None)
+        except ValueError as error:
+            # Gemma 4 writes the text beside a call behind the result of the call.
+            assert family == "gemma4_v5", error
+            assert messages[1].get("content") and "what closes message 1 changes" in str(error)
+            refused += 1
+            continue
+        answers = [text[start:end].split("</think>")[-1].strip() for start, end in found]
+        if marked.exists():
+            their_text, theirs = spans_of(chat_tokenizer, marked.read_text(encoding="utf-8"), messages, None)
+            expected = [their_text[start:end].split("</think>")[-1].strip() for start, end in theirs]
+            assert answers == [answer.removeprefix("<|start|>assistant").strip() for answer in expected]
+        assert len(answers) == sum(message["role"] == "assistant" for message in messages)
+        for turn, answer in zip((m for m in messages if m["role"] == "assistant"), answers, strict=True):
+            assert turn.get("content", "").split("</think>")[-1].strip() in answer or drops_text
+            assert ("weather" in answer) == ("tool_calls" in turn) or family == "phi3"
+            assert not {"weather?", "make html", "thanks"} & set(answer.split())
+    assert refused == (2 if family == "gemma4_v5" else 0)
+
+
+def test_a_tool_calls_stop_token_is_trained_unlike_trl(chat_tokenizer: Any) -> None:
+    """Gemma's model hands over to a tool by `<|tool_response>`; what its prompt does not give after one is trained."""
+    original = (TEMPLATES / "diffusion_gemma.jinja").read_text(encoding="utf-8")
+    marked = (TEMPLATES / "diffusion_gemma_training.jinja").read_text(encoding="utf-8")
+    messages = tool_conversations()[0]
+    text, found = spans_of(chat_tokenizer, original, messages, None)
+    their_text, expected = spans_of(chat_tokenizer, marked, messages, None)
+    assert text == their_text
+    theirs = [text[start:end] for start, end in expected]
+    assert [text[a:b] for a, b in found] == [theirs[0] + "<|tool_response>", "<|turn>model\n" + theirs[1]]
 
 
 def special_tokens_in(template: str) -> list[str]:

@@ -6,8 +6,8 @@ prompt up to and including the end-of-turn marker. Three ways to find the spans,
 - *markers*: the template has `{% generation %}` blocks, so jinja reports them while rendering.
 - *training template*: `training_templates.py` has an equal template with markers. It is used on a row only if both
   templates render that row to the same characters.
-- *prefixes*: render the messages before each assistant turn, and the messages up to it; where these texts leave the
-  full text are the bounds. The result is verified on the row, and a row that cannot be verified is an error.
+- *prefixes*: render parts and variants of the conversation (`span_search.py`). A row whose spans cannot be proved right
+  is an error.
 
 Worked example (`<u>`, `<a>`, `<e>` are markers of a template): for user "Hi", assistant "Yo" the text is
 `<u>Hi<e><a>Yo<e>`. Before the turn, with the generation prompt: `<u>Hi<e><a>`, length 11. So the span is [11, 16),
@@ -19,12 +19,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune.compat import tokenizer_of
-from finetune.data.chat import common_prefix_length
 from finetune.data.formats import Conversations
-from finetune.data.span_check import Span, answer_core, verify_spans
+from finetune.data.span_search import Messages, Span, TurnsNotFoundError, find_spans
 from finetune.errors import DataFormatError
-
-Messages = Sequence[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -127,69 +124,25 @@ class ChatRenderer:
         return spans
 
     def _spans_by_prefixes(self, batch: Conversations, i: int, row: int, text: str) -> list[Span]:
-        messages = batch.messages[i]
-        spans: list[Span] = []
-        problem = ""
-        for turn, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            try:
-                spans.append(self._turn_bounds(batch, i, turn, text))
-            except Exception as error:
-                problem = f"the template refuses the first {turn} messages alone: {error}"
-                break
-        problem = problem or verify_spans(text, messages, spans)
-        if problem:
+        def render(messages: Messages, add_generation_prompt: bool = False) -> str:
+            return self._render_one(batch, i, messages=messages, add_generation_prompt=add_generation_prompt)[0]
+
+        try:
+            return find_spans(text, batch.messages[i], render, self._token_ends)
+        except Exception as error:
+            # Templates raise whatever they like when they are given a part of a conversation.
+            found = isinstance(error, TurnsNotFoundError)
+            problem = str(error) if found else f"the template refuses a part of it alone: {error}"
             raise DataFormatError(
                 f"Row {row} of the {self.name} data set: the assistant turns cannot be told from the rest of the "
                 f"conversation ({problem}). The chat template has no `{{% generation %}}` markers and writes earlier "
                 "turns differently once later ones follow. Pass a template with markers (`chat_template_path`), or "
                 "set `assistant_only_loss=False`."
-            )
-        return spans
+            ) from error
 
-    def _turn_bounds(self, batch: Conversations, i: int, turn: int, text: str) -> Span:
-        messages = batch.messages[i]
-        before, _ = self._render_one(batch, i, messages=messages[:turn], add_generation_prompt=True)
-        start = common_prefix_length(before, text)
-        if start < len(before):
-            # The generation prompt may open what the template leaves out of finished turns (a thinking block), but
-            # the earlier messages must be there unchanged.
-            plain, _ = self._render_one(batch, i, messages=messages[:turn])
-            start = start if start >= common_prefix_length(plain, before) else 0
-        if turn == len(messages) - 1:
-            return start, len(text)
-        upto, _ = self._render_one(batch, i, messages=messages[: turn + 1])
-        if text.startswith(upto):
-            return start, len(upto)
-        return start, self._end_of_answer(text, start, upto, answer_core(messages[turn]))
-
-    def _end_of_answer(self, text: str, start: int, upto: str, core: str) -> int:
-        """Returns where an answer ends that the template writes differently once other messages follow.
-
-        `upto` is the conversation cut after this answer; what it has after the answer's text begins with the
-        end-of-turn marker, and so does what follows that text in the whole conversation.
-        """
-        if not core:
-            return self._token_boundary(text, common_prefix_length(upto, text))
-        closing = upto[upto.rfind(core) + len(core) :]
-        position = text.find(core, start)
-        while position >= 0:
-            end = position + len(core)
-            shared = common_prefix_length(closing, text[end : end + len(closing)])
-            boundary = end + shared if shared == len(closing) else self._token_boundary(text, end + shared)
-            if boundary > end:
-                return boundary
-            position = text.find(core, position + 1)
-        return start
-
-    def _token_boundary(self, text: str, end: int) -> int:
-        """Returns the end of the last token that lies wholly before `end`: `<|end|>` and `<|user|>` share `<|`."""
-        pieces = self.tokenizer(
-            text[:end] + text[end : end + 32], add_special_tokens=False, return_offsets_mapping=True
-        )
-        ends = [stop for _, stop in pieces["offset_mapping"] if stop <= end]
-        return max(ends, default=end)
+    def _token_ends(self, text: str) -> list[int]:
+        pieces = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return [end for _, end in pieces["offset_mapping"]]
 
     def _render(
         self, batch: Conversations, rows: Sequence[int], *, markers: bool = False, add_generation_prompt: bool = False

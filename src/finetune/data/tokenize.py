@@ -17,7 +17,7 @@ import numpy as np
 
 from finetune.data.chat import common_prefix_length
 from finetune.data.encoder import EncodedBatch, Encoder
-from finetune.data.span_check import Span
+from finetune.data.span_search import Span
 from finetune.errors import DataFormatError
 
 TRUNCATED, STOP_EXPECTED, STOP_TRAINED, DOUBLED_BOS = 1, 2, 4, 8
@@ -100,20 +100,24 @@ def tokenize_pairs(
 
     `weights` are those of the spans, as in `tokenize_spans`.
 
-    The completion begins where prompt and text part. Rows where the tokens of the prompt alone are not the first
-    tokens of the whole get `BOUNDARY_MISMATCH`, rows where its characters are not get `TEMPLATE_DRIFT`; the mask is
-    right in both cases, but the model sees other prompt tokens in training than in use.
+    The completion begins where the prompt ends. Rows where the tokens of the prompt alone are not the first tokens of
+    the whole get `BOUNDARY_MISMATCH`: the mask is right, but the model sees other prompt tokens in training than in
+    use. Rows where its characters are not get `TEMPLATE_DRIFT` too. Their completion begins at the first token that
+    prompt and text do not share, because an answer `<b>` shares the character `<` with a `<think>` of the prompt.
     """
     encoded = encoder.encode_batch(texts, special=special, positions=True)
     ids, offsets = encoded.ids, encoded.offsets
     borders = [common_prefix_length(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
     starts = encoded.positions.tokens_at(range(len(texts)), borders)
+    drifted = np.array([border < len(prompt) for border, prompt in zip(borders, prompts, strict=True)], bool)
+    rows = np.flatnonzero(drifted).tolist()
+    for i, alone in zip(rows, encoder.encode([prompts[i] for i in rows], special=special), strict=True):
+        starts[i] = min(starts[i], common_prefix_length(alone.ids, encoded.row(i)))
     position = np.arange(len(ids)) - np.repeat(offsets[:-1], np.diff(offsets))
     batch = TokenBatch(ids, offsets, completion_mask=position >= np.repeat(starts, np.diff(offsets)))
     if spans is not None:
         bounds = span_tokens(encoded, spans, texts)
         batch.assistant_mask, batch.weights = _mask(bounds, len(ids)), _spread(bounds, weights, len(ids))
-    drifted = np.array([border < len(prompt) for border, prompt in zip(borders, prompts, strict=True)], bool)
     batch.flags[drifted] |= TEMPLATE_DRIFT
     batch.flags[_mismatched(encoder, prompts, texts, encoded, borders, starts, special) | drifted] |= BOUNDARY_MISMATCH
     return drop_doubled_bos(batch, encoder.tokenizer)

@@ -9,7 +9,6 @@ from transformers import ProcessorMixin
 from finetune.data.formats import Conversations
 from finetune.data.pipeline import prepare_split
 from finetune.data.settings import DataSettings
-from finetune.data.span_check import verify_spans
 from finetune.data.spans import ChatRenderer
 from finetune.data.templates import (
     adopt_chat_template,
@@ -151,21 +150,6 @@ def test_tools_and_template_variables_of_a_row_are_its_own(chat_tokenizer: Any) 
     renderer = ChatRenderer(chat_tokenizer, "{{ tools | length }}{{ depth }}", template_kwargs={"depth": 1})
     chats = Conversations([CHAT, CHAT], [None, None], [[{"a": 1}], [{"a": 1}, {"b": 2}]], [None, {"depth": 9}])
     assert renderer.render(chats, [0, 1]) == ["11", "29"]
-
-
-@pytest.mark.parametrize(
-    ("spans", "problem"),
-    [
-        ([(11, 16)], ""),
-        ([], "1 assistant messages but 0 spans"),
-        ([(12, 16)], "not wholly inside"),
-        ([(11, 11)], "is empty"),
-        ([(3, 16)], "message 0 (user) is inside a trained span"),
-    ],
-)
-def test_spans_are_verified(spans: list[tuple[int, int]], problem: str) -> None:
-    assert problem in verify_spans("<u>Hi<e><a>Yo<e>", CHAT, spans)
-    assert bool(problem) == bool(verify_spans("<u>Hi<e><a>Yo<e>", CHAT, spans))
 
 
 def test_stop_tokens_are_eos_and_the_end_of_a_turn(chat_tokenizer: Any) -> None:

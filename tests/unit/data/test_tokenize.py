@@ -111,6 +111,23 @@ def test_a_template_that_writes_prompts_differently_alone_is_flagged(chat_tokeni
     assert chat_tokenizer.decode(made.labels[made.labels >= 0]) == "the cat<|im_end|>\n"
 
 
+@pytest.mark.parametrize("answer", ["<html>hi</html>", "<think", "the cat", "<think>\nhm</think>yes"])
+def test_an_opening_of_the_prompt_alone_takes_nothing_from_the_answer(answer: str, chat_tokenizer: Any) -> None:
+    """DeepSeek's style: the generation prompt opens a thinking block that the template leaves out of the answer."""
+    chat_tokenizer.add_special_tokens({"additional_special_tokens": ["<think>"]})
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.content.split('</think>')[-1] + '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|><think>\n' }}{% endif %}"
+    )
+    row = {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": answer}]}
+    for assistant_only in (False, True):
+        options = DataSettings(chat_template=template, assistant_only_loss=assistant_only)
+        made = BatchProcessor(chat_tokenizer, options, row).process({key: [row[key]] for key in row}, [0]).tokens
+        assert made.labels is not None
+        assert chat_tokenizer.decode(made.labels[made.labels >= 0]) == answer.split("</think>")[-1] + "<|im_end|>"
+        assert made.flags[0] & TEMPLATE_DRIFT
+
+
 @pytest.mark.parametrize(
     ("row", "said"),
     [
