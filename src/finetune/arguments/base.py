@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from finetune.arguments.readers import read_text, written_types
+from finetune.arguments.given import read_given
 from finetune.errors import ArgumentError, nearest
 
 # Takes the value given under the old name and the keyword arguments of the call, which it may extend. Returns what
@@ -56,7 +56,9 @@ def require_positive(name: str, value: Any, *, zero: bool = False) -> None:
     if value is None:
         return
     bound = "at least 0" if zero else "above 0"
-    if not isinstance(value, (int, float)) or value < 0 or (value == 0 and not zero):
+    if not isinstance(value, (int, float)):
+        raise ArgumentError(f"`{name}={value!r}` must be a number {bound}.")
+    if value < 0 or (value == 0 and not zero):
         raise ArgumentError(f"`{name}={value!r}` must be {bound}.")
 
 
@@ -91,11 +93,11 @@ class ArgumentsMeta(type):
             elif not open_ended:
                 raise unknown_argument(cls.__name__, name, [*parameters, *old_names])
         sources = {name: "code" for name, value in given.items() if _chosen(cls, name, value)}
+        for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+            if field.name in given:
+                given[field.name] = read_given(cls, field, given[field.name])
         for name in set(by_position) - set(kwargs):
             del given[name]
-        for field in dataclasses.fields(cls):  # type: ignore[arg-type]
-            if isinstance(given.get(field.name), str):
-                given[field.name] = read_text(field, written_types(cls)[field.name], given[field.name])
         instance: Any = cls.__new__(cls, *args, **given)  # pyright: ignore[reportCallIssue, reportArgumentType]
         instance.__dict__["_sources"] = sources
         instance.__init__(*args, **given)

@@ -168,7 +168,7 @@ def normalise_fsdp(fsdp: Any, fsdp_config: Any) -> tuple[Any, Any]:
 
 def _apply_fsdp_word(word: str, config: dict[str, Any]) -> None:
     """Writes one word of the old `fsdp` string into `config`, unless the key is set already."""
-    option = FSDPOption(word)
+    option = FSDPOption.read("fsdp", word)
     if option == FSDPOption.OFFLOAD:
         config.setdefault("cpu_offload", True)
     elif option != FSDPOption.AUTO_WRAP:

@@ -87,9 +87,9 @@ class SFTArguments(ArgumentGroup):
         require_choice("loss_type", self.loss_type, LOSS_TYPES)
         require_choice("truncation_mode", self.truncation_mode, TRUNCATION_MODES)
         require_choice("data_audit", self.data_audit, DATA_AUDITS)
-        require_positive("max_length", self.max_length)
         require(
-            (self.max_length or 2) >= 2, "`max_length` must be at least 2: the first token of a row is never predicted."
+            self.max_length is None or self.max_length >= 2,
+            f"`max_length={self.max_length}` must be at least 2: the first token of a row is never predicted.",
         )
         require_positive("dataset_num_proc", self.dataset_num_proc)
         require_positive("pad_to_multiple_of", self.pad_to_multiple_of)
