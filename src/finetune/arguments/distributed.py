@@ -2,7 +2,9 @@
 
 # ruff: noqa: RUF009
 
+import base64
 import copy
+import importlib.util
 import json
 import os
 from dataclasses import asdict, dataclass, fields
@@ -91,6 +93,18 @@ class DistributedArguments(ArgumentGroup):
             require_choice("ddp_backend", self.ddp_backend, DDP_BACKENDS)
         require_positive("ddp_timeout", self.ddp_timeout)
         require_one_sharding(self.fsdp, self.deepspeed)
+        if isinstance(self.deepspeed, (str, os.PathLike)):
+            _check_deepspeed_file(self.deepspeed)
+
+
+def _check_deepspeed_file(path: str | os.PathLike[str]) -> None:
+    """Raises `ArgumentError` unless `path` is a JSON file, or such a file in base64, which accelerate takes too."""
+    try:
+        is_text = isinstance(json.loads(base64.urlsafe_b64decode(os.fspath(path))), dict)
+    except ValueError:
+        is_text = False
+    if not is_text:
+        read_json("deepspeed", path)
 
 
 def require_one_sharding(fsdp: Any, deepspeed: Any) -> None:
@@ -228,6 +242,11 @@ def open_deepspeed(args: DistributedArguments, precision: str) -> tuple[Any, Any
     """
     if not (args.deepspeed or environment.launched_sharding("deepspeed")):
         return None, None
+    require(
+        importlib.util.find_spec("deepspeed") is not None,
+        "`deepspeed` needs the package of that name, which is not installed. Run `pip install deepspeed`, or shard "
+        "with `fsdp=True`.",
+    )
     from accelerate.utils import DeepSpeedPlugin
 
     if args.deepspeed:

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import inspect
 import math
-import os
 import typing
 from collections.abc import Mapping
 from enum import Enum
@@ -89,7 +88,7 @@ def _is_mapping(member: Any) -> bool:
 
 def _is_container(member: Any) -> bool:
     origin = typing.get_origin(member) or member
-    return isinstance(origin, type) and issubclass(origin, (list, tuple, Mapping, os.PathLike))
+    return isinstance(origin, type) and issubclass(origin, (list, tuple, Mapping))
 
 
 def _is_enum(member: Any) -> bool:

@@ -20,11 +20,7 @@ logger = logging.getLogger(__name__)
 def check_combination(trainer: Any, *, is_fsdp: bool) -> None:
     """Raises `ArgumentError` when what a trainer was given contradicts its `args` or itself."""
     args, optimizer, lr_scheduler = trainer.args, trainer.optimizer, trainer.lr_scheduler
-    if str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no" and trainer.eval_dataset is None:
-        raise ArgumentError(
-            f"`eval_strategy` is {getattr(args.eval_strategy, 'value', args.eval_strategy)!r} but there is no "
-            "`eval_dataset`. Pass one, or set `eval_strategy='no'`."
-        )
+    check_eval_dataset(args, trainer.eval_dataset)
     _check_metrics(args, trainer.compute_metrics)
     if not callable(trainer.data_collator):
         raise ArgumentError(
@@ -52,6 +48,15 @@ def check_combination(trainer: Any, *, is_fsdp: bool) -> None:
         raise ArgumentError(
             "`parallelism_config` asks for context or sequence parallelism, which this trainer does not split rows "
             "for. Leave `cp_size` and `sp_size` at 1."
+        )
+
+
+def check_eval_dataset(args: "TrainingArguments", eval_dataset: Any) -> None:
+    """Raises `ArgumentError` if `eval_strategy` asks for evaluation and there is nothing to evaluate on."""
+    strategy = str(getattr(args.eval_strategy, "value", args.eval_strategy))
+    if strategy != "no" and eval_dataset is None:
+        raise ArgumentError(
+            f"`eval_strategy` is {strategy!r} but there is no `eval_dataset`. Pass one, or set `eval_strategy='no'`."
         )
 
 

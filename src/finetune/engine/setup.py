@@ -5,8 +5,8 @@ import inspect
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import nn
@@ -167,8 +167,14 @@ def token_counter(
     return count
 
 
+class OldNames(TypedDict, total=False):
+    """Keywords of former releases that the constructors of the trainers still take."""
+
+    tokenizer: Any
+
+
 def accept_old_names(
-    given: dict[str, Any], processing_class: Any, constructor: Callable[..., Any], config: type
+    given: Mapping[str, Any], processing_class: Any, constructor: Callable[..., Any], config: type
 ) -> Any:
     """Returns the processing class, from its old name `tokenizer` too. `config` is the class of the trainer's `args`.
 
