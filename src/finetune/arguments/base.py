@@ -72,8 +72,8 @@ class ArgumentsMeta(type):
     subclasses that users declare with a plain `@dataclass`. The signature stays that of `__init__`.
     """
 
-    @property
-    def __doc__(cls) -> str | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+    @property  # pyright: ignore[reportIncompatibleVariableOverride]
+    def __doc__(cls) -> str | None:
         """The docstring that was written, and a section with all fields: what `help` shows."""
         written = vars(cls).get("__doc__")
         # `@dataclass` reads the docstring as well, just before it sets this: too early, and nobody wants it yet.

@@ -25,7 +25,7 @@ class AcceleratorConfig:
     """Settings handed to accelerate's `Accelerator`; same fields and defaults as transformers' class of this name.
 
     `even_batches=False` asks that no row be repeated to fill up a last round of batches. The loaders of this package
-    fill it up all the same, so that no process waits for ever, and neither train on nor score the repeated rows.
+    fill it up all the same, so that no process waits forever, and neither train on nor score the repeated rows.
     """
 
     split_batches: bool = False
@@ -80,7 +80,7 @@ class DistributedArguments(ArgumentGroup):
     ddp_backend: str | None = arg(
         None, "Communication backend of the process group.", choices=DDP_BACKENDS, old=["xpu_backend"]
     )
-    ddp_timeout: int = arg(1800, "Seconds that a collective operation may take.")
+    ddp_timeout: int = arg(1800, "Timeout of collective operations, in seconds.")
     fsdp: str | None = arg(None, "Shard the model with FSDP.", nargs="?", const=True)
     fsdp_config: dict[str, Any] | str | None = arg(
         None, "Settings of FSDP (`version`, `cpu_offload`, ...), as a dict, JSON, or the path of a JSON file."

@@ -45,5 +45,11 @@ def _entry(field: dataclasses.Field[Any], hint: Any) -> list[str]:
     elif field.default is not dataclasses.MISSING:
         kind += f", default {getattr(field.default, 'value', field.default)!r}"
     text = f"{field.name} ({kind}): {field.metadata.get('help', '')}".rstrip()
-    indents = {"initial_indent": " " * 4, "subsequent_indent": " " * 8}
-    return textwrap.wrap(text, _WIDTH, **indents, break_long_words=False, break_on_hyphens=False)
+    return textwrap.wrap(
+        text,
+        _WIDTH,
+        initial_indent=" " * 4,
+        subsequent_indent=" " * 8,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )

@@ -1,4 +1,4 @@
-"""What a trainer says before a run: arguments that contradict each other, and what would silently not act."""
+"""What a trainer says before a run: arguments that contradict each other, and what would silently have no effect."""
 
 import inspect
 import logging
@@ -76,7 +76,7 @@ def _check_metrics(args: "TrainingArguments", compute_metrics: Any) -> None:
 
 
 def warn_of_dead_overrides(cls: type) -> None:
-    """Warns of methods that transformers calls, or called, and this trainer does not: they would silently not act."""
+    """Warns of methods that transformers calls, or called, and this trainer does not: they would have no effect."""
     for name, instead in DEAD_OVERRIDES.items():
         if name in vars(cls):
             warnings.warn(f"`{cls.__name__}.{name}` is never called here. {instead}", UserWarning, stacklevel=4)

@@ -98,7 +98,7 @@ def without_repetitions(inputs: Any, valid: int, own: int, number: int, dataload
         return {**inputs, "labels": inputs["labels"].masked_fill(~real, IGNORE_INDEX)}
     raise ArgumentError(
         "The last evaluation batch repeats rows to keep the processes in step, and they cannot be told from the others "
-        "in these batches, which have no row dimension. Evaluate on a map-style data set with the default sampler, or "
+        "in these batches, which have no row dimension. Evaluate on a map-style dataset with the default sampler, or "
         "on rows that are not packed (`eval_packing=False`)."
     )
 

@@ -88,7 +88,7 @@ class _LossSum:
 def evaluation_loop(
     hooks: EvalHooks, model: nn.Module, dataloader: Any, settings: EvalSettings, events: Events
 ) -> EvalLoopOutput:
-    """Returns predictions, labels, prefixed metrics and the rows of the data set, after one pass over `dataloader`."""
+    """Returns predictions, labels, prefixed metrics and the rows of the dataset, after one pass over `dataloader`."""
     args, accelerator, compute_metrics = settings.args, settings.accelerator, settings.compute_metrics
     require_rounds(dataloader, accelerator)
     model.eval()
@@ -243,7 +243,7 @@ class _Kept:
 
 
 def _num_samples(dataloader: Any, counted: int) -> int:
-    """Returns the rows evaluated: the data set's length where it has one, else what was counted."""
+    """Returns the rows evaluated: the dataset's length where it has one, else what was counted."""
     try:
         return len(dataloader.dataset)
     except (AttributeError, TypeError):

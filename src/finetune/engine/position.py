@@ -118,7 +118,7 @@ class DataPosition:
 
 
 def describe_batch(loader: Any, place: int, process: int) -> str:
-    """Returns which micro-batch is at `place` and which rows of the data set it has; `process` -1 for this one."""
+    """Returns which micro-batch is at `place` and which rows of the dataset it has; `process` -1 for this one."""
     epoch, number = divmod(place, PLACES)
     rows = loaders.batch_rows(loader, number, epoch, process_index=None if process < 0 else process)
     whose = "" if process < 0 else f" of process {process}"

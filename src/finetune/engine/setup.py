@@ -122,7 +122,7 @@ def tensor_parallel_size(model: Any, args: "TrainingArguments", accelerator: Any
 
 @contextlib.contextmanager
 def underflow_debugger(model: nn.Module, debug: Any) -> Iterator[None]:
-    """Within, reports where activations overflow, if `debug` asks for `underflow_overflow`; no hook stays behind."""
+    """Context manager: reports where activations overflow, if `debug` asks for it; no hook stays behind."""
     if "underflow_overflow" not in [str(option) for option in debug or ()]:
         yield
         return

@@ -114,7 +114,7 @@ class TrainerBase(RunAttributes):
     ) -> None:
         processing_class = setup.accept_old_names(old_names, processing_class, type(self), TrainingArguments)
         check_given(processing_class=processing_class, callbacks=callbacks)
-        self.args = args
+        self._use_arguments(args)
         args = self.args
         setup.set_log_level(args)
         checks.warn_of_idle_devices(args)

@@ -10,12 +10,12 @@ from finetune.facade.evaluation import EvaluationMethods
 
 
 class RawRowMethods(EvaluationMethods):
-    """Loaders of data sets given to `evaluate` and `predict`. A trainer puts it before `Trainer` among its bases."""
+    """Loaders of datasets given to `evaluate` and `predict`. A trainer puts it before `Trainer` among its bases."""
 
     _keeps_order = False
 
     def _prepare_given(self, dataset: Any, name: str) -> Any:
-        """Returns the data set ready for the loader: as it is, if it is prepared already. Each trainer has its own."""
+        """Returns the dataset ready for the loader: as it is, if it is prepared already. Each trainer has its own."""
         raise NotImplementedError
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
@@ -40,7 +40,7 @@ class RawRowMethods(EvaluationMethods):
 
 
 def prepare_each(eval_dataset: Any, prepare: Callable[[Any, str], Any]) -> Any:
-    """Returns `prepare(data set, name)` of one data set (named "eval") or of each in a dictionary; None stays None."""
+    """Returns `prepare(dataset, name)` of one dataset (named "eval") or of each in a dictionary; None stays None."""
     if isinstance(eval_dataset, Mapping):
         return {name: prepare(part, str(name)) for name, part in eval_dataset.items()}
     return None if eval_dataset is None else prepare(eval_dataset, "eval")

@@ -169,12 +169,12 @@ def reentrant_checkpointing_kwargs(model: nn.Module, kwargs: dict[str, Any] | No
         return resolved
     if resolved.pop("selective", False):
         raise ArgumentError(
-            "adapters under DeepSpeed ZeRO-3 need reentrant checkpointing, which `gradient_checkpointing_kwargs` with "
+            "Adapters under DeepSpeed ZeRO-3 need reentrant checkpointing, which `gradient_checkpointing_kwargs` with "
             "`selective` excludes. Remove `selective`, or use ZeRO-2."
         )
     if resolved.get("use_reentrant") is False:
         raise ArgumentError(
-            "adapters under DeepSpeed ZeRO-3 need reentrant checkpointing, but `gradient_checkpointing_kwargs` says "
+            "Adapters under DeepSpeed ZeRO-3 need reentrant checkpointing, but `gradient_checkpointing_kwargs` says "
             "`use_reentrant=False`. Remove it or set it to true."
         )
     return {**resolved, "use_reentrant": True}
@@ -189,7 +189,7 @@ def _import_peft() -> Any:
         import peft
     except ImportError as error:
         raise ModelLoadError(
-            "adapters were asked for (`peft_config`) but the package peft is not installed. Install it: "
+            "Adapters were asked for (`peft_config`) but the package peft is not installed. Install it: "
             "`pip install peft`, or drop `peft_config` to train all weights."
         ) from error
     return peft

@@ -25,6 +25,7 @@ from finetune.models.traits import takes_argument
 from finetune.sequence_classification.build import (
     check_smoothing,
     config_of,
+    init_kwargs,
     labels_of,
     load_classifier,
     with_adapters,
@@ -152,7 +153,7 @@ class SequenceClassificationTrainer(RawRowMethods, Trainer):
         weights = None if args.class_weights is None else balanced_weights(self.task, args.class_weights)
         self._class_weights = None if weights is None else torch.tensor(weights)
         if processing_class is None:
-            revision = (args.model_init_kwargs or {}).get("revision")
+            revision = init_kwargs(args).get("revision")
             processing_class = load_tokenizer(model, revision=revision, trust_remote_code=args.trust_remote_code)
         model = load_classifier(model, config, args, self.task, quantization_config)
         self._max_length = longest_row(args.max_length, processing_class, model)
@@ -186,7 +187,7 @@ class SequenceClassificationTrainer(RawRowMethods, Trainer):
     # ---- Data ----
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
-        """Returns the rows as token ids and labels. Called for the training and each evaluation data set."""
+        """Returns the rows as token ids and labels. Called for the training and each evaluation dataset."""
         dataset = as_dataset(dataset)
         columns = self._columns
         if dataset_name != "train":

@@ -162,7 +162,7 @@ def refuse_loss_function(args: Any, compute_loss_func: Any) -> None:
     """Raises `ArgumentError` for a `compute_loss_func` beside the `loss_type` that it would replace."""
     if compute_loss_func is not None and args.loss_type == "dft":
         raise ArgumentError(
-            "`compute_loss_func` computes the whole loss, so `loss_type='dft'` would not act. Drop one of them."
+            "`compute_loss_func` computes the whole loss, so `loss_type='dft'` has no effect. Drop one of them."
         )
 
 

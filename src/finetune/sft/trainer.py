@@ -210,13 +210,14 @@ class SFTTrainer(SFTRowMethods, SFTLossMethods):
 
     def _recomputes_activations(self) -> bool:
         is_fsdp = fsdp_version(self.accelerator) is not None
+        plugin: Any = self.accelerator.state.fsdp_plugin if is_fsdp else None
         self._recomputation = recompute.decide(
             self.model,
             self.args,
             num_rows=self._train_batch_size,
             longest_row=recompute.longest_row(self.train_dataset, self.args.max_length),
             autocast=self.compute_loss_context_manager(),
-            fsdp_recomputes=is_fsdp and bool(self.accelerator.state.fsdp_plugin.activation_checkpointing),
+            fsdp_recomputes=is_fsdp and bool(plugin.activation_checkpointing),
         )
         return self._recomputation.recomputes
 
