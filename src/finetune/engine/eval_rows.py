@@ -43,7 +43,7 @@ def require_rounds(dataloader: Any, accelerator: "Accelerator") -> None:
     if not everywhere or not has_length(dataset) or len(dataset) % everywhere:  # pyright: ignore[reportArgumentType]
         raise ArgumentError(
             "the evaluation loader was prepared with `even_batches=False`, and its rows do not fill the last round of "
-            f"batches of {accelerator.num_processes} processes: some of them would wait for ever. Set "
+            f"batches of {accelerator.num_processes} processes: some of them would wait forever. Set "
             "`accelerator_config={'even_batches': True}`; no repeated row is scored."
         )
 

@@ -74,7 +74,7 @@ class _LossSum:
         self.any = True
 
     def mean(self, accelerator: "Accelerator") -> float | None:
-        """Returns the mean over all processes. A loss that is no number is not left out: a warning counts them."""
+        """Returns the mean over all processes. A loss that is not a number is not left out: a warning counts them."""
         total, count, bad = ranks.sum_over_processes(self.sums, accelerator).tolist()
         if bad and accelerator.is_main_process:
             logger.warning(
@@ -148,7 +148,7 @@ def _batch_metrics(settings: EvalSettings, batch: "_Batch") -> dict[str, Any] | 
 
 @contextlib.contextmanager
 def naming_memory_errors(args: "TrainingArguments") -> Iterator[None]:
-    """Within, an evaluation that runs out of memory says so: a smaller training batch would not help it."""
+    """Context manager: an evaluation that runs out of memory says so: a smaller training batch would not help it."""
     try:
         yield
     except RuntimeError as error:

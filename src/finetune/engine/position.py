@@ -61,8 +61,8 @@ class DataPosition:
             )
         if run.random_rows:
             logger.warning(
-                "The rows of the training data come out differently each time they are read, by a generator that no "
-                "checkpoint holds: the resumed run goes on with the same rows, but cannot compare what they hold."
+                "The training rows are random (their generator is not in the checkpoint), so a resumed run cannot "
+                "verify them."
             )
         run.resume = ResumePoint(epoch, batches // run.plan.accumulation, batches)
         fetches = loaders.fetches_of(run.loader)

@@ -88,7 +88,7 @@ def folder_for(model: Any, purpose: str) -> str:
 def make_output_dir(args: "TrainingArguments") -> None:
     """Makes the folder of the run, on the process that saves. Where it cannot be made, `train` says so.
 
-    Evaluating needs none, so it is no error before.
+    Evaluation needs none, so it is not an error before.
     """
     if args.should_save and args.output_dir is not None:
         with contextlib.suppress(OSError):

@@ -29,7 +29,7 @@ _PIPELINES = {
     "ForConditionalGeneration": "text2text-generation",
     "ForImageClassification": "image-classification",
 }
-# Builders that read local files: their names are no datasets of the Hub.
+# Builders that read local files: their names are not datasets of the Hub.
 _FILE_BUILDERS = {"arrow", "csv", "json", "pandas", "parquet", "text", "webdataset", "generator", None}
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _PACKAGES = ("finetune", "transformers", "torch", "accelerate", "datasets", "tokenizers", "peft")
