@@ -46,25 +46,16 @@ class Trainer(EvaluationMethods, OptimizerMethods, SavingMethods):
     listed in `tests/contract/README.md`.
 
     Args:
-        model: the model to train; or give `model_init`.
-        args: the configuration. transformers' `TrainingArguments` and a dict of fields are read too; unset means the
-            defaults and the folder `tmp_trainer`.
-        data_collator: makes a batch from a list of rows; unset means one that pads if `processing_class` can, and
-            otherwise stacks.
-        train_dataset: the rows to train on, as the model takes them: any dataset of torch or of Hugging Face.
-        eval_dataset: the rows to evaluate on, or a dict of several datasets.
+        model: the model to train; or give `model_init`, which returns a new one for each run.
+        args: the configuration. transformers' and a dict of fields are read too; unset means the defaults.
+        data_collator: makes a batch from a list of rows; unset pads if `processing_class` can, else stacks.
+        train_dataset, eval_dataset: rows as the model takes them; `eval_dataset` may be a dict of several datasets.
         processing_class: the tokenizer or processor, used to pad and saved with the model.
-        model_init: called without arguments, or with the trial of a search, returns a new model for each run.
         compute_loss_func: called as `(outputs, labels, num_items_in_batch)`, returns the loss.
         compute_metrics: called with an `EvalPrediction`, returns a dict of metrics.
         callbacks: a list of callbacks, classes or instances, in addition to those of `report_to`.
-        optimizers: an optimizer and a schedule to use instead of those that `args` describe; either may be None.
-        optimizer_cls_and_kwargs: a class and its keyword arguments, instead of `args.optim`.
+        optimizers, optimizer_cls_and_kwargs: an optimizer and a schedule, or a class, instead of those of `args`.
         preprocess_logits_for_metrics: called as `(logits, labels)` before the logits are kept for `compute_metrics`.
-        old_names: `tokenizer`, which is called `processing_class` now.
-
-    Raises:
-        ArgumentError: arguments that contradict each other.
 
     Attributes users read or set: `model`, `model_wrapped`, `args`, `data_collator`, `train_dataset`, `eval_dataset`,
     `processing_class`, `optimizer`, `lr_scheduler`, `compute_metrics`, `accelerator`, `callback_handler`, `state`,

@@ -72,7 +72,7 @@ class ArgumentsMeta(type):
     subclasses that users declare with a plain `@dataclass`. The signature stays that of `__init__`.
     """
 
-    @property  # pyright: ignore[reportIncompatibleVariableOverride]
+    @property
     def __doc__(cls) -> str | None:
         """The docstring that was written, and a section with all fields: what `help` shows."""
         written = vars(cls).get("__doc__")
@@ -80,7 +80,8 @@ class ArgumentsMeta(type):
         return with_fields(cls, written) if written and "__match_args__" in vars(cls) else written
 
     @__doc__.setter
-    def __doc__(cls, value: str | None) -> None:  # a dataclass without a docstring gets one
+    def __doc__(cls, value: str | None) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        # A dataclass without a docstring gets one.
         type.__dict__["__doc__"].__set__(cls, value)
 
     @property

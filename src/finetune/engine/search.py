@@ -23,7 +23,11 @@ _SPEED = ("_runtime", "_samples_per_second", "_steps_per_second", "_model_prepar
 class Searchable(Protocol):
     """What a search asks of the trainer."""
 
-    args: TrainingArguments
+    @property
+    def args(self) -> TrainingArguments: ...
+    @args.setter
+    def args(self, value: Any) -> None: ...
+
     model_init: Callable[..., Any] | None
     hp_search_backend: Any
     hp_name: Any
