@@ -4,8 +4,6 @@ Names are imported when first used, so `import finetune` costs milliseconds.
 """
 
 import importlib
-import importlib.util
-from pathlib import Path
 from typing import Any
 
 __version__ = "0.1.0"
@@ -82,6 +80,9 @@ def __getattr__(name: str) -> Any:
 
 def _hint(name: str) -> str:
     """Returns where a name is that is not here: in TRL, whose list of names is read without importing it, or nearby."""
+    import importlib.util
+    from pathlib import Path
+
     from finetune.errors import nearest
 
     if name.startswith("_"):
