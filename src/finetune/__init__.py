@@ -72,10 +72,25 @@ __all__ = ["__version__", *sorted(_EXPORTS)]  # noqa: PLE0604
 
 def __getattr__(name: str) -> Any:
     if name not in _EXPORTS:
-        raise AttributeError(f"module 'finetune' has no attribute '{name}'")
+        raise AttributeError(f"module 'finetune' has no attribute '{name}'.{_hint(name)}")
     value = getattr(importlib.import_module(f"finetune.{_EXPORTS[name]}"), name)
     globals()[name] = value
     return value
+
+
+def _hint(name: str) -> str:
+    """Returns where a name is that is not here: in TRL, whose list of names is read without importing it, or nearby."""
+    import importlib.util
+    from pathlib import Path
+
+    from finetune.errors import nearest
+
+    if name.startswith("_"):
+        return ""
+    spec = importlib.util.find_spec("trl")
+    if spec is not None and spec.origin and f'"{name}"' in Path(spec.origin).read_text(encoding="utf-8"):
+        return f" It is not part of finetune: `from trl import {name}`."
+    return nearest(name, _EXPORTS)
 
 
 def __dir__() -> list[str]:

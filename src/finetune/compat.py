@@ -16,6 +16,7 @@ from finetune.errors import ArgumentError, nearest
 
 if TYPE_CHECKING:
     import numpy as np
+    from typing_extensions import Self
 
     Arrays: TypeAlias = np.ndarray | tuple[np.ndarray, ...]
 
@@ -43,13 +44,22 @@ class StringEnum(str, Enum):
     __hash__ = str.__hash__
 
     @classmethod
+    def read(cls, argument: str, value: object) -> "Self":
+        """Returns the member for the value of an argument; raises `ArgumentError` that names the argument."""
+        allowed = [member.value for member in cls]
+        plain = value.value if isinstance(value, Enum) else value
+        if plain not in allowed:
+            raise ArgumentError(f"`{argument}={plain!r}` is not one of {allowed}.{nearest(str(plain), allowed)}")
+        return cls(plain)
+
+    @classmethod
     def _missing_(cls, value: object) -> "StringEnum":
         # A member of transformers' enumeration of the same name hashes by its name and is not found by value.
         if isinstance(value, Enum) and isinstance(value.value, str):
             return cls(value.value)
         allowed = [member.value for member in cls]
         raise ArgumentError(
-            f"`{value}` is not a valid {cls.__name__}; choose from {allowed}.{nearest(str(value), allowed)}"
+            f"{value!r} is not one of {allowed}, the values of {cls.__name__}.{nearest(str(value), allowed)}"
         )
 
 

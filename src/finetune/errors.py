@@ -13,7 +13,7 @@ class ArgumentError(FinetuneError, ValueError):
 
 
 class DataFormatError(FinetuneError, ValueError):
-    """A data set, a row or a chat template that cannot be trained on as it is."""
+    """A dataset, a row or a chat template that cannot be trained on as it is."""
 
 
 class ModelLoadError(FinetuneError, OSError):

@@ -45,6 +45,18 @@ class Trainer(EvaluationMethods, OptimizerMethods, SavingMethods):
     Same constructor, same attributes, same override points called at the same times. What differs on purpose is
     listed in `tests/contract/README.md`.
 
+    Args:
+        model: the model to train; or give `model_init`, which returns a new one for each run.
+        args: the configuration. transformers' and a dict of fields are read too; unset means the defaults.
+        data_collator: makes a batch from a list of rows; unset pads if `processing_class` can, else stacks.
+        train_dataset, eval_dataset: rows as the model takes them; `eval_dataset` may be a dict of several datasets.
+        processing_class: the tokenizer or processor, used to pad and saved with the model.
+        compute_loss_func: called as `(outputs, labels, num_items_in_batch)`, returns the loss.
+        compute_metrics: called with an `EvalPrediction`, returns a dict of metrics.
+        callbacks: a list of callbacks, classes or instances, in addition to those of `report_to`.
+        optimizers, optimizer_cls_and_kwargs: an optimizer and a schedule, or a class, instead of those of `args`.
+        preprocess_logits_for_metrics: called as `(logits, labels)` before the logits are kept for `compute_metrics`.
+
     Attributes users read or set: `model`, `model_wrapped`, `args`, `data_collator`, `train_dataset`, `eval_dataset`,
     `processing_class`, `optimizer`, `lr_scheduler`, `compute_metrics`, `accelerator`, `callback_handler`, `state`,
     `control`, `label_names`, `is_in_train`, `loss_is_scaled_for_ga`.

@@ -4,9 +4,10 @@ import dataclasses
 import inspect
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from finetune.arguments.readers import read_text, written_types
+from finetune.arguments.document import with_fields
+from finetune.arguments.given import read_given
 from finetune.errors import ArgumentError, nearest
 
 # Takes the value given under the old name and the keyword arguments of the call, which it may extend. Returns what
@@ -56,7 +57,9 @@ def require_positive(name: str, value: Any, *, zero: bool = False) -> None:
     if value is None:
         return
     bound = "at least 0" if zero else "above 0"
-    if not isinstance(value, (int, float)) or value < 0 or (value == 0 and not zero):
+    if not isinstance(value, (int, float)):
+        raise ArgumentError(f"`{name}={value!r}` must be a number {bound}.")
+    if value < 0 or (value == 0 and not zero):
         raise ArgumentError(f"`{name}={value!r}` must be {bound}.")
 
 
@@ -70,36 +73,55 @@ class ArgumentsMeta(type):
     """
 
     @property
+    def __doc__(cls) -> str | None:
+        """The docstring that was written, and a section with all fields: what `help` shows."""
+        written = vars(cls).get("__doc__")
+        # `@dataclass` reads the docstring as well, just before it sets this: too early, and nobody wants it yet.
+        return with_fields(cls, written) if written and "__match_args__" in vars(cls) else written
+
+    @__doc__.setter
+    def __doc__(cls, value: str | None) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        # A dataclass without a docstring gets one.
+        type.__dict__["__doc__"].__set__(cls, value)
+
+    @property
     def __signature__(cls) -> inspect.Signature:
         signature = inspect.signature(cls.__init__)
         parameters = list(signature.parameters.values())[1:]
         return signature.replace(parameters=parameters, return_annotation=signature.empty)
 
-    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        parameters = inspect.signature(cls).parameters
-        open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-        by_position = dict(zip(parameters, args, strict=False))
-        given = {**by_position, **kwargs}
-        old_names = old_names_of(cls)
-        for name, value in kwargs.items():
-            if name in parameters:
-                continue
-            if name in old_names:
-                given.pop(name, None)
-                advice = old_names[name](value, given)
-                warnings.warn(f"`{name}` is an old argument of {cls.__name__}: {advice}", FutureWarning, stacklevel=2)
-            elif not open_ended:
-                raise unknown_argument(cls.__name__, name, [*parameters, *old_names])
-        sources = {name: "code" for name, value in given.items() if _chosen(cls, name, value)}
-        for name in set(by_position) - set(kwargs):
-            del given[name]
-        for field in dataclasses.fields(cls):  # type: ignore[arg-type]
-            if isinstance(given.get(field.name), str):
-                given[field.name] = read_text(field, written_types(cls)[field.name], given[field.name])
-        instance: Any = cls.__new__(cls, *args, **given)  # pyright: ignore[reportCallIssue, reportArgumentType]
-        instance.__dict__["_sources"] = sources
-        instance.__init__(*args, **given)
-        return instance
+    if not TYPE_CHECKING:  # a checker is to see the fields, not `Any`
+
+        def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+            return _construct(cls, args, kwargs)
+
+
+def _construct(cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Returns the instance that the call `cls(*args, **kwargs)` makes, with the sources of its values recorded."""
+    parameters = inspect.signature(cls).parameters
+    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    by_position = dict(zip(parameters, args, strict=False))
+    given = {**by_position, **kwargs}
+    old_names = old_names_of(cls)
+    for name, value in kwargs.items():
+        if name in parameters:
+            continue
+        if name in old_names:
+            given.pop(name, None)
+            advice = old_names[name](value, given)
+            warnings.warn(f"`{name}` is an old argument of {cls.__name__}: {advice}", FutureWarning, stacklevel=3)
+        elif not open_ended:
+            raise unknown_argument(cls.__name__, name, [*parameters, *old_names])
+    sources = {name: "code" for name, value in given.items() if _chosen(cls, name, value)}
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        if field.name in given:
+            given[field.name] = read_given(cls, field, given[field.name])
+    for name in set(by_position) - set(kwargs):
+        del given[name]
+    instance: Any = cls.__new__(cls, *args, **given)  # pyright: ignore[reportCallIssue, reportArgumentType]
+    instance.__dict__["_sources"] = sources
+    instance.__init__(*args, **given)
+    return instance
 
 
 def _chosen(cls: type, name: str, value: Any) -> bool:

@@ -80,7 +80,7 @@ def _with_members_of(theirs: type, ours: type) -> type:
     lost = sorted(name for name, value in members.items() if _calls_super(value))
     if lost:
         logger.warning(
-            "`%s` is used as a `%s`, where its %s cannot act: it calls `super()` of another class. Derive `%s` from "
+            "`%s` is used as a `%s`, where its %s has no effect: it calls `super()` of another class. Derive `%s` from "
             "`finetune.%s`.",
             theirs.__name__,
             ours.__name__,

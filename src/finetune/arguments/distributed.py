@@ -2,7 +2,9 @@
 
 # ruff: noqa: RUF009
 
+import base64
 import copy
+import importlib.util
 import json
 import os
 from dataclasses import asdict, dataclass, fields
@@ -23,7 +25,7 @@ class AcceleratorConfig:
     """Settings handed to accelerate's `Accelerator`; same fields and defaults as transformers' class of this name.
 
     `even_batches=False` asks that no row be repeated to fill up a last round of batches. The loaders of this package
-    fill it up all the same, so that no process waits for ever, and neither train on nor score the repeated rows.
+    fill it up all the same, so that no process waits forever, and neither train on nor score the repeated rows.
     """
 
     split_batches: bool = False
@@ -78,7 +80,7 @@ class DistributedArguments(ArgumentGroup):
     ddp_backend: str | None = arg(
         None, "Communication backend of the process group.", choices=DDP_BACKENDS, old=["xpu_backend"]
     )
-    ddp_timeout: int = arg(1800, "Seconds that a collective operation may take.")
+    ddp_timeout: int = arg(1800, "Timeout of collective operations, in seconds.")
     fsdp: str | None = arg(None, "Shard the model with FSDP.", nargs="?", const=True)
     fsdp_config: dict[str, Any] | str | None = arg(
         None, "Settings of FSDP (`version`, `cpu_offload`, ...), as a dict, JSON, or the path of a JSON file."
@@ -91,6 +93,18 @@ class DistributedArguments(ArgumentGroup):
             require_choice("ddp_backend", self.ddp_backend, DDP_BACKENDS)
         require_positive("ddp_timeout", self.ddp_timeout)
         require_one_sharding(self.fsdp, self.deepspeed)
+        if isinstance(self.deepspeed, (str, os.PathLike)):
+            _check_deepspeed_file(self.deepspeed)
+
+
+def _check_deepspeed_file(path: str | os.PathLike[str]) -> None:
+    """Raises `ArgumentError` unless `path` is a JSON file, or such a file in base64, which accelerate takes too."""
+    try:
+        is_text = isinstance(json.loads(base64.urlsafe_b64decode(os.fspath(path))), dict)
+    except ValueError:
+        is_text = False
+    if not is_text:
+        read_json("deepspeed", path)
 
 
 def require_one_sharding(fsdp: Any, deepspeed: Any) -> None:
@@ -168,7 +182,7 @@ def normalise_fsdp(fsdp: Any, fsdp_config: Any) -> tuple[Any, Any]:
 
 def _apply_fsdp_word(word: str, config: dict[str, Any]) -> None:
     """Writes one word of the old `fsdp` string into `config`, unless the key is set already."""
-    option = FSDPOption(word)
+    option = FSDPOption.read("fsdp", word)
     if option == FSDPOption.OFFLOAD:
         config.setdefault("cpu_offload", True)
     elif option != FSDPOption.AUTO_WRAP:
@@ -228,6 +242,11 @@ def open_deepspeed(args: DistributedArguments, precision: str) -> tuple[Any, Any
     """
     if not (args.deepspeed or environment.launched_sharding("deepspeed")):
         return None, None
+    require(
+        importlib.util.find_spec("deepspeed") is not None,
+        "`deepspeed` needs the package of that name, which is not installed. Run `pip install deepspeed`, or shard "
+        "with `fsdp=True`.",
+    )
     from accelerate.utils import DeepSpeedPlugin
 
     if args.deepspeed:

@@ -24,7 +24,7 @@ class EvaluationArguments(ArgumentGroup):
     per_device_eval_batch_size: int = arg(8, "Samples per device in evaluation.", old=["per_gpu_eval_batch_size"])
     prediction_loss_only: bool = arg(False, "Compute the loss only and keep no predictions.")
     eval_accumulation_steps: int | None = arg(
-        None, "Move predictions to the CPU every so many batches; unset keeps them on the device until the end."
+        None, "Move predictions to the CPU every N batches; unset keeps them on the device until the end."
     )
     eval_do_concat_batches: bool = arg(True, "Join the batches' predictions; otherwise give a list of batches.")
     eval_use_gather_object: bool = arg(False, "Gather arbitrary objects from the processes, not only tensors.")

@@ -67,7 +67,7 @@ class MemoryArguments(ArgumentGroup):
         None, "The same as `activation_checkpointing_kwargs`."
     )
     offload_optimizer_state: bool = arg(False, "Keep the optimizer's state in host memory between steps.")
-    torch_empty_cache_steps: int | None = arg(None, "Empty the device's memory cache every so many steps.")
+    torch_empty_cache_steps: int | None = arg(None, "Empty the device's memory cache every N steps.")
     use_cache: bool = arg(False, "Let the model keep its key-value cache while training; some PEFT methods need it.")
 
     def _validate(self) -> None:

@@ -28,11 +28,14 @@ class Option:
     many: bool = False
     boolean: bool = False
     choices: Sequence[str] | None = None
+    no_is_false: bool = False
 
     def read_value(self, value: Any) -> Any:
         """Returns the value for something that stood in a YAML file, where `2e-5` is a text and `on` a bool."""
         if value is None or isinstance(value, dict):
             return value
+        if value is False and self.no_is_false:
+            return "no"
         if self.many:
             if not isinstance(value, list):
                 return self.read(str(value))
@@ -45,8 +48,8 @@ class Option:
 
 def option_of(field: dataclasses.Field[Any], hint: Any) -> Option:
     """Returns how a field of type `hint` is read from text."""
-    members = [member for member in _members(hint) if member is not NoneType]
-    optional = NoneType in _members(hint)
+    members = [member for member in members_of(hint) if member is not NoneType]
+    optional = NoneType in members_of(hint)
     choices = field.metadata.get("choices")
     choices = list(choices) if choices is not None else None
     lists = [member for member in members if member is list or typing.get_origin(member) is list]
@@ -57,7 +60,7 @@ def option_of(field: dataclasses.Field[Any], hint: Any) -> Option:
         read.single = bool(plain)  # type: ignore[attr-defined]
         return Option(field.name, read, field, many=True)
     read = _reader(members, optional, field.name)
-    return Option(field.name, read, field, boolean=members == [bool], choices=choices)
+    return Option(field.name, read, field, boolean=members == [bool], choices=choices, no_is_false=no_is_false(hint))
 
 
 @functools.cache
@@ -74,7 +77,7 @@ def read_text(field: dataclasses.Field[Any], hint: Any, text: str) -> Any:
 
     Raises `ArgumentError` when it says neither.
     """
-    members = [member for member in _members(hint) if member is not NoneType]
+    members = [member for member in members_of(hint) if member is not NoneType]
     if not members or not set(members) <= {bool, int, float}:
         return text
     try:
@@ -83,8 +86,15 @@ def read_text(field: dataclasses.Field[Any], hint: Any, text: str) -> Any:
         raise ArgumentError(f"`{field.name}`: {error}.") from None
 
 
-def _members(hint: Any) -> tuple[Any, ...]:
+def members_of(hint: Any) -> tuple[Any, ...]:
+    """Returns the types of a union, or the one type."""
     return typing.get_args(hint) if typing.get_origin(hint) in (Union, UnionType) else (hint,)
+
+
+def no_is_false(hint: Any) -> bool:
+    """Returns whether `hint` names an enumeration with the member `no`, a word that YAML reads as False."""
+    enumerations = [member for member in members_of(hint) if isinstance(member, type) and issubclass(member, Enum)]
+    return any(member.value == "no" for enumeration in enumerations for member in enumeration)
 
 
 def _reader(members: list[Any], optional: bool, name: str) -> Any:
@@ -99,7 +109,7 @@ def _reader(members: list[Any], optional: bool, name: str) -> Any:
                 return value
         if str in members:
             return text
-        raise argparse.ArgumentTypeError(f"{text!r} is not {' or '.join(_type_name(member) for member in members)}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not {' or '.join(type_name(member) for member in members)}")
 
     return read
 
@@ -139,12 +149,17 @@ def _whole(number: float) -> float:
     return number
 
 
-def _type_name(member: Any) -> str:
+def type_name(member: Any) -> str:
+    """Returns what a message calls a type: "a whole number", "one of [...]"."""
     if typing.get_origin(member) is Literal:
         return f"one of {list(typing.get_args(member))}"
     if isinstance(member, type) and issubclass(member, Enum):
         return f"one of {[item.value for item in member]}"
-    return {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}.get(member, "JSON")
+    origin = typing.get_origin(member) or member
+    return _TYPE_NAMES.get(origin, "JSON")
+
+
+_TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a string", list: "a list"}
 
 
 def guess(text: str) -> Any:

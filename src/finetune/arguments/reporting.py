@@ -12,7 +12,7 @@ from finetune.compat import LOG_LEVELS, DebugOption, IntervalStrategy
 
 @dataclass(kw_only=True, repr=False)
 class LoggingArguments(ArgumentGroup):
-    """What is logged, when and by which process. `nonfinite_policy` is ours."""
+    """What is logged, when and by which process."""
 
     logging_strategy: IntervalStrategy | str = arg("steps", "When to log: `no`, `steps` or `epoch`.")
     logging_steps: float = arg(500, "Steps between logs; below 1 a share of all steps.")
@@ -31,7 +31,7 @@ class LoggingArguments(ArgumentGroup):
     skip_memory_metrics: bool = arg(True, "Leave memory use out of the metrics.")
     nonfinite_policy: str = arg(
         "raise",
-        "Ours: on a NaN or infinite loss, stop (`raise`), leave the step out (`skip_step`), or go on (`log`).",
+        "On a NaN or infinite loss, stop (`raise`), leave the step out (`skip_step`), or go on (`log`); finetune only.",
         choices=["raise", "skip_step", "log"],
     )
 
@@ -64,5 +64,6 @@ class TrackingArguments(ArgumentGroup):
         None, "Space for a read-only dashboard kept after training; False for none."
     )
     logging_dir: str | None = arg(
-        None, "Ours, kept from older transformers: folder of the TensorBoard files; unset means `output_dir`/runs/..."
+        None,
+        "Folder of the TensorBoard files; unset means `output_dir`/runs/... (finetune only; from older transformers).",
     )

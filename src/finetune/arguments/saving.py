@@ -31,7 +31,7 @@ class ProgramArguments(ArgumentGroup):
 
 @dataclass(kw_only=True, repr=False)
 class SavingArguments(ArgumentGroup):
-    """Checkpoints and resuming. The last six fields are ours and do not exist in transformers."""
+    """Checkpoints and resuming. Fields marked "finetune only" do not exist in transformers."""
 
     save_strategy: SaveStrategy | str = arg("steps", "When to save: `no`, `steps`, `epoch` or `best`.")
     save_steps: float = arg(500, "Steps between checkpoints; below 1 a share of all steps.")
@@ -45,19 +45,23 @@ class SavingArguments(ArgumentGroup):
     restore_callback_states_from_checkpoint: bool = arg(
         False, "When resuming, restore the state of callbacks that export one."
     )
-    keep_last: int | None = arg(None, "Ours: keep the newest so many checkpoints, apart from `keep_best`.")
-    keep_best: int | None = arg(None, "Ours: keep the best so many checkpoints by `metric_for_best_model`.")
+    keep_last: int | None = arg(
+        None, "Number of most recent checkpoints to keep, in addition to `keep_best` (finetune only)."
+    )
+    keep_best: int | None = arg(None, "Number of best checkpoints to keep, by `metric_for_best_model` (finetune only).")
     async_save: bool | None = arg(
         None,
-        "Ours: write checkpoints in the background, from a copy of the state. Unset means: when one process trains, "
-        "the copy fits into half of the free memory, and nothing (`on_save`, the Hub) reads the folder at once.",
+        "Write checkpoints in the background, from a copy of the state (finetune only). Unset means: when one process "
+        "trains, the copy fits into half of the free memory, and nothing (`on_save`, the Hub) reads it at once.",
     )
     on_save_failure: str = arg(
-        "stop", "Ours: when a checkpoint cannot be written, `stop` the training or `continue` without it."
+        "stop", "When a checkpoint cannot be written, `stop` the training or `continue` without it (finetune only)."
     )
-    save_on_exception: bool = arg(False, "Ours: save a checkpoint when training stops with an error or Ctrl-C.")
+    save_on_exception: bool = arg(
+        False, "Save a checkpoint when training stops with an error or Ctrl-C (finetune only)."
+    )
     overwrite_output_dir: bool = arg(
-        False, "Ours, kept from older transformers: programs may write into a folder that holds a finished run."
+        False, "Programs may write into a folder that holds a finished run (finetune only; from older transformers)."
     )
 
     def _validate(self) -> None:

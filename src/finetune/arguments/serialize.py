@@ -6,11 +6,12 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import fields
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finetune.arguments.base import old_names_of
 from finetune.arguments.distributed import AcceleratorConfig
 from finetune.arguments.old_names import READABLE_OLD_NAMES, assign_old_name
+from finetune.errors import nearest
 
 # Belong to the running process; a copy in another process must set up its own.
 _PROCESS_STATE = ("_device", "_distributed_state")
@@ -46,10 +47,13 @@ class Serialization:
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in _PROCESS_STATE}
 
-    def __getattr__(self, name: str) -> Any:
-        if name in READABLE_OLD_NAMES:
-            return READABLE_OLD_NAMES[name](self)
-        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+    if not TYPE_CHECKING:  # a checker is to see misspelt fields
+
+        def __getattr__(self, name: str) -> Any:
+            if name in READABLE_OLD_NAMES:
+                return READABLE_OLD_NAMES[name](self)
+            hint = "" if name.startswith("_") else nearest(name, [field.name for field in fields(self)])
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}.{hint}", name=name, obj=self)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in READABLE_OLD_NAMES:

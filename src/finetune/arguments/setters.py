@@ -61,7 +61,7 @@ class Setters:
         loss_only: bool = False,
     ) -> "TrainingArguments":
         """Sets when and how to evaluate, and `do_eval`; returns the arguments."""
-        chosen = IntervalStrategy(strategy)
+        chosen = IntervalStrategy.read("strategy", strategy)
         _require_steps(chosen, steps)
         return _apply(
             self,
@@ -86,7 +86,7 @@ class Setters:
         on_each_node: bool = False,
     ) -> "TrainingArguments":
         """Sets when to save and how much to keep; returns the arguments."""
-        chosen = SaveStrategy(strategy)
+        chosen = SaveStrategy.read("strategy", strategy)
         _require_steps(chosen, steps)
         return _apply(
             self, save_strategy=chosen, save_steps=steps, save_total_limit=total_limit, save_on_each_node=on_each_node
@@ -104,7 +104,7 @@ class Setters:
         replica_level: str = "passive",
     ) -> "TrainingArguments":
         """Sets what is logged, when and where to; returns the arguments."""
-        chosen = IntervalStrategy(strategy)
+        chosen = IntervalStrategy.read("strategy", strategy)
         _require_steps(chosen, steps)
         trackers = [] if report_to == "none" else [report_to] if isinstance(report_to, str) else report_to
         return _apply(
@@ -133,7 +133,7 @@ class Setters:
             self,
             push_to_hub=True,
             hub_model_id=model_id,
-            hub_strategy=HubStrategy(strategy),
+            hub_strategy=HubStrategy.read("strategy", strategy),
             hub_token=token,
             hub_private_repo=private_repo,
             hub_always_push=always_push,
@@ -153,7 +153,7 @@ class Setters:
         """Sets the optimizer; returns the arguments."""
         return _apply(
             self,
-            optim=OptimizerNames(name),
+            optim=OptimizerNames.read("name", name),
             learning_rate=learning_rate,
             weight_decay=weight_decay,
             adam_beta1=beta1,
@@ -172,7 +172,7 @@ class Setters:
         """Sets the learning-rate schedule and the length of the run; returns the arguments."""
         return _apply(
             self,
-            lr_scheduler_type=SchedulerType(name),
+            lr_scheduler_type=SchedulerType.read("name", name),
             num_train_epochs=num_epochs,
             max_steps=max_steps,
             warmup_steps=warmup_steps,

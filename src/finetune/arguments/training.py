@@ -142,11 +142,11 @@ class TrainingArguments(
         if self.output_dir is None:
             self.output_dir = "trainer_output"
         self.output_dir = os.path.expanduser(os.fspath(self.output_dir))
-        self.eval_strategy = IntervalStrategy(self.eval_strategy)
-        self.logging_strategy = IntervalStrategy(self.logging_strategy)
-        self.save_strategy = SaveStrategy(self.save_strategy)
-        self.hub_strategy = HubStrategy(self.hub_strategy)
-        self.lr_scheduler_type = SchedulerType(self.lr_scheduler_type)
+        self.eval_strategy = IntervalStrategy.read("eval_strategy", self.eval_strategy)
+        self.logging_strategy = IntervalStrategy.read("logging_strategy", self.logging_strategy)
+        self.save_strategy = SaveStrategy.read("save_strategy", self.save_strategy)
+        self.hub_strategy = HubStrategy.read("hub_strategy", self.hub_strategy)
+        self.lr_scheduler_type = SchedulerType.read("lr_scheduler_type", self.lr_scheduler_type)
         optimizer = str(getattr(self.optim, "value", self.optim))
         if optimizer == "adamw_hf":
             warnings.warn("`optim='adamw_hf'` is gone; 'adamw_torch' is used.", FutureWarning, stacklevel=2)
@@ -157,7 +157,7 @@ class TrainingArguments(
             # What `to_dict` writes in place of a token, come back through a rebuild.
             self.hub_token = None
         words = self.debug.split() if isinstance(self.debug, str) else self.debug or []
-        self.debug = [DebugOption(word) for word in words]
+        self.debug = [DebugOption.read("debug", word) for word in words]
 
     def _resolve_checkpointing(self) -> None:
         """Gives `activation_checkpointing` and `gradient_checkpointing` one value."""
@@ -254,7 +254,8 @@ class TrainingArguments(
             require(
                 self.eval_strategy == self.save_strategy and evaluates,
                 f"`load_best_model_at_end=True` needs every checkpoint to be evaluated, but `save_strategy="
-                f"'{self.save_strategy}'` and `eval_strategy='{self.eval_strategy}'`. Make them equal, or save 'best'.",
+                f"'{self.save_strategy}'` and `eval_strategy='{self.eval_strategy}'`. Set both to 'steps' or both to "
+                "'epoch', or evaluate and set `save_strategy='best'`.",
             )
             if self.eval_strategy == IntervalStrategy.STEPS:
                 self._validate_multiple()

@@ -207,8 +207,7 @@ class EarlyStoppingCallback(TrainerCallback, ExportableState):
             )
         if not args.load_best_model_at_end:
             logger.warning(
-                "`EarlyStoppingCallback` without `load_best_model_at_end=True`: the model kept at the end "
-                "is the last "
+                "`EarlyStoppingCallback` without `load_best_model_at_end=True`: the model kept at the end is the last "
                 "one, not the best."
             )
 
@@ -220,8 +219,7 @@ class EarlyStoppingCallback(TrainerCallback, ExportableState):
         value = metrics.get(name)
         if value is None:
             logger.warning(
-                "`metric_for_best_model` names `%s`, which this evaluation did not report, so it does not "
-                "count for "
+                "`metric_for_best_model` names `%s`, which this evaluation did not report, so it does not count for "
                 "early stopping. It reported: %s",
                 name,
                 ", ".join(metrics),

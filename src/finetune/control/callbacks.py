@@ -107,7 +107,7 @@ def apply_reply(control: TrainerControl, reply: Any, source: str) -> TrainerCont
     True
 
     Raises:
-        ArgumentError: `reply` is no control, dictionary or None; or the dictionary has an unknown field or a
+        ArgumentError: `reply` is not a control, a dictionary or None; or the dictionary has an unknown field or a
             value that is not a bool.
     """
     if reply is None or reply is control:

@@ -170,21 +170,18 @@ class TrainerState:
                 content = json.load(file)
         except FileNotFoundError:
             raise CheckpointError(
-                f"`{os.fspath(json_path)}` does not exist: the folder is not a complete checkpoint. Pass "
-                f"the folder "
+                f"`{os.fspath(json_path)}` does not exist: the folder is not a complete checkpoint. Pass the folder "
                 "of another one as `resume_from_checkpoint`."
             ) from None
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise CheckpointError(
-                f"`{os.fspath(json_path)}` is not valid JSON ({error}): the checkpoint is damaged. Pass the "
-                f"folder of "
+                f"`{os.fspath(json_path)}` is not valid JSON ({error}): the checkpoint is damaged. Pass the folder of "
                 "another one as `resume_from_checkpoint`."
             ) from error
         if not isinstance(content, dict):
             raise CheckpointError(
-                f"`{os.fspath(json_path)}` holds a JSON {type(content).__name__}, and a trainer state is an "
-                f"object. Pass "
-                "the folder of another checkpoint as `resume_from_checkpoint`."
+                f"`{os.fspath(json_path)}` holds a JSON {type(content).__name__}, and a trainer state is an object. "
+                "Pass the folder of another checkpoint as `resume_from_checkpoint`."
             )
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(content) - known)

@@ -1,4 +1,4 @@
-"""What a trainer says before a run: arguments that contradict each other, and what would silently not act."""
+"""What a trainer says before a run: arguments that contradict each other, and what would silently have no effect."""
 
 import inspect
 import logging
@@ -20,11 +20,7 @@ logger = logging.getLogger(__name__)
 def check_combination(trainer: Any, *, is_fsdp: bool) -> None:
     """Raises `ArgumentError` when what a trainer was given contradicts its `args` or itself."""
     args, optimizer, lr_scheduler = trainer.args, trainer.optimizer, trainer.lr_scheduler
-    if str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no" and trainer.eval_dataset is None:
-        raise ArgumentError(
-            f"`eval_strategy` is {getattr(args.eval_strategy, 'value', args.eval_strategy)!r} but there is no "
-            "`eval_dataset`. Pass one, or set `eval_strategy='no'`."
-        )
+    check_eval_dataset(args, trainer.eval_dataset)
     _check_metrics(args, trainer.compute_metrics)
     if not callable(trainer.data_collator):
         raise ArgumentError(
@@ -55,6 +51,15 @@ def check_combination(trainer: Any, *, is_fsdp: bool) -> None:
         )
 
 
+def check_eval_dataset(args: "TrainingArguments", eval_dataset: Any) -> None:
+    """Raises `ArgumentError` if `eval_strategy` asks for evaluation and there is nothing to evaluate on."""
+    strategy = str(getattr(args.eval_strategy, "value", args.eval_strategy))
+    if strategy != "no" and eval_dataset is None:
+        raise ArgumentError(
+            f"`eval_strategy` is {strategy!r} but there is no `eval_dataset`. Pass one, or set `eval_strategy='no'`."
+        )
+
+
 def _check_metrics(args: "TrainingArguments", compute_metrics: Any) -> None:
     if compute_metrics is None or isinstance(compute_metrics, SumMetrics):
         return
@@ -71,7 +76,7 @@ def _check_metrics(args: "TrainingArguments", compute_metrics: Any) -> None:
 
 
 def warn_of_dead_overrides(cls: type) -> None:
-    """Warns of methods that transformers calls, or called, and this trainer does not: they would silently not act."""
+    """Warns of methods that transformers calls, or called, and this trainer does not: they would have no effect."""
     for name, instead in DEAD_OVERRIDES.items():
         if name in vars(cls):
             warnings.warn(f"`{cls.__name__}.{name}` is never called here. {instead}", UserWarning, stacklevel=4)

@@ -43,7 +43,7 @@ def require_rounds(dataloader: Any, accelerator: "Accelerator") -> None:
     if not everywhere or not has_length(dataset) or len(dataset) % everywhere:  # pyright: ignore[reportArgumentType]
         raise ArgumentError(
             "the evaluation loader was prepared with `even_batches=False`, and its rows do not fill the last round of "
-            f"batches of {accelerator.num_processes} processes: some of them would wait for ever. Set "
+            f"batches of {accelerator.num_processes} processes: some of them would wait forever. Set "
             "`accelerator_config={'even_batches': True}`; no repeated row is scored."
         )
 
@@ -97,7 +97,7 @@ def without_repetitions(inputs: Any, valid: int, own: int, number: int, dataload
         return {**inputs, "labels": inputs["labels"].masked_fill(~real, IGNORE_INDEX)}
     raise ArgumentError(
         "The last evaluation batch repeats rows to keep the processes in step, and they cannot be told from the others "
-        "in these batches, which have no row dimension. Evaluate on a map-style data set with the default sampler, or "
+        "in these batches, which have no row dimension. Evaluate on a map-style dataset with the default sampler, or "
         "on rows that are not packed (`eval_packing=False`)."
     )
 

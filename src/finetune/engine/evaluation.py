@@ -74,7 +74,7 @@ class _LossSum:
         self.any = True
 
     def mean(self, accelerator: "Accelerator") -> float | None:
-        """Returns the mean over all processes. A loss that is no number is not left out: a warning counts them."""
+        """Returns the mean over all processes. A loss that is not a number is not left out: a warning counts them."""
         total, count, bad = ranks.sum_over_processes(self.sums, accelerator).tolist()
         if bad and accelerator.is_main_process:
             logger.warning(
@@ -88,7 +88,7 @@ class _LossSum:
 def evaluation_loop(
     hooks: EvalHooks, model: nn.Module, dataloader: Any, settings: EvalSettings, events: Events
 ) -> EvalLoopOutput:
-    """Returns predictions, labels, prefixed metrics and the rows of the data set, after one pass over `dataloader`."""
+    """Returns predictions, labels, prefixed metrics and the rows of the dataset, after one pass over `dataloader`."""
     args, accelerator, compute_metrics = settings.args, settings.accelerator, settings.compute_metrics
     require_rounds(dataloader, accelerator)
     model.eval()
@@ -148,7 +148,7 @@ def _batch_metrics(settings: EvalSettings, batch: "_Batch") -> dict[str, Any] | 
 
 @contextlib.contextmanager
 def naming_memory_errors(args: "TrainingArguments") -> Iterator[None]:
-    """Within, an evaluation that runs out of memory says so: a smaller training batch would not help it."""
+    """Context manager: an evaluation that runs out of memory says so: a smaller training batch would not help it."""
     try:
         yield
     except RuntimeError as error:
@@ -243,7 +243,7 @@ class _Kept:
 
 
 def _num_samples(dataloader: Any, counted: int) -> int:
-    """Returns the rows evaluated: the data set's length where it has one, else what was counted."""
+    """Returns the rows evaluated: the dataset's length where it has one, else what was counted."""
     try:
         return len(dataloader.dataset)
     except (AttributeError, TypeError):

@@ -38,7 +38,7 @@ class StepPlan:
         updates_per_epoch: optimizer steps per epoch.
         batches_per_epoch: micro-batches per epoch and process; for an unsized stream the whole run is one epoch.
         accumulation: micro-batches per optimizer step.
-        num_examples: rows of the data set (an upper bound for an unsized stream).
+        num_examples: rows of the dataset (an upper bound for an unsized stream).
         num_train_samples: rows seen by the whole run, all processes together.
         total_batch_size: rows per optimizer step, all processes together.
         max_steps: optimizer steps of the whole run.
@@ -77,7 +77,7 @@ class StepPlan:
         if num_batches is None:
             if max_steps <= 0:
                 raise ArgumentError(
-                    f"The training data set has no known length and `max_steps` is {max_steps}. "
+                    f"The training dataset has no known length and `max_steps` is {max_steps}. "
                     "Set `max_steps` to a positive number of optimizer steps."
                 )
             samples = max_steps * total_batch_size

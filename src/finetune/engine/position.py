@@ -61,8 +61,8 @@ class DataPosition:
             )
         if run.random_rows:
             logger.warning(
-                "The rows of the training data come out differently each time they are read, by a generator that no "
-                "checkpoint holds: the resumed run goes on with the same rows, but cannot compare what they hold."
+                "The training rows are random (their generator is not in the checkpoint), so a resumed run cannot "
+                "verify them."
             )
         run.resume = ResumePoint(epoch, batches // run.plan.accumulation, batches)
         fetches = loaders.fetches_of(run.loader)
@@ -118,7 +118,7 @@ class DataPosition:
 
 
 def describe_batch(loader: Any, place: int, process: int) -> str:
-    """Returns which micro-batch is at `place` and which rows of the data set it has; `process` -1 for this one."""
+    """Returns which micro-batch is at `place` and which rows of the dataset it has; `process` -1 for this one."""
     epoch, number = divmod(place, PLACES)
     rows = loaders.batch_rows(loader, number, epoch, process_index=None if process < 0 else process)
     whose = "" if process < 0 else f" of process {process}"

@@ -23,7 +23,11 @@ _SPEED = ("_runtime", "_samples_per_second", "_steps_per_second", "_model_prepar
 class Searchable(Protocol):
     """What a search asks of the trainer."""
 
-    args: TrainingArguments
+    @property
+    def args(self) -> TrainingArguments: ...
+    @args.setter
+    def args(self, value: Any) -> None: ...
+
     model_init: Callable[..., Any] | None
     hp_search_backend: Any
     hp_name: Any
@@ -119,7 +123,7 @@ def hyperparameter_search(
 
 @contextlib.contextmanager
 def _searching(trainer: Searchable, backend: HPSearchBackend) -> Iterator[None]:
-    """Within, trials may replace the arguments; afterwards they are what they were."""
+    """Context manager: trials may replace the arguments; afterwards they are what they were."""
     trainer.hp_search_backend, trainer._searched_args = backend, trainer.args
     try:
         yield
@@ -170,7 +174,7 @@ def _run_trial(trainer: Searchable, trial: Any) -> Any:
 def set_up_trial(self: Searchable, trial: Any) -> None:
     """Gives the trainer the arguments of `trial`, and an accelerator made from them. Called first by `train`.
 
-    Values are checked as in the constructor of the arguments; a name that is no argument is left to `model_init`.
+    Values are checked as in the constructor of the arguments; a name that is not an argument is left to `model_init`.
     """
     self._trial = trial
     if self.hp_search_backend is None or trial is None:
@@ -181,7 +185,7 @@ def set_up_trial(self: Searchable, trial: Any) -> None:
     for name, value in self.hp_space(trial).items():
         if not hasattr(base, name):
             logger.warning(
-                "`hp_space` names `%s`, which is no training argument:%s only `model_init` can read it.",
+                "`hp_space` names `%s`, which is not a training argument:%s only `model_init` can read it.",
                 name,
                 nearest(name, vars(base)),
             )

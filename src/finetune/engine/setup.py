@@ -5,8 +5,8 @@ import inspect
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import nn
@@ -88,7 +88,7 @@ def folder_for(model: Any, purpose: str) -> str:
 def make_output_dir(args: "TrainingArguments") -> None:
     """Makes the folder of the run, on the process that saves. Where it cannot be made, `train` says so.
 
-    Evaluating needs none, so it is no error before.
+    Evaluation needs none, so it is not an error before.
     """
     if args.should_save and args.output_dir is not None:
         with contextlib.suppress(OSError):
@@ -122,7 +122,7 @@ def tensor_parallel_size(model: Any, args: "TrainingArguments", accelerator: Any
 
 @contextlib.contextmanager
 def underflow_debugger(model: nn.Module, debug: Any) -> Iterator[None]:
-    """Within, reports where activations overflow, if `debug` asks for `underflow_overflow`; no hook stays behind."""
+    """Context manager: reports where activations overflow, if `debug` asks for it; no hook stays behind."""
     if "underflow_overflow" not in [str(option) for option in debug or ()]:
         yield
         return
@@ -167,8 +167,14 @@ def token_counter(
     return count
 
 
+class OldNames(TypedDict, total=False):
+    """Keywords of former releases that the constructors of the trainers still take."""
+
+    tokenizer: Any
+
+
 def accept_old_names(
-    given: dict[str, Any], processing_class: Any, constructor: Callable[..., Any], config: type
+    given: Mapping[str, Any], processing_class: Any, constructor: Callable[..., Any], config: type
 ) -> Any:
     """Returns the processing class, from its old name `tokenizer` too. `config` is the class of the trainer's `args`.
 

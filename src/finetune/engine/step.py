@@ -63,7 +63,7 @@ def input_dtype(accelerator: "Accelerator") -> torch.dtype | None:
 def count_items(batches: list[Any], *, shifts_labels: bool) -> Tensor | None:
     """Returns the number of supervised items of some batches, as a 0-d int64 tensor on their device.
 
-    A causal model predicts label i+1 at position i, so with `shifts_labels` the first label of a row is no target:
+    A causal model predicts label i+1 at position i, so with `shifts_labels` the first label of a row is not a target:
     labels [[5, 6, -100], [-100, 7, 8]] count 3, not 4. A collator that provides `shift_labels` is taken at its word.
     None when the batches hold no countable `labels`.
     """

@@ -30,6 +30,9 @@ class RunAttributes:
 
     @args.setter
     def args(self, value: Any) -> None:
+        self._use_arguments(value)
+
+    def _use_arguments(self, value: Any) -> None:
         args = coerce_training_arguments(value, TrainingArguments)
         self._train_batch_size = args.train_batch_size
         if self._events is None:

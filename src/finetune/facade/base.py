@@ -17,11 +17,16 @@ from finetune.control.state import TrainerState, export_states
 from finetune.data.collate import default_collator
 from finetune.distributed.accelerator import build_accelerator, fsdp_version, zero_stage
 from finetune.engine import checks, divisor, search, setup
+from finetune.engine.before_rows import check_given
 from finetune.engine.run import TrainingRun
 from finetune.facade.attributes import RunAttributes
 from finetune.models.traits import inspect_model
 from finetune.reporting import metrics_io, trackers
 from finetune.reporting.memory import MemoryTracker
+
+if TYPE_CHECKING:
+    import transformers
+    from typing_extensions import Unpack
 
 
 class TrainerBase(RunAttributes):
@@ -75,7 +80,7 @@ class TrainerBase(RunAttributes):
 
     @contextlib.contextmanager
     def _model_features(self) -> Iterator[None]:
-        """Within, the model is changed as `_change_model` says; a use inside another changes nothing more."""
+        """Context manager that applies `_change_model`; re-entrant."""
         if self._features_are_on:
             yield
             return
@@ -92,8 +97,8 @@ class TrainerBase(RunAttributes):
 
     def __init__(
         self,
-        model: Any = None,
-        args: Any = None,
+        model: nn.Module | None = None,
+        args: "TrainingArguments | transformers.TrainingArguments | dict[str, Any] | None" = None,
         data_collator: Callable[[list[Any]], Any] | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
@@ -105,10 +110,11 @@ class TrainerBase(RunAttributes):
         optimizers: tuple[Any, Any] = (None, None),
         optimizer_cls_and_kwargs: tuple[type, dict[str, Any]] | None = None,
         preprocess_logits_for_metrics: Callable[[Any, Any], Any] | None = None,
-        **old_names: Any,
+        **old_names: "Unpack[setup.OldNames]",
     ) -> None:
         processing_class = setup.accept_old_names(old_names, processing_class, type(self), TrainingArguments)
-        self.args = args
+        check_given(processing_class=processing_class, callbacks=callbacks)
+        self._use_arguments(args)
         args = self.args
         setup.set_log_level(args)
         checks.warn_of_idle_devices(args)

@@ -110,7 +110,7 @@ class DataMethods(TrainerBase):
         return loaders.train_sampler(dataset, self.args, self._input_name)
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
-        """Returns the sampler of an evaluation data set. Called by `get_eval_dataloader` and `get_test_dataloader`."""
+        """Returns the sampler of an evaluation dataset. Called by `get_eval_dataloader` and `get_test_dataloader`."""
         return loaders.eval_sampler(eval_dataset, self.args, self._input_name)
 
     @property
@@ -123,7 +123,7 @@ class DataMethods(TrainerBase):
             self._signature_columns = columns.signature_columns(self.model, self.label_names)
 
     def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
-        """Returns the data set without the columns that `model.forward` does not take."""
+        """Returns the dataset without the columns that `model.forward` does not take."""
         if not self.args.remove_unused_columns:
             return dataset
         self._set_signature_columns_if_needed()
@@ -135,7 +135,7 @@ class DataMethods(TrainerBase):
         )
 
     def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any:
-        """Returns the collator behind a filter of columns, for data sets whose columns cannot be removed up front."""
+        """Returns the collator behind a filter of columns, for datasets whose columns cannot be removed up front."""
         if not self.args.remove_unused_columns:
             return data_collator
         self._set_signature_columns_if_needed()
@@ -144,5 +144,5 @@ class DataMethods(TrainerBase):
         )
 
     def num_examples(self, dataloader: DataLoader[Any]) -> int:
-        """Returns the rows of a loader's data set."""
+        """Returns the rows of a loader's dataset."""
         return loaders.num_examples(dataloader, self.args.per_device_train_batch_size)

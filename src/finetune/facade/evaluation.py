@@ -29,7 +29,7 @@ class EvaluationMethods(DataMethods):
     ) -> dict[str, float]:
         """Returns `eval_loss`, the metrics of `compute_metrics`, and the speed of one pass over the evaluation data.
 
-        A dict of data sets is evaluated one by one, as `eval_<name>_loss` and so on. Called by the user, and by
+        A dict of datasets is evaluated one by one, as `eval_<name>_loss` and so on. Called by the user, and by
         `train` whenever `eval_strategy` asks for it.
         """
         override = eval_dataset is not None

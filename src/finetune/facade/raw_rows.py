@@ -10,12 +10,12 @@ from finetune.facade.evaluation import EvaluationMethods
 
 
 class RawRowMethods(EvaluationMethods):
-    """Loaders of data sets given to `evaluate` and `predict`. A trainer puts it before `Trainer` among its bases."""
+    """Loaders of datasets given to `evaluate` and `predict`. A trainer puts it before `Trainer` among its bases."""
 
     _keeps_order = False
 
     def _prepare_given(self, dataset: Any, name: str) -> Any:
-        """Returns the data set ready for the loader: as it is, if it is prepared already. Each trainer has its own."""
+        """Returns the dataset ready for the loader: as it is, if it is prepared already. Each trainer has its own."""
         raise NotImplementedError
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:

@@ -178,7 +178,7 @@ class SavingMethods(TrainerBase):
 
     @contextlib.contextmanager
     def _saving_on_exception(self, trial: Any) -> Iterator[None]:
-        """Within, an error saves a checkpoint (`save_on_exception`) before it goes on to the caller."""
+        """Context manager: an error saves a checkpoint (`save_on_exception`) before it goes on to the caller."""
         try:
             yield
         except (Exception, KeyboardInterrupt) as error:

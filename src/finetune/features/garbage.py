@@ -14,7 +14,7 @@ _YOUNG = 50_000
 def garbage_control(empty_cache_steps: int | None = None) -> Iterator[None]:
     """Collects seldom inside the block; the collector's settings return afterwards.
 
-    What survives the first full collection in the block (model, tokenizer, data set: millions of objects) is set aside,
+    What survives the first full collection in the block (model, tokenizer, dataset: millions of objects) is set aside,
     so that no later one walks over it, and ranks do not pause one after the other. With `empty_cache_steps`
     (`args.torch_empty_cache_steps`) the user is short of device memory: then nothing is changed, because emptying the
     cache frees only tensors that were collected.

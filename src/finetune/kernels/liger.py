@@ -237,6 +237,12 @@ def resolve_kernels(apply: Any, config: Mapping[str, bool] | None, model_type: s
     return kernels
 
 
+def require_liger() -> None:
+    """Raises `ArgumentError` if Liger is not installed or its kernels cannot run here. No model is needed."""
+    _functions()
+    _check_device()
+
+
 def _functions() -> Mapping[str, Any]:
     try:
         from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from finetune.errors import ArgumentError, ModelLoadError
+from finetune.errors import ArgumentError, ModelLoadError, first_nearest, one_line
 from finetune.wrappers import is_peft_model, unwrap_peft
 
 if TYPE_CHECKING:
@@ -74,26 +74,64 @@ def add_adapters(
     `peft_config` is copied, never changed. Raises `ArgumentError` for a wrapped model or a wrong type, and
     `ModelLoadError` when peft is missing.
     """
+    check_peft_config(peft_config, model)
+    peft = _import_peft()
+    quantized = is_quantized(model)
+    config = _with_trainable_tokens(copy.deepcopy(peft_config), added_token_ids, model)
+    cast_adapters = not (zero_stage == 3 and not quantized)
+    wrapped: Any = _wrapped(peft, model, config, autocast_adapter_dtype=cast_adapters)
+    if activation_checkpointing and not _has_input_hook(model):
+        wrapped.enable_input_require_grads()
+    if quantized:
+        _cast_trainable(wrapped, adapter_dtype or _low_bit_adapter_dtype(model))
+    return wrapped
+
+
+def check_peft_config(peft_config: Any, model: Any) -> None:
+    """Raises for a `peft_config` that cannot be used with `model`, which may be a name: no weights are read.
+
+    Raises:
+        ArgumentError: it is not a `PeftConfig`, or the model has adapters already.
+        ModelLoadError: peft is not installed.
+    """
     peft = _import_peft()
     if not isinstance(peft_config, peft.PeftConfig):
         raise ArgumentError(
             f"`peft_config` is a {type(peft_config).__name__}; pass a `peft.PeftConfig`, for example "
             "`peft.LoraConfig(task_type='CAUSAL_LM', target_modules='all-linear')`."
         )
-    if is_peft_model(model):
+    if isinstance(model, nn.Module) and is_peft_model(model):
         raise ArgumentError(
             "`model` already carries PEFT adapters and `peft_config` asks for more. Merge the old ones first "
             "(`model.merge_and_unload()`), or drop `peft_config` to go on training them."
         )
-    quantized = is_quantized(model)
-    config = _with_trainable_tokens(copy.deepcopy(peft_config), added_token_ids, model)
-    cast_adapters = not (zero_stage == 3 and not quantized)
-    wrapped: Any = peft.get_peft_model(model, config, autocast_adapter_dtype=cast_adapters)
-    if activation_checkpointing and not _has_input_hook(model):
-        wrapped.enable_input_require_grads()
-    if quantized:
-        _cast_trainable(wrapped, adapter_dtype or _low_bit_adapter_dtype(model))
-    return wrapped
+
+
+def _wrapped(peft: Any, model: nn.Module, config: Any, **options: Any) -> nn.Module:
+    """Returns `model` wrapped by PEFT; raises `ArgumentError` if `target_modules` selects none of its layers."""
+    try:
+        return peft.get_peft_model(model, config, **options)
+    except ValueError as error:
+        said = str(error)
+        if not any(sign in said for sign in _SIGNS_OF_NO_MATCH):
+            raise
+        targets = getattr(config, "target_modules", None)
+        shown = sorted(targets) if isinstance(targets, (set, list, tuple)) else targets
+        problem = "is not set, and PEFT has no default for" if targets is None else f"{shown!r} matches no layer of"
+        names = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if _is_linear(module)}
+        hint = first_nearest([targets] if isinstance(targets, str) else targets or (), names)
+        raise ArgumentError(
+            f"`target_modules` {problem} {type(model).__name__}. Its linear layers are {', '.join(sorted(names))}."
+            f"{hint} Name some of them, or use 'all-linear'. (PEFT: {one_line(error)})"
+        ) from error
+
+
+# PEFT has a class for this error, but not in all releases.
+_SIGNS_OF_NO_MATCH = ("not found in the base model", "No modules were targeted", "Please specify `target_modules`")
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
 def prepare_quantized(model: nn.Module, *, activation_checkpointing: bool = False) -> nn.Module:
@@ -131,12 +169,12 @@ def reentrant_checkpointing_kwargs(model: nn.Module, kwargs: dict[str, Any] | No
         return resolved
     if resolved.pop("selective", False):
         raise ArgumentError(
-            "adapters under DeepSpeed ZeRO-3 need reentrant checkpointing, which `gradient_checkpointing_kwargs` with "
+            "Adapters under DeepSpeed ZeRO-3 need reentrant checkpointing, which `gradient_checkpointing_kwargs` with "
             "`selective` excludes. Remove `selective`, or use ZeRO-2."
         )
     if resolved.get("use_reentrant") is False:
         raise ArgumentError(
-            "adapters under DeepSpeed ZeRO-3 need reentrant checkpointing, but `gradient_checkpointing_kwargs` says "
+            "Adapters under DeepSpeed ZeRO-3 need reentrant checkpointing, but `gradient_checkpointing_kwargs` says "
             "`use_reentrant=False`. Remove it or set it to true."
         )
     return {**resolved, "use_reentrant": True}
@@ -151,7 +189,7 @@ def _import_peft() -> Any:
         import peft
     except ImportError as error:
         raise ModelLoadError(
-            "adapters were asked for (`peft_config`) but the package peft is not installed. Install it: "
+            "Adapters were asked for (`peft_config`) but the package peft is not installed. Install it: "
             "`pip install peft`, or drop `peft_config` to train all weights."
         ) from error
     return peft

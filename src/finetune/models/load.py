@@ -143,7 +143,7 @@ def load_processing_class(
         except Exception as error:
             cause = f"{type(error).__name__}: {one_line(error)}"
         warnings.warn(
-            f"the processor of {name!r} cannot be made ({cause}), so its tokenizer is used: for rows of text that is "
+            f"The processor of {name!r} cannot be made ({cause}), so its tokenizer is used: for rows of text that is "
             "enough, but what is saved will have no processor. Install what is missing, or pass `processing_class`.",
             stacklevel=4,
         )
@@ -228,17 +228,23 @@ def _origin(model_or_path: Any) -> str:
 def _load_error(what: str, name: str, error: Exception) -> ModelLoadError:
     """Returns one error for the dozen ways in which transformers, safetensors and the Hub client can fail."""
     cause = one_line(error)
+    subject = f"Model {name!r}" if what == "model" else f"The {what} of {name!r}"
     if isinstance(error, TypeError) and "unexpected keyword argument" in cause:
         remedy = "Check the spelling of the options it is loaded with (`model_init_kwargs`)."
+    elif isinstance(error, ImportError):
+        remedy = "Install the missing package."
+        if "flash" in cause.lower():
+            remedy = "Install the missing package, or set `attn_implementation='sdpa'` (in `model_init_kwargs`)."
     elif Path(name).expanduser().is_dir():
         files = ", ".join(sorted(each.name for each in Path(name).expanduser().iterdir()))
         remedy = f"The folder holds: {files}. Save it again with `save_pretrained`, or copy it again if it was cut off."
     else:
-        remedy = (
-            "It is no folder here, so it was taken for a Hub id `owner/name`. Check its spelling, the network, and "
-            "`HF_TOKEN` for gated models; offline (`HF_HUB_OFFLINE=1`) it must be in the cache already."
+        return ModelLoadError(
+            f"{subject} was not found: there is no local folder of that name, and it could not be "
+            f"loaded from the Hub ({type(error).__name__}: {cause}). Check the spelling, the network, and `HF_TOKEN` "
+            "for gated models; offline (`HF_HUB_OFFLINE=1`) it must be in the cache already."
         )
-    return ModelLoadError(f"the {what} {name!r} cannot be loaded: {type(error).__name__}: {cause} {remedy}")
+    return ModelLoadError(f"{subject} cannot be loaded: {type(error).__name__}: {cause.rstrip('.')}. {remedy}")
 
 
 def _check_weights(model: nn.Module, info: Mapping[str, Any], name: str) -> None:

@@ -59,6 +59,6 @@ def _check_folder(path: Path) -> None:
     hint = f" {str(path / nested[-1])!r} has one; is that the folder you mean?" if nested else ""
     shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") if names else "nothing"
     raise ModelLoadError(
-        f"`model` is the folder {str(path)!r}, which holds {shown} and no config.json, so it is no saved model.{hint} "
-        "Expected is a folder written by `save_pretrained` or `trainer.save_model`."
+        f"`model` is the folder {str(path)!r}, which holds {shown} and no config.json, so it is not a saved model."
+        f"{hint} Expected is a folder written by `save_pretrained` or `trainer.save_model`."
     )

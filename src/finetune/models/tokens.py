@@ -51,7 +51,7 @@ def choose_pad_token(processing_class: Any, model: nn.Module | None = None, pad_
     token = pad_token or tokenizer.pad_token or tokenizer.eos_token
     if token is None:
         raise ArgumentError(
-            f"the tokenizer ({type(tokenizer).__name__}) has neither a padding nor an EOS token. Name a token of its "
+            f"The tokenizer ({type(tokenizer).__name__}) has neither a padding nor an EOS token. Name a token of its "
             "vocabulary with `pad_token`."
         )
     token_id = _known_id(tokenizer, token, "pad_token")

@@ -93,7 +93,7 @@ def check_trainable(model: nn.Module) -> None:
             if is_peft_model(kept) or getattr(base, "_hf_peft_config_loaded", False)
             else "Unfreeze some with `requires_grad_(True)` or pass `peft_config`."
         )
-        raise ArgumentError(f"every parameter of `model` ({name}) is frozen, so there is nothing to train. {remedy}")
+        raise ArgumentError(f"Every parameter of `model` ({name}) is frozen, so there is nothing to train. {remedy}")
 
 
 def takes_argument(model: nn.Module, name: str) -> bool:
@@ -115,7 +115,7 @@ def _check_quantized(kept: nn.Module, base: nn.Module, quantizer: Any) -> None:
     if quantizer is not None and not quantizer.is_trainable:
         method = getattr(getattr(quantizer, "quantization_config", None), "quant_method", "its quantization")
         raise ArgumentError(
-            f"models quantized with {method} cannot be trained, not even through adapters. Load `model` with another "
+            f"Models quantized with {method} cannot be trained, not even through adapters. Load `model` with another "
             "`quantization_config`, for example `BitsAndBytesConfig(load_in_4bit=True)`."
         )
 

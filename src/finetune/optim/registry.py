@@ -98,6 +98,12 @@ def _registered() -> dict[str, _Registered]:
     return _REGISTERED
 
 
+def is_built_here(args: OptimizerArguments) -> bool:
+    """Returns whether the builder of `args.optim` is one of this package, not one that a third party registered."""
+    builder = _load_builders().get(str(getattr(args.optim, "value", args.optim)))
+    return builder is not None and builder.__module__.split(".")[0] == __name__.split(".")[0]
+
+
 def optimizer_cls_and_kwargs(args: OptimizerArguments, model: nn.Module | None = None) -> ClassAndArguments:
     """Returns the optimizer class for `args.optim` and its keyword arguments, without parameters.
 

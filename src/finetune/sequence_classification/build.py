@@ -19,7 +19,7 @@ def config_of(model: Any, args: SequenceClassificationConfig) -> Any:
     Raises `ModelLoadError` as `load_config`.
     """
     if isinstance(model, str):
-        options = options_of_config(_init_kwargs(args))
+        options = options_of_config(init_kwargs(args))
         return load_config(model, trust_remote_code=args.trust_remote_code, **options)
     return getattr(unwrap(model), "config", None)
 
@@ -44,7 +44,7 @@ def load_classifier(
     model: Any, config: Any, args: SequenceClassificationConfig, task: Task, quantization_config: Any
 ) -> nn.Module:
     """Returns the model with a head for `task`, loaded where it was given by name. `config` is that of `config_of`."""
-    init = _init_kwargs(args)
+    init = init_kwargs(args)
     labels = dict(enumerate(task.names))
     described = {"id2label": labels, "label2id": {name: index for index, name in labels.items()}}
     described["problem_type"] = task.problem_type  # pyright: ignore[reportArgumentType]
@@ -74,7 +74,8 @@ def load_classifier(
     return model
 
 
-def _init_kwargs(args: SequenceClassificationConfig) -> dict[str, Any]:
+def init_kwargs(args: SequenceClassificationConfig) -> dict[str, Any]:
+    """Returns a copy of `model_init_kwargs`, empty where none are given."""
     assert not isinstance(args.model_init_kwargs, str)  # parsed when the arguments were made
     return {**(args.model_init_kwargs or {})}
 

@@ -41,7 +41,7 @@ class SequenceClassificationArguments(ArgumentGroup):
         nargs="?",
         const=True,
     )
-    dataset_num_proc: int | None = arg(None, "Processes that prepare the data set.")
+    dataset_num_proc: int | None = arg(None, "Processes that prepare the dataset.")
 
     def _validate(self) -> None:
         if self.problem_type is not None:

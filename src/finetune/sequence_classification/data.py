@@ -47,7 +47,7 @@ def find_columns(dataset: Any, text_columns: Sequence[str] | None, label_column:
         missing = [column for column in wanted if column not in row]
         if missing and not (argument == "label_column" and name != "train"):
             raise DataFormatError(
-                f"`{argument}` names `{missing[0]}`, but the {name} data set has the columns {ticked(row)}."
+                f"`{argument}` names `{missing[0]}`, but the {name} dataset has the columns {ticked(row)}."
                 f"{nearest(str(missing[0]), row)}"
             )
     label = label_column if label_column in row else None
@@ -69,7 +69,7 @@ def find_columns(dataset: Any, text_columns: Sequence[str] | None, label_column:
     close = first_nearest((*SINGLES[:2], *PAIRS[0]), row)
     found = "several columns of text" if strings else "no column of text"
     raise DataFormatError(
-        f"The {name} data set has {found}; its columns are {ticked(row)}.{close} Name the text with `text_columns` "
+        f"The {name} dataset has {found}; its columns are {ticked(row)}.{close} Name the text with `text_columns` "
         "(one column, or the two of a pair)."
     )
 
@@ -83,7 +83,7 @@ def _class_label_column(dataset: Any) -> str | None:
 def prepare_rows(
     dataset: Any, tokenizer: Any, columns: Columns, task: Task, max_length: int | None, name: str, num_proc: int | None
 ) -> Any:
-    """Returns the data set with `input_ids`, what else the tokenizer gives, `length` and, if there are any, `labels`.
+    """Returns the dataset with `input_ids`, what else the tokenizer gives, `length` and, if there are any, `labels`.
 
     Test sets of public benchmarks carry -1 (or nothing) in place of every label; these count as unlabelled.
     """
@@ -107,7 +107,7 @@ def prepare_rows(
         made["length"] = [len(ids) for ids in made["input_ids"]]
         for row, length in zip(rows, made["length"], strict=True):
             if not length:
-                raise DataFormatError(f"Row {row} of the {name} data set has no tokens. Remove it.")
+                raise DataFormatError(f"Row {row} of the {name} dataset has no tokens. Remove it.")
         if label is not None:
             made["labels"] = encode_labels(batch[label], task, label, name, feature)
         return made

@@ -148,7 +148,7 @@ def _lookup(values: Sequence[Any], task: Task, column: str, name: str, feature: 
         index = task.ids.get(key, task.ids.get(str(key)))
         if index is None:
             raise DataFormatError(
-                f"Label {row} in `{column}` of the {name} data set is {value!r}, which is none of the "
+                f"Label {row} in `{column}` of the {name} dataset is {value!r}, which is none of the "
                 f"{len(task.names)} classes: {', '.join(task.names[:20])}.{nearest(str(key), task.names)} "
                 "Name all classes with `class_names`."
             )
@@ -173,7 +173,7 @@ def encode_labels(values: Sequence[Any], task: Task, column: str, name: str, fea
         if not task.ids:
             return np.asarray(values, dtype=np.float64).reshape(len(values), len(task.names)).tolist()
     except (TypeError, ValueError) as error:
-        raise DataFormatError(f"`{column}` of the {name} data set cannot be read as numbers: {error}.") from error
+        raise DataFormatError(f"`{column}` of the {name} dataset cannot be read as numbers: {error}.") from error
     rows = np.zeros((len(values), len(task.names)))
     for row, value in enumerate(values):
         rows[row, _lookup(value, task, column, name, inner)] = 1.0

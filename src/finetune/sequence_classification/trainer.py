@@ -1,20 +1,22 @@
 """`SequenceClassificationTrainer`: classes, several classes per row, or numbers from text, on the common trainer."""
 
+import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from finetune.arguments import TrainingArguments
 from finetune.arguments.coerce import coerce_training_arguments
 from finetune.data.collate import default_collator
 from finetune.data.pipeline import as_dataset, first_row, say_on_main_process
 from finetune.data.rows import IGNORE_INDEX
 from finetune.engine import setup
-from finetune.errors import ArgumentError
+from finetune.engine.before_rows import check_before_rows, check_given
 from finetune.facade.raw_rows import RawRowMethods, prepare_each
 from finetune.kernels.unpadded import use_unpadded_trunk
 from finetune.models.adapters import unwrap
@@ -23,6 +25,7 @@ from finetune.models.traits import takes_argument
 from finetune.sequence_classification.build import (
     check_smoothing,
     config_of,
+    init_kwargs,
     labels_of,
     load_classifier,
     with_adapters,
@@ -39,6 +42,11 @@ from finetune.sequence_classification.padding import (
 )
 from finetune.trainer import Trainer
 from finetune.wrappers import is_peft_model
+
+if TYPE_CHECKING:
+    import transformers
+    from peft import PeftConfig
+    from typing_extensions import Unpack
 
 # Not `config.json`: transformers takes a folder with one for a whole model, and looks for its weights there.
 ADAPTED_CONFIG = "classifier_config.json"
@@ -61,6 +69,24 @@ class SequenceClassificationTrainer(RawRowMethods, Trainer):
     f"{folder}/classifier_config.json"))` is the trained model. Data given later to `evaluate` and `predict` may be raw
     rows.
 
+    Args:
+        model: a folder, a Hub id, or a loaded model with the right number of outputs.
+        args: the configuration. transformers' `TrainingArguments` and a dict of fields are read too; unset means the
+            defaults and the folder `<model name>-classification`.
+        data_collator: makes a batch from a list of rows; unset means one that pads.
+        train_dataset: a `Dataset`, an `IterableDataset` or a list of rows with text and labels. Required.
+        eval_dataset: rows as for training, or a dict of several datasets.
+        processing_class: the tokenizer; unset means the one stored with the model.
+        compute_loss_func: called as `(outputs, labels, num_items_in_batch)`, returns the loss.
+        compute_metrics: called with an `EvalPrediction`, returns a dict of metrics; unset means those of the task.
+        callbacks: a list of callbacks, classes or instances, in addition to those of `report_to`.
+        optimizers: an optimizer and a schedule to use instead of those that `args` describe; either may be None.
+        optimizer_cls_and_kwargs: a class and its keyword arguments, instead of `args.optim`.
+        preprocess_logits_for_metrics: called as `(logits, labels)` before the logits are kept for `compute_metrics`.
+        quantization_config: transformers' configuration for a model that is given by name.
+        peft_config: adapters to train beside the head, such as `peft.LoraConfig`; unset trains all weights.
+        old_names: `tokenizer`, which is called `processing_class` now.
+
     Attributes:
         task: what the labels mean: `problem_type`, `names`, `counts`.
 
@@ -72,10 +98,17 @@ class SequenceClassificationTrainer(RawRowMethods, Trainer):
 
     _tag_names = ["sequence-classification"]
 
+    if TYPE_CHECKING:
+
+        @property
+        def args(self) -> SequenceClassificationConfig: ...
+        @args.setter
+        def args(self, value: Any) -> None: ...
+
     def __init__(
         self,
-        model: Any,
-        args: Any = None,
+        model: str | os.PathLike[str] | nn.Module,
+        args: "TrainingArguments | transformers.TrainingArguments | dict[str, Any] | None" = None,
         data_collator: Callable[[list[Any]], Any] | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
@@ -87,16 +120,24 @@ class SequenceClassificationTrainer(RawRowMethods, Trainer):
         optimizer_cls_and_kwargs: tuple[type, dict[str, Any]] | None = None,
         preprocess_logits_for_metrics: Callable[[Any, Any], Any] | None = None,
         quantization_config: Any = None,
-        peft_config: Any = None,
-        **old_names: Any,
+        peft_config: "PeftConfig | None" = None,
+        **old_names: "Unpack[setup.OldNames]",
     ) -> None:
         processing_class = setup.accept_old_names(old_names, processing_class, type(self), SequenceClassificationConfig)
         model = setup.name_or_model(model)
         if args is None:
             args = SequenceClassificationConfig(setup.folder_for(model, "classification"))
         args = coerce_training_arguments(args, SequenceClassificationConfig)
-        if train_dataset is None:
-            raise ArgumentError("`train_dataset` is required.")
+        check_given(processing_class=processing_class, callbacks=callbacks)
+        check_before_rows(
+            self,
+            args,
+            model=model,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            peft_config=peft_config,
+            brings_optimizer=optimizers[0] is not None or optimizer_cls_and_kwargs is not None,
+        )
         setup.seed_everything(args)
         config = config_of(model, args)
         train_dataset = as_dataset(train_dataset)
@@ -112,7 +153,7 @@ class SequenceClassificationTrainer(RawRowMethods, Trainer):
         weights = None if args.class_weights is None else balanced_weights(self.task, args.class_weights)
         self._class_weights = None if weights is None else torch.tensor(weights)
         if processing_class is None:
-            revision = (args.model_init_kwargs or {}).get("revision")
+            revision = init_kwargs(args).get("revision")
             processing_class = load_tokenizer(model, revision=revision, trust_remote_code=args.trust_remote_code)
         model = load_classifier(model, config, args, self.task, quantization_config)
         self._max_length = longest_row(args.max_length, processing_class, model)
@@ -146,7 +187,7 @@ class SequenceClassificationTrainer(RawRowMethods, Trainer):
     # ---- Data ----
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
-        """Returns the rows as token ids and labels. Called for the training and each evaluation data set."""
+        """Returns the rows as token ids and labels. Called for the training and each evaluation dataset."""
         dataset = as_dataset(dataset)
         columns = self._columns
         if dataset_name != "train":

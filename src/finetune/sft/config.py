@@ -40,17 +40,17 @@ class SFTArguments(ArgumentGroup):
     dataset_text_field: str = arg("text", "Column that holds the text.")
     dataset_kwargs: dict[str, Any] | str | None = arg(
         None,
-        "`skip_prepare_dataset` takes the data set as it is; `add_special_tokens` and `append_concat_token`, if false, "
+        "`skip_prepare_dataset` takes the dataset as it is; `add_special_tokens` and `append_concat_token`, if false, "
         "leave BOS and EOS away from rows of text.",
     )
-    dataset_num_proc: int | None = arg(None, "Processes that prepare the data set.")
+    dataset_num_proc: int | None = arg(None, "Processes that prepare the dataset.")
     eos_token: str | None = arg(None, "Token that ends a turn or a text; unset means the tokenizer's.")
     pad_token: str | None = arg(None, "Token used for padding; unset means the tokenizer's.")
     max_length: int | None = arg(
         1024, "Longest sequence in tokens; longer ones are cut. None cuts nothing.", old=["max_seq_length"]
     )
     truncation_mode: str = arg("keep_start", "Which end of a long sequence is kept.", choices=TRUNCATION_MODES)
-    shuffle_dataset: bool = arg(False, "Shuffle the data set once before it is prepared, and packed rows once more.")
+    shuffle_dataset: bool = arg(False, "Shuffle the dataset once before it is prepared, and packed rows once more.")
     packing: bool = arg(False, "Fill rows of `max_length` tokens with several samples each.")
     packing_strategy: str = arg(
         "bfd",
@@ -87,9 +87,9 @@ class SFTArguments(ArgumentGroup):
         require_choice("loss_type", self.loss_type, LOSS_TYPES)
         require_choice("truncation_mode", self.truncation_mode, TRUNCATION_MODES)
         require_choice("data_audit", self.data_audit, DATA_AUDITS)
-        require_positive("max_length", self.max_length)
         require(
-            (self.max_length or 2) >= 2, "`max_length` must be at least 2: the first token of a row is never predicted."
+            self.max_length is None or self.max_length >= 2,
+            f"`max_length={self.max_length}` must be at least 2: the first token of a row is never predicted.",
         )
         require_positive("dataset_num_proc", self.dataset_num_proc)
         require_positive("pad_to_multiple_of", self.pad_to_multiple_of)
@@ -142,8 +142,8 @@ class SFTConfig(SFTArguments, TrainingArguments):
     )
 
     _OLD_NAMES: ClassVar[dict[str, Translation]] = {
-        "dataset_batch_size": without_effect("The data set is prepared in batches of a fixed size."),
-        "num_of_sequences": without_effect("Packing reads the whole data set."),
+        "dataset_batch_size": without_effect("The dataset is prepared in batches of a fixed size."),
+        "num_of_sequences": without_effect("Packing reads the whole dataset."),
         "chars_per_token": without_effect("Packing counts tokens, it does not estimate them."),
         "infinite": without_effect("`max_steps` repeats the data as often as needed."),
     }

@@ -43,7 +43,7 @@ def router_coefficient(model: nn.Module, given: float | None) -> float | None:
 
 @contextmanager
 def own_weight_is_zero(model: nn.Module) -> Iterator[None]:
-    """Within, the model adds nothing to its loss; afterwards it weighs its auxiliary loss as it did."""
+    """Context manager: the model adds nothing to its loss; afterwards it weighs its auxiliary loss as it did."""
     base: Any = unwrap(model)
     before = getattr(base, _WEIGHT)
     setattr(base, _WEIGHT, 0.0)

@@ -1,7 +1,7 @@
 """How `SFTTrainer` computes its loss and counts tokens: fused with the head where possible, else from the logits."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -10,6 +10,7 @@ from finetune.engine.meter import MetricBag, TokenCounter
 from finetune.errors import ArgumentError
 from finetune.kernels.fused_head import FusedHead
 from finetune.kernels.head_support import LIGER_OWNS_HEAD, unsupported_reason
+from finetune.sft.config import SFTConfig
 from finetune.sft.experts import auxiliary_loss, without_router_outputs
 from finetune.sft.losses import output_sums, token_sums
 from finetune.trainer import Trainer
@@ -23,6 +24,13 @@ class SFTLossMethods(Trainer):
     _router_coefficient: float | None
     _head: FusedHead | None = None
     _loss_only = False
+
+    if TYPE_CHECKING:
+
+        @property
+        def args(self) -> SFTConfig: ...
+        @args.setter
+        def args(self, value: Any) -> None: ...
 
     @property
     def router_aux_loss_coef(self) -> float:
@@ -154,7 +162,7 @@ def refuse_loss_function(args: Any, compute_loss_func: Any) -> None:
     """Raises `ArgumentError` for a `compute_loss_func` beside the `loss_type` that it would replace."""
     if compute_loss_func is not None and args.loss_type == "dft":
         raise ArgumentError(
-            "`compute_loss_func` computes the whole loss, so `loss_type='dft'` would not act. Drop one of them."
+            "`compute_loss_func` computes the whole loss, so `loss_type='dft'` has no effect. Drop one of them."
         )
 
 

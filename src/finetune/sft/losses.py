@@ -70,6 +70,6 @@ def output_sums(outputs: Any, labels: Tensor) -> TokenSums | None:
     if accuracy is None:
         return None
     count = labels[:, 1:].ne(IGNORE_INDEX).sum()
-    # The share of no tokens at all is no number.
+    # The share of no tokens at all is not a number.
     correct = torch.where(count > 0, accuracy.detach() * count, 0.0)
     return TokenSums(outputs["loss"].detach(), count, correct, None)

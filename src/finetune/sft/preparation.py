@@ -39,7 +39,7 @@ class SFTRowMethods(RawRowMethods):
         formatting_func: Callable[..., Any] | None,
         dataset_name: str,
     ) -> Any:
-        """Returns the rows as token ids and labels, packed if asked. Called for the training and each eval data set."""
+        """Returns the rows as token ids and labels, packed if asked. Called for the training and each eval dataset."""
         if self._plan.skip_prepare:
             return dataset
         dataset = as_dataset(dataset)
@@ -63,7 +63,7 @@ class SFTRowMethods(RawRowMethods):
         return rows
 
     def _prepare_eval(self, eval_dataset: Any, processing_class: Any, args: SFTConfig) -> Any:
-        """Returns one prepared evaluation data set, or a dict of them."""
+        """Returns one prepared evaluation dataset, or a dict of them."""
         packing = self._plan.eval_packing
         return prepare_each(
             eval_dataset,
@@ -106,7 +106,7 @@ class SFTRowMethods(RawRowMethods):
 
     @contextmanager
     def _collating(self, *, padding_free: bool | None) -> Iterator[None]:
-        """Within, loaders get a collator that is padding-free or not; None leaves it, and so does one of the user's."""
+        """Context manager: makes the collator padding-free or not; None and a user's collator change nothing."""
         collator = self.data_collator
         if padding_free is not None and isinstance(collator, DataCollatorForLanguageModeling):
             self.data_collator = replace(collator, padding_free=padding_free)

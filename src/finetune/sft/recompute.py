@@ -1,4 +1,4 @@
-"""Whether a run keeps its activations or computes them again in the backward pass, when nobody said.
+"""Whether a run keeps its activations or computes them again in the backward pass, when that is unset.
 
 TRL recomputes always, which costs a quarter of a step and is needed only where the activations do not fit. Here a short
 forward pass is measured, and they are kept where the largest batch takes a small part of the free memory.

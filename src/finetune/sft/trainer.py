@@ -1,13 +1,15 @@
 """`SFTTrainer`: supervised fine-tuning of causal language models, with TRL's constructor and behaviour."""
 
 import logging
+import os
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from finetune.arguments import TrainingArguments
 from finetune.arguments.coerce import coerce_training_arguments
 from finetune.compat import EvalLoopOutput, TrainOutput
 from finetune.data import preview
@@ -17,8 +19,8 @@ from finetune.data.pipeline import first_row
 from finetune.data.rows import WEIGHTS
 from finetune.distributed.accelerator import fsdp_version
 from finetune.engine import setup
+from finetune.engine.before_rows import check_before_rows, check_given
 from finetune.engine.meter import MetricBag, TokenCounter
-from finetune.errors import ArgumentError
 from finetune.features.offload import offload_activations
 from finetune.hub.card import create_sft_model_card
 from finetune.kernels.attention import use_packed_attention
@@ -40,6 +42,11 @@ from finetune.sft.loss_methods import SFTLossMethods, refuse_loss_function
 from finetune.sft.plan import DataPlan
 from finetune.sft.preparation import SFTRowMethods
 
+if TYPE_CHECKING:
+    import transformers
+    from peft import PeftConfig
+    from typing_extensions import Unpack
+
 
 class SFTTrainer(SFTRowMethods, SFTLossMethods):
     """Fine-tunes a causal language model on text, prompt-completion or chat rows.
@@ -49,6 +56,27 @@ class SFTTrainer(SFTRowMethods, SFTLossMethods):
 
     The loss is computed without building the logits (`kernels/fused_head.py`) wherever the model's head allows it.
     Logged beside the loss: `mean_token_accuracy`, `entropy` (nats) and `num_tokens`, as TRL does.
+
+    Args:
+        model: a folder, a Hub id, or a loaded model. A name is loaded in float32 unless `model_init_kwargs` sets
+            `dtype`.
+        args: the configuration. TRL's `SFTConfig`, transformers' `TrainingArguments` and a dict of fields are read
+            too; unset means the defaults and the folder `<model name>-SFT`.
+        data_collator: makes a batch from a list of rows; unset means the one that fits the rows.
+        train_dataset: a `Dataset`, an `IterableDataset` or a list of rows with `text`, `prompt` and `completion`,
+            `messages`, or `input_ids`. Required.
+        eval_dataset: rows as for training, or a dict of several datasets.
+        processing_class: the tokenizer or processor; unset means the one stored with the model.
+        compute_loss_func: called as `(outputs, labels, num_items_in_batch)`, returns the loss.
+        compute_metrics: called with an `EvalPrediction`, returns a dict of metrics.
+        callbacks: a list of callbacks, classes or instances, in addition to those of `report_to`.
+        optimizers: an optimizer and a schedule to use instead of those that `args` describe; either may be None.
+        optimizer_cls_and_kwargs: a class and its keyword arguments, instead of `args.optim`.
+        preprocess_logits_for_metrics: called as `(logits, labels)` before the logits are kept for `compute_metrics`.
+        quantization_config: transformers' configuration for a model that is given by name.
+        peft_config: adapters to train, such as `peft.LoraConfig`; unset trains all weights.
+        formatting_func: called with one row, returns its text, messages or another row.
+        old_names: `tokenizer`, which is called `processing_class` now.
 
     Raises:
         ArgumentError: arguments that contradict each other or the rows; every broken rule in one message.
@@ -65,8 +93,8 @@ class SFTTrainer(SFTRowMethods, SFTLossMethods):
 
     def __init__(
         self,
-        model: Any,
-        args: Any = None,
+        model: str | os.PathLike[str] | nn.Module,
+        args: "SFTConfig | TrainingArguments | transformers.TrainingArguments | dict[str, Any] | None" = None,
         data_collator: Callable[[list[Any]], Any] | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
@@ -78,15 +106,23 @@ class SFTTrainer(SFTRowMethods, SFTLossMethods):
         optimizer_cls_and_kwargs: tuple[type, dict[str, Any]] | None = None,
         preprocess_logits_for_metrics: Callable[[Any, Any], Any] | None = None,
         quantization_config: Any = None,
-        peft_config: Any = None,
+        peft_config: "PeftConfig | None" = None,
         formatting_func: Callable[[dict[str, Any]], Any] | None = None,
-        **old_names: Any,
+        **old_names: "Unpack[setup.OldNames]",
     ) -> None:
         processing_class = setup.accept_old_names(old_names, processing_class, type(self), SFTConfig)
         model = setup.name_or_model(model)
         args = SFTConfig(setup.folder_for(model, "SFT")) if args is None else coerce_training_arguments(args, SFTConfig)
-        if train_dataset is None:
-            raise ArgumentError("`train_dataset` is required.")
+        check_given(processing_class=processing_class, callbacks=callbacks, formatting_func=formatting_func)
+        check_before_rows(
+            self,
+            args,
+            model=model,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            peft_config=peft_config,
+            brings_optimizer=optimizers[0] is not None or optimizer_cls_and_kwargs is not None,
+        )
         self._plan = DataPlan.resolve(args, first_row(train_dataset), formatting_func)
         self._formatting_func = formatting_func
         check_model_options(args, model, quantization_config)

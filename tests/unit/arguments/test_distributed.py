@@ -84,3 +84,16 @@ def test_deepspeed_is_registered_and_the_configuration_left_alone():
     assert args.deepspeed_plugin.zero_stage == 2
     assert args.hf_deepspeed_config.config["train_micro_batch_size_per_gpu"] == 3
     assert args.deepspeed == given == before
+
+
+def test_a_deepspeed_configuration_that_is_not_there(tmp_path):
+    with pytest.raises(ArgumentError, match=r"`deepspeed='.*ds.json'`: there is no such file"):
+        TrainingArguments("out", deepspeed=str(tmp_path / "ds.json"))
+
+
+def test_deepspeed_that_is_not_installed(monkeypatch):
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ArgumentError, match="pip install deepspeed"):
+        TrainingArguments("out", deepspeed={"zero_optimization": {"stage": 2}})

@@ -202,3 +202,8 @@ def test_a_refused_old_name_is_named(name):
     with pytest.raises(ArgumentError, match=f"`{name}='strange'`"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         TrainingArguments("out", **{name: "strange"})
+
+
+def test_a_misspelt_field_is_named_when_it_is_read():
+    with pytest.raises(AttributeError, match="Did you mean `learning_rate`"):
+        TrainingArguments("out").lerning_rate  # noqa: B018  # pyright: ignore[reportAttributeAccessIssue]

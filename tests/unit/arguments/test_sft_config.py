@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 
 from finetune.errors import ArgumentError
@@ -73,7 +74,7 @@ def test_vocabulary_tokens_survive_a_rebuild():
         ({"packing_strategy": "bdf"}, "Did you mean `bfd`"),
         ({"loss_type": "nnl"}, "Did you mean `nll`"),
         ({"truncation_mode": "keep"}, "is not one of"),
-        ({"max_length": 0}, "must be above 0"),
+        ({"max_length": 0}, "`max_length=0` must be at least 2"),
         ({"max_length": 1}, "must be at least 2"),
         ({"data_audit": "wran"}, "Did you mean `warn`"),
         ({"loss_type": "dft", "label_smoothing_factor": 0.1}, "`loss_type='dft'`.*`label_smoothing_factor=0.1`"),
@@ -91,3 +92,59 @@ def test_vocabulary_tokens_survive_a_rebuild():
 def test_what_cannot_be_honoured_is_refused(given, message):
     with pytest.raises(ArgumentError, match=message):
         SFTConfig("out", **given)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"per_device_train_batch_size": 2.5}, "`per_device_train_batch_size=2.5` must be a whole number."),
+        ({"per_device_train_batch_size": None}, "`per_device_train_batch_size=None` must be a whole number."),
+        ({"max_length": 12.5}, "`max_length=12.5` must be a whole number or None."),
+        ({"dataset_num_proc": 0.5}, "`dataset_num_proc=0.5` must be a whole number or None."),
+        ({"seed": 1.5}, "`seed=1.5` must be a whole number."),
+        ({"learning_rate": None}, "`learning_rate=None` must be a number."),
+        ({"learning_rate": [1e-4]}, "`learning_rate=[0.0001]` must be a number."),
+        ({"report_to": 5}, "`report_to=5` must be a string, a list or None."),
+        ({"output_dir": 5}, "`output_dir=5` must be a string or None."),
+        ({"model_init_kwargs": 5}, "`model_init_kwargs=5` must be a dict, a string or None."),
+        ({"packing": [True]}, "`packing=[True]` must be true or false."),
+    ],
+)
+def test_values_of_a_wrong_type_are_refused_by_name(given, message):
+    with pytest.raises(ArgumentError) as caught:
+        SFTConfig(**{"output_dir": "out", **given})
+    assert str(caught.value) == message
+
+
+def test_a_wrong_output_dir_by_position_is_refused():
+    with pytest.raises(ArgumentError, match="`output_dir=5` must be a string or None"):
+        SFTConfig(5)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "expected"),
+    [
+        ("per_device_train_batch_size", 2.0, 2),
+        ("per_device_train_batch_size", np.int64(4), 4),
+        ("learning_rate", np.float32(0.5), 0.5),
+        ("max_grad_norm", None, None),
+        ("eval_steps", 0.1, 0.1),
+        ("packing", 1, True),
+        ("packing", np.bool_(True), True),
+        ("resume_from_checkpoint", True, True),
+    ],
+)
+def test_numbers_become_those_of_python(name, given, expected):
+    read = getattr(SFTConfig("out", **{name: given}), name)
+    assert read == expected
+    assert isinstance(read, (type(expected), np.bool_))
+
+
+def test_fields_of_a_users_class_are_not_checked():
+    @dataclasses.dataclass
+    class Mine(SFTConfig):
+        learning_rate: float = None  # type: ignore[assignment]  # pyright: ignore
+        ratio: int = 1
+
+    args = Mine("out", ratio=0.5)  # pyright: ignore[reportArgumentType]
+    assert (args.ratio, dataclasses.replace(args, seed=1).learning_rate) == (0.5, None)

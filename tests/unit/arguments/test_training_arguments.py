@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from finetune.arguments import REGISTERED_OPTIMIZERS, AcceleratorConfig, TrainingArguments
+from finetune.arguments import REGISTERED_OPTIMIZERS, AcceleratorConfig, TrainingArguments, parse_arguments
 from finetune.compat import DebugOption, IntervalStrategy, OptimizerNames
 from finetune.errors import ArgumentError
 
@@ -161,7 +161,7 @@ def test_json_texts_become_dicts():
         ({"torch_empty_cache_steps": 0}, "whole number above 0"),
         ({"num_train_epochs": None}, "`num_train_epochs=None` must be at least 0 and finite, unless `max_steps` is"),
         ({"max_steps": None}, "`max_steps=None` must be a number of whole steps"),
-        ({"max_steps": float("inf")}, "`max_steps=inf` must be a number of whole steps"),
+        ({"max_steps": float("inf")}, "`max_steps=inf` must be a whole number"),
         ({"max_steps": "inf"}, "`max_steps`: 'inf' is not a whole number"),
         ({"num_train_epochs": float("inf")}, "`num_train_epochs=inf` must be at least 0 and finite"),
         ({"logging_steps": float("inf")}, "`logging_steps=inf` must be a whole number of steps"),
@@ -331,3 +331,36 @@ def test_devices_that_stay_unused_are_left_to_the_trainer_to_say(monkeypatch, re
     state = SimpleNamespace(device=torch.device("cuda"), num_processes=1)
     assert processes._pick_device(state) == torch.device("cuda", 0)
     assert not recwarn.list
+
+
+@pytest.mark.parametrize("name", ["eval_strategy", "logging_strategy", "save_strategy"])
+def test_the_word_no_of_yaml_is_no_strategy(name, tmp_path):
+    """YAML reads the bare word `no` as False."""
+    assert getattr(TrainingArguments("out", **{name: False}), name) == "no"
+    file = tmp_path / "run.yaml"
+    file.write_text(f"output_dir: out\n{name}: no\n")
+    (args,) = parse_arguments(TrainingArguments, ["--config", str(file)])
+    assert getattr(args, name) == "no"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"eval_strategy": "step"},
+            r"`eval_strategy='step'` is not one of \['no', 'steps', 'epoch'\]. Did you mean `steps`",
+        ),
+        ({"save_strategy": True}, "`save_strategy=True` is not one of"),
+        ({"lr_scheduler_type": "cosin"}, "`lr_scheduler_type='cosin'` is not one of .* Did you mean `cosine`"),
+        ({"hub_strategy": "never"}, "`hub_strategy='never'` is not one of"),
+        ({"debug": "underflow"}, "`debug='underflow'` is not one of"),
+    ],
+)
+def test_a_wrong_member_of_an_enumeration_is_named_with_its_argument(given, message):
+    with pytest.raises(ArgumentError, match=message):
+        TrainingArguments("out", **given)
+
+
+def test_two_strategies_of_no_are_told_apart_from_unequal_ones():
+    with pytest.raises(ArgumentError, match="Set both to 'steps' or both to 'epoch'"):
+        TrainingArguments("out", load_best_model_at_end=True, save_strategy="no")

@@ -189,3 +189,22 @@ def test_four_bit_weights_with_adapters_train(tmp_path, model) -> None:
     torch.optim.SGD([p for p in wrapped.parameters() if p.requires_grad], lr=1.0).step()
     moved = [n for n, p in wrapped.named_parameters() if n in trainable and not torch.equal(p, trainable[n])]
     assert moved and all("lora_B" in name for name in moved)
+
+
+@pytest.mark.parametrize("targets", [["nope"], "nope"])
+def test_targets_that_match_no_layer_are_named(model, targets) -> None:
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=targets)
+    message = r"`target_modules` .*nope.* matches no layer of LlamaForCausalLM\. Its linear layers are .*q_proj"
+    with pytest.raises(ArgumentError, match=message):
+        add_adapters(model, config)
+
+
+def test_a_misspelt_target_names_the_nearest(model) -> None:
+    with pytest.raises(ArgumentError, match="Did you mean `q_proj`"):
+        add_adapters(model, LoraConfig(target_modules=["q_prj"]))
+
+
+def test_an_architecture_without_default_targets_needs_them(model, monkeypatch) -> None:
+    monkeypatch.setattr(LlamaConfig, "model_type", "mine")
+    with pytest.raises(ArgumentError, match="`target_modules` is not set, and PEFT has no default for Llama"):
+        add_adapters(model, LoraConfig())

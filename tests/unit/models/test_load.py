@@ -70,7 +70,8 @@ def test_unreadable_paths(folder, tmp_path, monkeypatch) -> None:
         load_model(tmp_path / "empty")
     with pytest.raises(ModelLoadError, match="is that the folder you mean"):
         load_model(folder.parent)
-    with pytest.raises(ModelLoadError, match="Hub id"):
+    message = "Model 'nobody/there-is-no-such-model' was not found: there is no local folder"
+    with pytest.raises(ModelLoadError, match=message):
         load_model("nobody/there-is-no-such-model")
     with pytest.raises(ModelLoadError, match="is empty"):
         load_model(" ")
@@ -138,3 +139,20 @@ def test_only_names_that_were_renamed_are_renamed_back_when_saving() -> None:
         _forget_unused_conversions(model)
         assert model._weight_conversions == value
     _forget_unused_conversions(SimpleNamespace())
+
+
+@pytest.mark.parametrize(
+    ("cause", "remedy"),
+    [
+        ("the package flash_attn seems not to be installed", r"Install .*`attn_implementation='sdpa'`"),
+        ("No module named 'timm'", "Install the missing package"),
+    ],
+)
+def test_a_missing_package_is_not_blamed_on_the_folder(folder, monkeypatch, cause, remedy) -> None:
+    def fail(*args, **kwargs):
+        raise ImportError(cause)
+
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", fail)
+    with pytest.raises(ModelLoadError, match=remedy) as caught:
+        load_model(folder, auto_class=LlamaForCausalLM)
+    assert "folder holds" not in str(caught.value)

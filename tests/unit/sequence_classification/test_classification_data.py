@@ -51,7 +51,7 @@ def test_named_columns_win_and_a_class_label_column_is_found_by_its_type() -> No
     [
         ({"txt": ["a"], "body": ["b"], "label": [0]}, (None, None), "`txt`, `body`, `label`. Did you mean `txt`"),
         ({"number": [1], "label": [0]}, (None, None), "no column of text"),
-        ({"text": ["a"], "label": [0]}, (["texts"], None), "`texts`, but the train data set.*Did you mean `text`"),
+        ({"text": ["a"], "label": [0]}, (["texts"], None), "`texts`, but the train dataset.*Did you mean `text`"),
         ({"text": ["a"], "lable": [0]}, (None, "label"), "Did you mean `lable`"),
         ({"text": []}, (None, None), "empty"),
     ],
@@ -174,7 +174,7 @@ def test_rows_become_tokens_with_lengths_and_bad_rows_are_named(chat_tokenizer: 
     assert made["length"] == [len(ids) for ids in made["input_ids"]]
     for text, expected in (("", "no tokens"), (None, "`text` is None")):
         bad = rows(text=["the", text], label=["a", "b"])
-        with pytest.raises(DataFormatError, match=f"Row 1 of the train data set.*{expected}"):
+        with pytest.raises(DataFormatError, match=f"Row 1 of the train dataset.*{expected}"):
             prepare_rows(bad, chat_tokenizer, Columns(("text",), "label"), task, 8, "train", None)
 
 

@@ -369,3 +369,22 @@ def test_the_folder_of_an_adapter_says_how_to_go_on(bert: str, tmp_path: Path) -
     trainer.save_model()
     with pytest.raises(finetune.ModelLoadError, match=r"holds an adapter.*is_trainable=True.*merge_and_unload"):
         finetune.SequenceClassificationTrainer(tmp_path / "out", config(tmp_path / "no"), train_dataset=rows(NAMES))
+
+
+@pytest.mark.parametrize(
+    ("given", "options", "message"),
+    [
+        ({"model": None}, {}, "`model` is required"),
+        ({"callbacks": finetune.EarlyStoppingCallback()}, {}, "`callbacks` must be a list"),
+        ({"peft_config": "lora"}, {}, "`peft_config` is a str"),
+        ({}, {"report_to": "wandbb"}, "Did you mean `wandb`"),
+        ({}, {"optim_args": "wrong=1"}, "`optim_args` has `wrong`"),
+        ({}, {"eval_strategy": "epoch"}, "there is no `eval_dataset`"),
+    ],
+)
+def test_mistakes_are_found_before_the_model_is_read(
+    given: dict[str, Any], options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    usual = {"model": "there-is-no-such-model", "args": config(tmp_path, **options), "train_dataset": rows(NAMES)}
+    with pytest.raises(ArgumentError, match=message):
+        finetune.SequenceClassificationTrainer(**{**usual, **given})

@@ -1,6 +1,7 @@
 """Mistakes that people make with `SFTTrainer`, and what they are told."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ def test_a_folder_may_be_a_path_and_its_options_are_blamed_for_themselves(
     tiny_llama(vocab_size=512).save_pretrained(folder)
     chat_tokenizer.save_pretrained(folder)
     assert make(folder, None, tmp_path).processing_class.eos_token == chat_tokenizer.eos_token
-    with pytest.raises(ModelLoadError, match=r"'atn_implementation' Check .*`model_init_kwargs`"):
+    with pytest.raises(ModelLoadError, match=r"'atn_implementation'. Check .*`model_init_kwargs`"):
         make(folder, None, tmp_path, options={"model_init_kwargs": {"atn_implementation": "eager"}})
 
 
@@ -168,3 +169,64 @@ def test_rows_that_are_packed_already(tiny_llama: Any, chat_tokenizer: Any, tmp_
     trainer = make(tiny_llama(vocab_size=512), chat_tokenizer, tmp_path, Dataset.from_list([row] * 4))
     trainer.train()
     assert trainer.audits["train"].num_rows == 4
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"model": None}, "`model` is required"),
+        ({"model": {"name": "x"}}, "`model` is a dict"),
+        ({"train_dataset": None}, "`train_dataset` is required"),
+        ({"processing_class": "gpt2"}, r"`processing_class='gpt2'` must be a tokenizer.*from_pretrained\('gpt2'\)"),
+        ({"callbacks": finetune.EarlyStoppingCallback()}, r"`callbacks` must be a list.*got EarlyStoppingCallback"),
+        ({"callbacks": finetune.EarlyStoppingCallback}, r"`callbacks` must be a list.*got EarlyStoppingCallback"),
+        ({"formatting_func": "text"}, "`formatting_func='text'` must be a function.*`dataset_text_field`"),
+        ({"peft_config": "lora"}, "`peft_config` is a str"),
+        ({"options": {"report_to": "wandbb"}}, "`report_to` names 'wandbb'.*Did you mean `wandb`"),
+        ({"options": {"eval_strategy": "epoch"}}, "there is no `eval_dataset`"),
+        ({"options": {"optim": "galore_adamw"}}, "needs `optim_target_modules`"),
+        ({"options": {"optim_args": "wrong=1"}}, "`optim_args` has `wrong`"),
+        (
+            {"options": {"optim": "galore_adamw", "optim_target_modules": ["q_proj"], "optim_args": "rnk=8"}},
+            "`optim_args` has `rnk`.*Did you mean `rank`",
+        ),
+        ({"options": {"use_liger_kernel": True}}, "`use_liger_kernel`"),
+    ],
+)
+def test_mistakes_are_found_before_rows_are_read(
+    given: dict[str, Any], message: str, tiny_llama: Any, chat_tokenizer: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("rows were prepared")
+
+    monkeypatch.setattr(finetune.SFTTrainer, "_prepare_dataset", fail)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    options = {"report_to": "none", "use_cpu": True, "max_steps": 1, **given.get("options", {})}
+    usual = {"model": tiny_llama(vocab_size=512), "train_dataset": ROWS, "processing_class": chat_tokenizer}
+    given = {name: value for name, value in given.items() if name != "options"}
+    with pytest.raises(ArgumentError, match=message):
+        finetune.SFTTrainer(**{**usual, "args": finetune.SFTConfig(str(tmp_path), **options), **given})
+
+
+def test_the_package_of_an_optimizer_is_missed_before_rows_are_read(
+    tiny_llama: Any, chat_tokenizer: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setitem(sys.modules, "torchao.optim", None)
+    monkeypatch.setattr(finetune.SFTTrainer, "_prepare_dataset", None)
+    with pytest.raises(ArgumentError, match="pip install torchao"):
+        make(tiny_llama(vocab_size=512), chat_tokenizer, tmp_path, options={"optim": "adamw_torch_8bit"})
+
+
+def test_an_optimizer_that_the_user_brings_is_not_checked(
+    tiny_llama: Any, chat_tokenizer: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    class Mine(finetune.SFTTrainer):
+        def create_optimizer(self, model: Any = None) -> Any:
+            self.optimizer = torch.optim.SGD(self.model.parameters())
+            return self.optimizer
+
+    options = {"optim": "galore_adamw", "report_to": "none", "use_cpu": True, "max_steps": 1, "disable_tqdm": True}
+    given = {"args": finetune.SFTConfig(str(tmp_path), **options), "train_dataset": ROWS}
+    given["processing_class"] = chat_tokenizer
+    Mine(tiny_llama(vocab_size=512), **given)
+    finetune.SFTTrainer(tiny_llama(vocab_size=512), optimizer_cls_and_kwargs=(torch.optim.SGD, {}), **given)
