@@ -17,21 +17,17 @@ Worked example, an answer "<think>hm</think>Yo" of which the template writes "Yo
     <u>Hi<e><a><think>hm</think>Yo<e>     up to the turn: `<e>` follows "Yo", so the turn ends at 13 + 3 = 16
 """
 
-import json
 import re
-from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Sequence
+from itertools import accumulate, islice, pairwise
 from typing import Any
 
 from finetune.data.chat import common_prefix_length
+from finetune.data.message_probes import Message, marked, probes
 
 Span = tuple[int, int]
-Message = dict[str, Any]
 Messages = Sequence[Message]
 Render = Callable[..., str]
-
-_REASONING = ("reasoning_content", "reasoning", "thinking")
-_TAGGED = re.compile(r"(\s*<[^<>]*>)?(.*?)(</[^<>]*>\s*)?", re.DOTALL)
 
 
 class TurnsNotFoundError(Exception):
@@ -44,21 +40,29 @@ def find_spans(text: str, messages: Messages, render: Render, token_ends: Callab
     `render(messages, add_generation_prompt=False)` renders other messages, and `token_ends(text)` are the character
     positions where tokens end. Raises `TurnsNotFoundError`, or whatever the template raises.
     """
-    spans = _prefix_spans(text, messages, render)
+    known: dict[tuple[int, bool], str] = {}
+
+    def render_first(count: int, add_generation_prompt: bool = False) -> str:
+        key = count, add_generation_prompt
+        if key not in known:
+            known[key] = render(messages[:count], add_generation_prompt=add_generation_prompt)
+        return known[key]
+
+    spans = _prefix_spans(text, messages, render_first)
     if spans is not None and not verify_spans(text, messages, spans):
         return spans
-    return _Probes(text, messages, render, token_ends).spans()
+    return _Probes(text, messages, render, render_first, token_ends).spans()
 
 
-def _prefix_spans(text: str, messages: Messages, render: Render) -> list[Span] | None:
+def _prefix_spans(text: str, messages: Messages, render_first: Callable[..., str]) -> list[Span] | None:
     spans: list[Span] = []
     for turn, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = render(messages[:turn], add_generation_prompt=True)
+        before = render_first(turn, True)
         if not text.startswith(before):
             return None
-        upto = text if turn == len(messages) - 1 else render(messages[: turn + 1])
+        upto = text if turn == len(messages) - 1 else render_first(turn + 1)
         if not text.startswith(upto):
             return None
         spans.append((len(before), len(upto)))
@@ -108,11 +112,33 @@ def answer_core(message: Message) -> str:
 class _Probes:
     """One conversation, and where each of its messages lies in its text."""
 
-    def __init__(self, text: str, messages: Messages, render: Render, token_ends: Callable[[str], list[int]]) -> None:
-        self.text, self.messages, self.render, self.token_ends = text, list(messages), render, token_ends
-        # A private character: no letter that a template could look for, no white space that it could strip.
-        self.mark = next(mark for mark in map(chr, range(0xE000, 0xF900)) if mark not in text)
-        self.regions = [self._region(self.messages, turn, text) for turn in range(len(self.messages))]
+    def __init__(
+        self,
+        text: str,
+        messages: Messages,
+        render: Render,
+        render_first: Callable[..., str],
+        token_ends: Callable[[str], list[int]],
+    ) -> None:
+        self.text, self.messages, self.token_ends = text, list(messages), token_ends
+        self.render, self.render_first = render, render_first
+        # Private characters: no letter that a template could look for, no white space that it could strip.
+        marks = (mark for mark in map(chr, range(0xE000, 0xF900)) if mark not in text)
+        self.mark = next(marks)
+        self.regions = self._regions(list(islice(marks, len(self.messages))))
+
+    def _regions(self, marks: list[str]) -> list[Span | None]:
+        """Returns the region of each message: by one rendering where that is enough, else by one for each."""
+        regions: list[Span | None] = [None] * len(self.messages)
+        around = [marked(message, mark) for message, mark in zip(self.messages, marks, strict=False)]
+        probe = self.render(around) if len(marks) == len(self.messages) else ""
+        pieces = re.split("([" + "".join(marks) + "])", probe)
+        if "".join(pieces[::2]) == self.text:
+            ends: dict[str, list[int]] = {mark: [] for mark in marks}
+            for mark, end in zip(pieces[1::2], accumulate(map(len, pieces[::2])), strict=False):
+                ends[mark].append(end)
+            regions = [(found[0], found[1]) if len(found) == 2 else None for found in ends.values()]
+        return [region or self._region(self.messages, turn, self.text) for turn, region in enumerate(regions)]
 
     def spans(self) -> list[Span]:
         """Returns the span of each assistant message; raises `TurnsNotFoundError`."""
@@ -140,27 +166,29 @@ class _Probes:
 
     def _start(self, turn: int, limit: int) -> int:
         """Returns where the text leaves the generation prompt of a turn, at the latest at `limit`."""
-        earlier = self.messages[:turn]
-        before = self.render(earlier, add_generation_prompt=True)
-        previous = max((i for i in range(turn) if self.regions[i] is not None), default=None)
-        here, there = 0, 0
-        if previous is not None:
-            region, alone = self.regions[previous], self._region(earlier, previous, before, add_generation_prompt=True)
-            if region is None or alone is None or region[1] > limit:
+        earlier, before = self.messages[:turn], self.render_first(turn, True)
+        here = there = 0
+        located = [(i, region) for i, region in enumerate(self.regions[:turn]) if region is not None]
+        if located:
+            previous, (_, here) = located[-1]
+            there = here
+            if not before.startswith(self.text[:here]):
+                alone = self._region(earlier, previous, before, add_generation_prompt=True)
+                there = -1 if alone is None else alone[1]
+            if here > limit or there < 0:
                 raise TurnsNotFoundError(f"message {previous} is not written before message {turn}")
-            here, there = region[1], alone[1]
         shared = common_prefix_length(before[there:], self.text[here:limit])
         if there + shared == len(before):
             return here + shared
         # The generation prompt may open what the template leaves out of finished turns (a thinking block), but the
         # earlier messages must be there unchanged.
-        if shared < common_prefix_length(self.render(earlier), before) - there:
+        if shared < common_prefix_length(self.render_first(turn), before) - there:
             raise TurnsNotFoundError(f"the text before message {turn} changes once the message is there")
+        if here + shared == limit:
+            return limit
         # An answer `<b>` shares `<` with a block that the prompt opens, one of other text does not.
         other = self.render([*earlier, self._saying("assistant"), *self.messages[turn + 1 :]])
         shared = min(shared, common_prefix_length(before[there:], other[here:]))
-        if here + shared == limit:
-            return limit
         ends = self._token_end(self.text, here + shared) - here, self._token_end(before, there + shared) - there
         return here + max(0, min(ends))
 
@@ -171,11 +199,13 @@ class _Probes:
             return len(text)
         others = [region[0] for i, region in enumerate(self.regions) if i != turn and region is not None]
         after = text[start : min((other for other in others if other >= start), default=len(text))]
-        alone = self.render(upto)
-        region = self._region(upto, turn, alone)
-        if region is None:
-            raise TurnsNotFoundError(f"the template writes message {turn} only if others follow")
-        closing = alone[region[1] :]
+        alone, closing_from = self.render_first(turn + 1), start
+        if not alone.startswith(text[:start]):
+            region = self._region(upto, turn, alone)
+            if region is None:
+                raise TurnsNotFoundError(f"the template writes message {turn} only if others follow")
+            closing_from = region[1]
+        closing = alone[closing_from:]
         if after.startswith(closing):
             return start + len(closing)
         shared = max(0, self._token_end(text, start + common_prefix_length(closing, after)) - start)
@@ -200,11 +230,13 @@ class _Probes:
 
     def _token_end(self, text: str, position: int) -> int:
         """Returns the end of the last token that lies wholly before a position: `<|end|>` and `<|user|>` share `<|`."""
-        return max((end for end in self.token_ends(text[: position + 32]) if end <= position), default=0)
+        first = max(0, position - 200)
+        ends = self.token_ends(text[first : position + 32])
+        return max((first + end for end in ends if first + end <= position), default=0)
 
     def _region(self, messages: Messages, turn: int, text: str, **options: Any) -> Span | None:
         """Returns where `text`, rendered from `messages`, has what one of them says; None if it is not written."""
-        for changed in _probes(messages[turn], self.mark):
+        for changed in probes(messages[turn], self.mark):
             probe = self.render([*messages[:turn], changed, *messages[turn + 1 :]], **options)
             if probe != text:
                 start = common_prefix_length(text, probe)
@@ -215,44 +247,3 @@ class _Probes:
 def _overlap(region: Span, span: Span) -> bool:
     """Returns whether a region, which may be empty, reaches into a span."""
     return max(region[0], span[0]) < min(region[1], span[1]) or span[0] < region[0] < span[1]
-
-
-def _probes(message: Message, mark: str) -> list[Message]:
-    """Returns variants of a message to be tried in turn: in each, what the message says begins and ends with `mark`."""
-    content = message.get("content")
-    if message["role"] != "assistant":
-        return [] if content is None else [{**message, "content": _each_text(content, lambda text: _wrap(text, mark))}]
-    changed: Message = {key: mark for key in _REASONING if message.get(key)}
-    if content:
-        changed["content"] = _each_text(content, lambda _: mark)
-    if message.get("tool_calls"):
-        changed["tool_calls"] = [_call_with(call, mark) for call in message["tool_calls"]]
-    # Content that is not there comes last: beside tool calls, some templates refuse it.
-    return [{**message, **changed}] * bool(changed) + [{**message, "content": mark}] * (not content)
-
-
-def _each_text(content: Any, change: Callable[[str], str]) -> Any:
-    if isinstance(content, str):
-        return change(content)
-    return [
-        {**block, "text": change(block["text"])} if isinstance(block.get("text"), str) else block for block in content
-    ]
-
-
-def _wrap(text: str, mark: str) -> str:
-    """Returns the text between two marks. Outer tags stay outside: templates look for them (`<tool_response>`)."""
-    opening, inner, closing = re.fullmatch(_TAGGED, text).groups("")  # pyright: ignore[reportOptionalMemberAccess]
-    return f"{opening}{mark}{inner}{mark}{closing}"
-
-
-def _call_with(call: Any, mark: str) -> Any:
-    """Returns a tool call with other arguments of the same form."""
-    if not isinstance(call, Mapping):
-        return call
-    if "function" in call:
-        return {**call, "function": _call_with(call["function"], mark)}
-    changed = {mark: mark}
-    return {
-        **call,
-        "arguments": json.dumps(changed, ensure_ascii=False) if isinstance(call.get("arguments"), str) else changed,
-    }

@@ -110,7 +110,7 @@ def tokenize_pairs(
     borders = [common_prefix_length(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
     starts = encoded.positions.tokens_at(range(len(texts)), borders)
     drifted = np.array([border < len(prompt) for border, prompt in zip(borders, prompts, strict=True)], bool)
-    rows = np.flatnonzero(drifted).tolist()
+    rows: list[int] = np.flatnonzero(drifted).tolist()
     for i, alone in zip(rows, encoder.encode([prompts[i] for i in rows], special=special), strict=True):
         starts[i] = min(starts[i], common_prefix_length(alone.ids, encoded.row(i)))
     position = np.arange(len(ids)) - np.repeat(offsets[:-1], np.diff(offsets))

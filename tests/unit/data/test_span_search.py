@@ -103,6 +103,15 @@ def test_a_tool_call_that_begins_like_what_the_prompt_opens() -> None:
     assert trained(template.replace("<call>", "<T>"), chat)[0] == '<T>{"city": "Rome"}</call><e>'
 
 
+def test_white_space_around_what_is_said_stays_where_the_template_writes_it() -> None:
+    chat = [user(" a\n"), says(" <think>hm</think>\n b \n"), user("a "), says("\tc ")]
+    template = THINKING.replace("OPEN", "<think>")
+    assert trained(template, chat) == ["\n b \n<e>", "</think>\tc <e>"]
+    assert trained(template.replace("{{ text }}", "{{ text | trim }}"), chat) == ["\n b \n<e>", "</think>\tc <e>"]
+    trimmed = template.replace("{{ text", "{{ text | trim").replace("text | trim.split", "text.strip().split")
+    assert trained(trimmed, chat) == ["\n b<e>", "</think>c<e>"]
+
+
 def test_text_of_a_tool_that_the_template_escapes_or_leaves_out() -> None:
     chat = [user("go"), says(None, tool_calls=CALL), tool('{"temp": 20}'), says('It says {"temp": 20}')]
     escaped = PLAIN.replace("{{ m.content }}", "{{ m.content | tojson if m.role == 'tool' else m.content }}")
