@@ -11,13 +11,10 @@ import torch
 from finetune.files import format_bytes
 from finetune.optim.fused_backward import describe_optimizer
 from finetune.reporting.flops import model_flops_utilization
-from finetune.reporting.memory import peak_device_bytes, peak_rss_bytes, take_ledger
+from finetune.reporting.memory import expected_state_bytes, peak_device_bytes, peak_rss_bytes, take_ledger
 from finetune.reporting.precision import LivePrecision
 from finetune.reporting.run_ledger import RunLedger
 from finetune.wrappers import unwrap_optimizer
-
-# Optimizer state per parameter, in tensors of the parameter's size, for classes whose state appears at the first step.
-_STATE_TENSORS = {"Adam": 2, "AdamW": 2, "NAdam": 2, "RAdam": 2, "Adamax": 2, "Lion": 1, "RMSprop": 1, "Adadelta": 2}
 
 
 def start_lines(
@@ -195,11 +192,10 @@ def _optimizer_text(model: Any, optimizer: Any, args: Any) -> str:
     held = take_ledger(model, inner).optimizer
     if held:
         return f"{name}, {rate}, state {format_bytes(held)}"
-    per_parameter = _STATE_TENSORS.get(name)
-    if per_parameter is None:
+    expected = expected_state_bytes(model, inner)
+    if expected is None:
         return f"{name}, {rate}"
-    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    return f"{name}, {rate}, state about {format_bytes(per_parameter * trained)} after the first step"
+    return f"{name}, {rate}, state about {format_bytes(expected)} after the first step"
 
 
 def _memory_text(model: Any, optimizer: Any) -> str:

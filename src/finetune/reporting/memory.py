@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 _SAMPLING_SECONDS = 0.005
+# Tensors of a parameter's size that an optimizer keeps for it, for classes whose state appears in the first step.
+_STATE_TENSORS = {"Adam": 2, "AdamW": 2, "NAdam": 2, "RAdam": 2, "Adamax": 2, "Lion": 1, "RMSprop": 1, "Adadelta": 2}
 
 
 def rss_bytes() -> int:
@@ -169,6 +171,14 @@ def take_ledger(model: nn.Module, optimizer: Any = None) -> Ledger:
         buffers=bytes_of(model.buffers(), seen),
         dtypes=dtypes,
     )
+
+
+def expected_state_bytes(model: nn.Module, optimizer: Any) -> int | None:
+    """Returns the state that an unwrapped optimizer will have after its first step; None if its class is unknown."""
+    tensors = _STATE_TENSORS.get(type(optimizer).__name__)
+    if tensors is None:
+        return None
+    return sum(tensors * p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
 
 
 def bytes_of(tensors: Iterable[Tensor], seen: set[int]) -> int:

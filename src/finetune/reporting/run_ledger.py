@@ -12,14 +12,12 @@ from torch import Tensor, nn
 from finetune.files import format_bytes, write_atomically
 from finetune.models.adapters import unwrap
 from finetune.reporting.ledger import LedgerRow, single
-from finetune.reporting.memory import bytes_of, peak_device_bytes, tensors_in
+from finetune.reporting.memory import bytes_of, expected_state_bytes, peak_device_bytes, tensors_in
 from finetune.reporting.planned_step import PlannedStep, mixed_dtype
 from finetune.wrappers import is_peft_model, unwrap_optimizer
 
 FILE = "memory_ledger.json"
 _SHOWN = ("weights", "gradients", "moments", "bases", "activations", "peak")
-# Optimizer state per parameter, in tensors of the parameter's size.
-_STATE_TENSORS = {"Adam": 2, "AdamW": 2, "NAdam": 2, "RAdam": 2, "Adamax": 2, "Lion": 1, "RMSprop": 1, "Adadelta": 2}
 
 
 class RunLedger:
@@ -138,8 +136,8 @@ def _held(model: nn.Module, optimizer: Any) -> dict[str, int]:
     if callable(plan := getattr(inner, "planned_state", None)):
         planned: Any = plan()
         groups |= {name: planned[name] for name in ("moments", "bases", "gradients") if name in planned}
-    elif (tensors := _STATE_TENSORS.get(type(inner).__name__)) is not None:
-        groups["moments"] = sum(tensors * p.numel() * p.element_size() for p in trained)
+    elif (moments := expected_state_bytes(model, inner)) is not None:
+        groups["moments"] = moments
     return groups
 
 
