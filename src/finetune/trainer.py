@@ -167,6 +167,7 @@ class Trainer(EvaluationMethods, OptimizerMethods, SavingMethods):
         if resume_from_checkpoint is not None:
             place = {"rank": args.process_index, "world_size": args.world_size}
             checkpoints.load_stateful(resume_from_checkpoint, self._stateful(), **place)
+        header.start_observers(self, run)
         header.log_start(self, run)
         if args.should_save:
             note_arguments(self.output_dir, args)

@@ -97,23 +97,27 @@ def end_lines(
     return [f"  {name:<{width}}  {text}" for name, text in rows]
 
 
-def log_start(trainer: Any, run: Any) -> None:
-    """Writes the header of `run` to standard error, and sets who watches its first update.
-
-    Quiet inside a hyperparameter search.
-    """
-    speaks = run.trial is None and _speaks(trainer.args, trainer.is_world_process_zero())
-    announce = partial(_write_row, "dtypes") if speaks else None
+def start_observers(trainer: Any, run: Any) -> None:
+    """Gives `run` those who watch its first update: what it holds in memory, and in which number formats."""
+    announce = partial(_write_row, "dtypes") if _speaks(trainer, run) else None
     run.ledger = RunLedger(trainer.model, run.optimizer, trainer.args)
     run.precision = LivePrecision(trainer.args, announce)
     run.observers = [run.precision, run.ledger]
-    if speaks:
-        lines = start_lines(
-            model=trainer.model, args=trainer.args, optimizer=run.optimizer, plan=run.plan, state=trainer.state,
-            ledger=run.ledger, loss=getattr(trainer, "describe_loss", str)(),
-            activations=getattr(trainer, "describe_activations", str)(),
-        )  # fmt: skip
-        _write("Training", lines)
+
+
+def log_start(trainer: Any, run: Any) -> None:
+    """Writes the header of `run` to standard error, once `start_observers` was called.
+
+    Nothing in a hyperparameter search.
+    """
+    if not _speaks(trainer, run):
+        return
+    lines = start_lines(
+        model=trainer.model, args=trainer.args, optimizer=run.optimizer, plan=run.plan, state=trainer.state,
+        ledger=run.ledger, loss=getattr(trainer, "describe_loss", str)(),
+        activations=getattr(trainer, "describe_activations", str)(),
+    )  # fmt: skip
+    _write("Training", lines)
 
 
 def log_end(trainer: Any, run: Any, metrics: dict[str, Any], stalls: Sequence[float] = ()) -> None:
@@ -121,7 +125,7 @@ def log_end(trainer: Any, run: Any, metrics: dict[str, Any], stalls: Sequence[fl
     run.ledger.finish(trainer.model, run.optimizer)
     if run.trial is None and getattr(trainer.args, "should_save", False):
         run.ledger.write(trainer.args.output_dir)
-    if run.trial is None and _speaks(trainer.args, trainer.is_world_process_zero()):
+    if _speaks(trainer, run):
         lines = end_lines(
             metrics=metrics, state=trainer.state, args=trainer.args, optimizer=run.optimizer, model=trainer.model,
             stalls=stalls, ledger=run.ledger, precision=run.precision,
@@ -129,8 +133,9 @@ def log_end(trainer: Any, run: Any, metrics: dict[str, Any], stalls: Sequence[fl
         _write("Trained", lines)
 
 
-def _speaks(args: Any, is_first: bool) -> bool:
-    return is_first and args.get_process_log_level() <= logging.WARNING
+def _speaks(trainer: Any, run: Any) -> bool:
+    speaks = trainer.is_world_process_zero() and trainer.args.get_process_log_level() <= logging.WARNING
+    return run.trial is None and speaks
 
 
 def _write(title: str, lines: Iterable[str]) -> None:

@@ -107,6 +107,7 @@ def test_who_speaks(capsys, first, level, trial, speaks):
         is_world_process_zero=lambda: first,
     )
     run = SimpleNamespace(trial=trial, optimizer=torch.optim.AdamW(model.parameters()), plan=PLAN)
+    header.start_observers(trainer, run)
     header.log_start(trainer, run)
     header.log_end(trainer, run, {"train_runtime": 1.0})
     shown = capsys.readouterr()
