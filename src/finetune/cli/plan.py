@@ -52,7 +52,7 @@ class PlanArguments:
 
 
 def run_plan(argv: Sequence[str] | None = None) -> None:
-    """Prints the memory ledger of `finetune sft` with the same arguments: one device, DDP, FSDP2, ZeRO-1, 2 and 3."""
+    """Prints the memory estimate of `finetune sft` with the same arguments: one device, DDP, FSDP2, ZeRO-1, 2 and 3."""
     from finetune.arguments.parse import parse_arguments
     from finetune.cli.script_arguments import ModelConfig
     from finetune.sft.config import SFTConfig
@@ -63,7 +63,7 @@ def run_plan(argv: Sequence[str] | None = None) -> None:
 
 
 def plan_text(options: PlanArguments, args: Any, model_args: Any) -> str:
-    """Returns the ledger as text.
+    """Returns the estimate as text.
 
     Raises:
         ArgumentError: arguments that cannot be planned for, or that the training itself would refuse.
@@ -74,7 +74,7 @@ def plan_text(options: PlanArguments, args: Any, model_args: Any) -> str:
     from finetune.cli.script_arguments import get_peft_config
     from finetune.models.load import parse_dtype
     from finetune.optim.registry import optimizer_name, why_not_sharded
-    from finetune.reporting.ledger import BACKENDS, STRATEGIES, ledger_table, sharded, single
+    from finetune.reporting.memory_estimate import BACKENDS, STRATEGIES, estimate_table, sharded, single
     from finetune.reporting.planned_step import PlannedStep, mixed_dtype
 
     name = options.model or model_args.model_name_or_path
@@ -117,7 +117,7 @@ def plan_text(options: PlanArguments, args: Any, model_args: Any) -> str:
         + f"; {'' if step.recomputes else 'no '}activation checkpointing; {step.head}",
         *([step.described] if step.described else []),
         "",
-        ledger_table(rows),
+        estimate_table(rows),
         "",
         "Groups are the most each holds; they do not fall in one moment, so the peak is less than their sum. One",
         "device is traced on fake tensors, the others are computed from it. Not in it: the device's context, what its",

@@ -11,9 +11,9 @@ import torch
 from finetune.files import format_bytes
 from finetune.optim.fused_backward import describe_optimizer
 from finetune.reporting.flops import model_flops_utilization
-from finetune.reporting.memory import expected_state_bytes, peak_device_bytes, peak_rss_bytes, take_ledger
+from finetune.reporting.memory import expected_state_bytes, memory_use, peak_device_bytes, peak_rss_bytes
 from finetune.reporting.precision import LivePrecision
-from finetune.reporting.run_ledger import RunLedger
+from finetune.reporting.run_memory import RunMemory
 from finetune.wrappers import unwrap_optimizer
 
 
@@ -25,7 +25,7 @@ def start_lines(
     plan: Any,
     state: Any,
     world_size: int | None = None,
-    ledger: RunLedger | None = None,
+    memory: RunMemory | None = None,
     loss: str = "",
     activations: str = "",
 ) -> list[str]:
@@ -46,7 +46,7 @@ def start_lines(
         *([("", described)] if (described := describe_optimizer(optimizer)) else []),
         *([("loss", loss)] if loss else []),
         *([("activations", activations)] if activations else []),
-        *([("memory", ledger.start_text())] if ledger is not None else []),
+        *([("memory", memory.start_text())] if memory is not None else []),
         ("output", str(args.output_dir)),
     ]
     width = max(len(name) for name, _ in rows)
@@ -61,7 +61,7 @@ def end_lines(
     optimizer: Any = None,
     model: Any = None,
     stalls: Sequence[float] = (),
-    ledger: RunLedger | None = None,
+    memory: RunMemory | None = None,
     precision: LivePrecision | None = None,
 ) -> list[str]:
     """Returns the summary of a finished run: time, rates, loss, memory, what saving cost, and the best checkpoint.
@@ -82,8 +82,8 @@ def end_lines(
         first, last = evaluated[0]["eval_loss"], evaluated[-1]["eval_loss"]
         rows.append(("eval loss", f"{first:.4g} -> {last:.4g}" if len(evaluated) > 1 else f"{last:.4g}"))
     rows.append(("memory", _memory_text(model, optimizer)))
-    if ledger is not None:
-        rows.append(("", ledger.end_text()))
+    if memory is not None:
+        rows.append(("", memory.end_text()))
     if precision is not None and precision.text:
         rows.append(("dtypes", precision.text))
     share = model_flops_utilization(state.total_flos, runtime, args.device, args.world_size) if runtime else None
@@ -100,9 +100,9 @@ def end_lines(
 def start_observers(trainer: Any, run: Any) -> None:
     """Gives `run` those who watch its first update: what it holds in memory, and in which number formats."""
     announce = partial(_write_row, "dtypes") if _speaks(trainer, run) else None
-    run.ledger = RunLedger(trainer.model, run.optimizer, trainer.args)
+    run.memory = RunMemory(trainer.model, run.optimizer, trainer.args)
     run.precision = LivePrecision(trainer.args, announce)
-    run.observers = [run.precision, run.ledger]
+    run.observers = [run.precision, run.memory]
 
 
 def log_start(trainer: Any, run: Any) -> None:
@@ -114,21 +114,21 @@ def log_start(trainer: Any, run: Any) -> None:
         return
     lines = start_lines(
         model=trainer.model, args=trainer.args, optimizer=run.optimizer, plan=run.plan, state=trainer.state,
-        ledger=run.ledger, loss=getattr(trainer, "describe_loss", str)(),
+        memory=run.memory, loss=getattr(trainer, "describe_loss", str)(),
         activations=getattr(trainer, "describe_activations", str)(),
     )  # fmt: skip
     _write("Training", lines)
 
 
 def log_end(trainer: Any, run: Any, metrics: dict[str, Any], stalls: Sequence[float] = ()) -> None:
-    """Writes the summary of `run` to standard error, and its memory ledger to the run's folder."""
-    run.ledger.finish(trainer.model, run.optimizer)
+    """Writes the summary of `run` to standard error, and its memory to the run's folder."""
+    run.memory.finish(trainer.model, run.optimizer)
     if run.trial is None and getattr(trainer.args, "should_save", False):
-        run.ledger.write(trainer.args.output_dir)
+        run.memory.write(trainer.args.output_dir)
     if _speaks(trainer, run):
         lines = end_lines(
             metrics=metrics, state=trainer.state, args=trainer.args, optimizer=run.optimizer, model=trainer.model,
-            stalls=stalls, ledger=run.ledger, precision=run.precision,
+            stalls=stalls, memory=run.memory, precision=run.precision,
         )  # fmt: skip
         _write("Trained", lines)
 
@@ -171,7 +171,7 @@ def _device_text(args: Any, world: int) -> str:
 
 
 def _dtype_text(model: Any, args: Any) -> str:
-    counts = take_ledger(model).dtypes
+    counts = memory_use(model).dtypes
     stored = ", ".join(f"{name} {_count(count)}" for name, count in sorted(counts.items(), key=lambda item: -item[1]))
     compute = {"bf16": "bfloat16", "fp16": "float16", "fp8": "float8"}.get(args.mixed_precision)
     return f"stored {stored or 'nothing'}; " + (f"computed in {compute} (autocast)" if compute else "no autocast")
@@ -194,7 +194,7 @@ def _optimizer_text(model: Any, optimizer: Any, args: Any) -> str:
     inner = getattr(optimizer, "optimizer", optimizer)
     name = type(inner).__name__
     rate = f"learning rate {args.learning_rate:g}, {args.lr_scheduler_type!s}"
-    held = take_ledger(model, inner).optimizer
+    held = memory_use(model, inner).optimizer
     if held:
         return f"{name}, {rate}, state {format_bytes(held)}"
     expected = expected_state_bytes(model, inner)
@@ -208,8 +208,8 @@ def _memory_text(model: Any, optimizer: Any) -> str:
     peak = f"device peak {format_bytes(device)}, " if device is not None else ""
     text = f"{peak}process peak {format_bytes(peak_rss_bytes())}"
     if model is not None:
-        ledger = take_ledger(model, unwrap_optimizer(optimizer))
-        text += f"; parameters {format_bytes(ledger.parameters)}, optimizer {format_bytes(ledger.optimizer)}"
+        held = memory_use(model, unwrap_optimizer(optimizer))
+        text += f"; parameters {format_bytes(held.parameters)}, optimizer {format_bytes(held.optimizer)}"
     return text
 
 

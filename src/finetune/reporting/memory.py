@@ -134,7 +134,7 @@ class _PeakSampler:
 
 
 @dataclass(frozen=True)
-class Ledger:
+class MemoryUse:
     """What the tensors of a training occupy on this process, in bytes; shared storage counts once.
 
     `dtypes` says how many parameter elements there are of each dtype, `live` ones of this process.
@@ -151,11 +151,11 @@ class Ledger:
         return self.parameters + self.gradients + self.optimizer + self.buffers
 
 
-def take_ledger(model: nn.Module, optimizer: Any = None) -> Ledger:
+def memory_use(model: nn.Module, optimizer: Any = None) -> MemoryUse:
     """Returns what `model` and `optimizer` hold now. Reads sizes only, never values.
 
     >>> layer = nn.Linear(3, 2)
-    >>> take_ledger(layer).parameters, take_ledger(layer).dtypes
+    >>> memory_use(layer).parameters, memory_use(layer).dtypes
     (32, {'float32': 8})
     """
     seen: set[int] = set()
@@ -164,7 +164,7 @@ def take_ledger(model: nn.Module, optimizer: Any = None) -> Ledger:
     for parameter in parameters:
         name = str(parameter.dtype).removeprefix("torch.")
         dtypes[name] = dtypes.get(name, 0) + parameter.numel()
-    return Ledger(
+    return MemoryUse(
         parameters=bytes_of(parameters, seen),
         gradients=bytes_of((p.grad for p in parameters if p.grad is not None), seen),
         optimizer=bytes_of(tensors_in(dict(getattr(optimizer, "state", None) or {})), seen),

@@ -81,7 +81,7 @@ def report_from_run(run_dir: str | os.PathLike[str], extra: Mapping[str, Any] | 
     """Writes the report of a finished or running `output_dir` from its files and returns its path.
 
     Reads `trainer_state.json` (or the newest checkpoint's), and if present `all_results.json`, `data_audit.json`,
-    `memory_ledger.json` and `resolved_config.yaml`.
+    `memory_usage.json` and `resolved_config.yaml`.
 
     Raises:
         ArgumentError: there is no state of a trainer in `run_dir`.
@@ -90,10 +90,10 @@ def report_from_run(run_dir: str | os.PathLike[str], extra: Mapping[str, Any] | 
     found: dict[str, Any] = {}
     if (folder / "all_results.json").is_file():
         found["results"] = json.loads((folder / "all_results.json").read_text(encoding="utf-8"))
-    if (folder / "memory_ledger.json").is_file():
-        from finetune.reporting.run_ledger import ledger_rows
+    if (folder / "memory_usage.json").is_file():
+        from finetune.reporting.run_memory import memory_rows
 
-        found["memory"] = ledger_rows(json.loads((folder / "memory_ledger.json").read_text(encoding="utf-8")))
+        found["memory"] = memory_rows(json.loads((folder / "memory_usage.json").read_text(encoding="utf-8")))
     if (folder / "data_audit.json").is_file():
         found["data_audit"] = _audit_rows(json.loads((folder / "data_audit.json").read_text(encoding="utf-8")))
     config: Mapping[str, Any] | None = None

@@ -1,4 +1,4 @@
-"""`finetune plan`: what it reads, prints and refuses. How right it is: tests/numerics/test_memory_ledger.py."""
+"""`finetune plan`: what it reads, prints and refuses. How right it is: tests/numerics/test_memory_estimate.py."""
 
 import pytest
 import torch

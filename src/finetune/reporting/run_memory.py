@@ -1,4 +1,4 @@
-"""The memory ledger of one run: predicted before its first step, measured in its first update and at its end."""
+"""The memory of one run: predicted before its first step, measured in its first update and at its end."""
 
 import contextlib
 import json
@@ -11,16 +11,16 @@ from torch import Tensor, nn
 
 from finetune.files import format_bytes, write_atomically
 from finetune.models.adapters import unwrap
-from finetune.reporting.ledger import LedgerRow, single
 from finetune.reporting.memory import bytes_of, expected_state_bytes, peak_device_bytes, tensors_in
+from finetune.reporting.memory_estimate import MemoryEstimate, single
 from finetune.reporting.planned_step import PlannedStep, mixed_dtype
 from finetune.wrappers import is_peft_model, unwrap_optimizer
 
-FILE = "memory_ledger.json"
+FILE = "memory_usage.json"
 _SHOWN = ("weights", "gradients", "moments", "bases", "activations", "peak")
 
 
-class RunLedger:
+class RunMemory:
     """Bytes per group on this process. `predicted` and `measured` hold the groups that are known.
 
     Weights, gradients, moments and bases are always known. With `skip_memory_metrics=False` one process also traces its
@@ -98,13 +98,13 @@ class RunLedger:
         return f"{_groups_text(self.measured)} (measured)"
 
     def write(self, folder: str) -> None:
-        """Writes both sides to `folder/memory_ledger.json`, from which `report.html` has its table."""
+        """Writes both sides to `folder/memory_usage.json`, from which `report.html` has its table."""
         content = {"predicted": self.predicted, "measured": self.measured}
         write_atomically(os.path.join(folder, FILE), json.dumps(content, indent=2) + "\n")
 
 
-def ledger_rows(content: dict[str, dict[str, int]]) -> list[dict[str, str]]:
-    """Returns the rows of the report's table from what `RunLedger.write` wrote."""
+def memory_rows(content: dict[str, dict[str, int]]) -> list[dict[str, str]]:
+    """Returns the rows of the report's table from what `RunMemory.write` wrote."""
     return [
         {"group": group}
         | {side: format_bytes(content[side][group]) for side in ("predicted", "measured") if group in content[side]}
@@ -141,7 +141,7 @@ def _held(model: nn.Module, optimizer: Any) -> dict[str, int]:
     return groups
 
 
-def _traced(model: nn.Module, args: Any) -> tuple[LedgerRow | None, str]:
+def _traced(model: nn.Module, args: Any) -> tuple[MemoryEstimate | None, str]:
     """Returns the traced row of this run, or why there is none."""
     base: Any = unwrap(model)
     length = getattr(args, "max_length", None)
