@@ -95,7 +95,7 @@ class Trainer(EvaluationMethods, OptimizerMethods, SavingMethods):
                 self.neftune_noise_alpha,
                 self._recomputes_activations(),
             )
-            stack.enter_context(self._model_features())
+            stack.enter_context(self.model_features())
             stack.enter_context(setup.underflow_debugger(self.model, args.debug))
             if args.enable_jit_checkpoint:
                 self._guard = stack.enter_context(saving_on_signals(self.callback_handler, self.accelerator))
