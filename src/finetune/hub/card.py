@@ -29,7 +29,7 @@ _PIPELINES = {
     "ForConditionalGeneration": "text2text-generation",
     "ForImageClassification": "image-classification",
 }
-# Builders that read local files: their names are no data sets of the Hub.
+# Builders that read local files: their names are not datasets of the Hub.
 _FILE_BUILDERS = {"arrow", "csv", "json", "pandas", "parquet", "text", "webdataset", "generator", None}
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _PACKAGES = ("finetune", "transformers", "torch", "accelerate", "datasets", "tokenizers", "peft")
@@ -224,7 +224,7 @@ def _card_metadata(card: Card) -> dict[str, Any]:
         "pipeline_tag": card.pipeline,
         "tags": card.tags,
     }
-    # The Hub accepts results only together with the data set they were measured on.
+    # The Hub accepts results only together with the dataset they were measured on.
     if card.results and card.pipeline and card.datasets:
         dataset = {"name": card.datasets[0], "type": card.datasets[0]}
         result = {
@@ -279,7 +279,7 @@ def _short(value: Any) -> str:
 
 
 def _base_model(model: Any) -> str | None:
-    """Returns the Hub name the model came from; None for local folders, whose path is nobody's business."""
+    """Returns the Hub name the model came from; None for local folders, whose path is private."""
     name = getattr(getattr(model, "config", None), "_name_or_path", None)
     return name if isinstance(name, str) and _HUB_NAME.fullmatch(name) and not os.path.exists(name) else None
 

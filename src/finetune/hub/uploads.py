@@ -1,7 +1,7 @@
 """Uploads to the Hub in the background: one after the other, retried, never in the way of the run.
 
 Every call to the Hub happens in a daemon thread with a time limit, because `huggingface_hub` waits for a silent server
-for ever, and would wait once more when the interpreter exits.
+forever, and would wait once more when the interpreter exits.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""What a run is about to do, said once at its start, and what it did, said once at its end. First process only."""
+"""What a run will do, printed once at its start, and what it did, printed once at its end. First process only."""
 
 import logging
 import sys
@@ -66,7 +66,7 @@ def end_lines(
 ) -> list[str]:
     """Returns the summary of a finished run: time, rates, loss, memory, what saving cost, and the best checkpoint.
 
-    `stalls`: seconds that training stood still, for each checkpoint.
+    `stalls`: seconds that training paused for each checkpoint.
     """
     runtime = float(metrics.get("train_runtime", 0.0))
     rates = [
@@ -76,7 +76,7 @@ def end_lines(
     ]
     rows = [("steps", f"{state.global_step:,} in {_duration(runtime)}" + "".join(f", {rate}" for rate in rates))]
     if "train_loss" in metrics:
-        rows.append(("train loss", f"{metrics['train_loss']:.4g} (mean of this run)"))
+        rows.append(("train loss", f"{metrics['train_loss']:.4g} (mean over this run)"))
     evaluated = [entry for entry in state.log_history if "eval_loss" in entry]
     if evaluated:
         first, last = evaluated[0]["eval_loss"], evaluated[-1]["eval_loss"]
@@ -90,7 +90,7 @@ def end_lines(
     if share is not None:
         rows.append(("utilisation", f"{share:.1%} of the 16-bit peak (model FLOPs)"))
     if stalls:
-        rows.append(("saves", f"{len(stalls)}, training stood still for at most {max(stalls):.2g} s each"))
+        rows.append(("checkpoints", f"{len(stalls)} (training paused at most {max(stalls):.2g} s each)"))
     if state.best_model_checkpoint:
         rows.append(("best", f"{state.best_metric:.4g} in {state.best_model_checkpoint}"))
     width = max(len(name) for name, _ in rows)
@@ -166,7 +166,7 @@ def _numel(parameter: Any) -> int:
 
 def _device_text(args: Any, world: int) -> str:
     device = torch.device(args.device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else counted(torch.get_num_threads(), "thread")
     return f"{device} ({name})" + (f", {world} processes" if world > 1 else "")
 
 
@@ -180,17 +180,19 @@ def _dtype_text(model: Any, args: Any) -> str:
 def _batch_text(plan: Any, world: int) -> str:
     total, accumulation = plan.total_batch_size, plan.accumulation
     per_device = total // max(world * accumulation, 1)
-    return f"{total} rows = {per_device} per device x {accumulation} accumulated x {world} processes"
+    return (
+        f"{counted(total, 'row')} = {per_device} per device x {accumulation} accumulated x {counted(world, 'process')}"
+    )
 
 
 def _length_text(plan: Any, state: Any, args: Any) -> str:
     epochs = args.num_train_epochs if args.max_steps < 0 else plan.max_steps / max(plan.updates_per_epoch, 1)
-    text = f"{plan.max_steps:,} steps, {epochs:.4g} epochs, {plan.num_examples:,} rows"
+    text = f"{counted(plan.max_steps, 'step')}, {counted(epochs, 'epoch')}, {counted(plan.num_examples, 'row')}"
     return text + (f", continuing at step {state.global_step:,}" if state.global_step else "")
 
 
 def _optimizer_text(model: Any, optimizer: Any, args: Any) -> str:
-    # One wrapper only: what ZeRO's optimizer holds is divided, and cannot be told from the size of the weights.
+    # One wrapper only: what ZeRO's optimizer holds is divided, and does not follow from the size of the weights.
     inner = getattr(optimizer, "optimizer", optimizer)
     name = type(inner).__name__
     rate = f"learning rate {args.learning_rate:g}, {args.lr_scheduler_type!s}"
@@ -223,6 +225,16 @@ def _count(number: int) -> str:
         if number >= size:
             return f"{number / size:.1f}{unit}"
     return str(number)
+
+
+def counted(number: float, what: str) -> str:
+    """Returns a number of things.
+
+    >>> counted(1, "thread"), counted(2, "process"), counted(1200, "step"), counted(0.5, "epoch")
+    ('1 thread', '2 processes', '1,200 steps', '0.5 epochs')
+    """
+    text = f"{number:,.4g}" if isinstance(number, float) else f"{number:,}"
+    return f"{text} {what}" + ("" if text == "1" else "es" if what.endswith("s") else "s")
 
 
 def _duration(seconds: float) -> str:

@@ -42,7 +42,7 @@ _NAMES = {
     "zero2": "ZeRO-2",
     "zero3": "ZeRO-3",
 }
-BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's `reduce_bucket_size` where nobody sets it
+BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's `reduce_bucket_size` unless set
 
 
 @dataclass(frozen=True)

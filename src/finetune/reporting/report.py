@@ -1,4 +1,4 @@
-"""`report.html`: one file that tells what a run was and how it went, readable offline and without this package."""
+"""`report.html`: one file that shows what a run was and how it went, readable offline and without this package."""
 
 import html
 import json
@@ -84,7 +84,7 @@ def report_from_run(run_dir: str | os.PathLike[str], extra: Mapping[str, Any] | 
     `memory_usage.json` and `resolved_config.yaml`.
 
     Raises:
-        ArgumentError: there is no state of a trainer in `run_dir`.
+        ArgumentError: `run_dir` holds no `trainer_state.json`.
     """
     folder = Path(run_dir)
     found: dict[str, Any] = {}
@@ -105,7 +105,7 @@ def report_from_run(run_dir: str | os.PathLike[str], extra: Mapping[str, Any] | 
 
 
 def _audit_rows(splits: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Returns `data_audit.json` as a table with a column per split; what nothing is known about is left out."""
+    """Returns `data_audit.json` as a table with a column per split; unknown counts are left out."""
     names = dict.fromkeys(name for split in splits.values() for name in split if name != "name")
     rows = [
         {"": name.removeprefix("num_").replace("_", " "), **{split: splits[split].get(name) for split in splits}}

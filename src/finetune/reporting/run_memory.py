@@ -44,7 +44,7 @@ class RunMemory:
 
     @contextlib.contextmanager
     def micro_batch(self, model: nn.Module) -> Iterator[None]:
-        """Within, counts what autograd keeps; in the first micro-batch of the run only."""
+        """Context manager: counts what autograd keeps, in the first micro-batch of the run only."""
         if not self._counts:
             yield
             return
@@ -142,7 +142,7 @@ def _held(model: nn.Module, optimizer: Any) -> dict[str, int]:
 
 
 def _traced(model: nn.Module, args: Any) -> tuple[MemoryEstimate | None, str]:
-    """Returns the traced row of this run, or why there is none."""
+    """Returns the traced row of this run, or why it cannot be traced."""
     base: Any = unwrap(model)
     length = getattr(args, "max_length", None)
     reason = ""
@@ -154,7 +154,7 @@ def _traced(model: nn.Module, args: Any) -> tuple[MemoryEstimate | None, str]:
     elif is_peft_model(unwrap(model, keep_adapters=True)):
         reason = "the model has adapters; `finetune plan --use_peft` knows them"
     elif not hasattr(base, "get_output_embeddings") or not hasattr(getattr(base, "config", None), "model_type"):
-        reason = f"{type(base).__name__} is no language model of transformers"
+        reason = f"{type(base).__name__} is not a language model of transformers"
     if reason:
         return None, reason
     stored = next(base.parameters()).dtype
