@@ -17,7 +17,7 @@ DEMO = Path(finetune.__file__).parent / "demo"
 
 @dataclass
 class Options:
-    """The answers: `model` is a folder or Hub id, `data` a folder with `train.jsonl` and `test.jsonl`."""
+    """What was chosen: `model` is a folder or Hub id, `data` a folder with `train.jsonl` and `test.jsonl`."""
 
     model: str
     data: Path

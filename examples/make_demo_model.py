@@ -207,7 +207,7 @@ def make_tokenizer(vocabulary: int) -> Any:
 
 
 class PretrainingText:
-    """A data set of `length` stretches of 128 tokens: rows one after the other, made from the stretch's own seed."""
+    """A dataset of `length` stretches of 128 tokens: rows one after the other, made from the stretch's own seed."""
 
     def __init__(self, tokenizer: Any, length: int, seed: int) -> None:
         self.tokenizer, self.length, self.seed = tokenizer, length, seed

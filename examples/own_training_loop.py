@@ -1,4 +1,4 @@
-"""A training loop of one's own by overriding `train`: the parts of the trainer are there to be called."""
+"""A custom training loop by overriding `train`: the loop calls the parts of the trainer."""
 
 from typing import Any
 
@@ -17,7 +17,8 @@ class PlainLoopTrainer(SFTTrainer):
         assert self.optimizer is not None
         model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
         loss = None
-        with self._model_features():
+        # Attention within packed samples, the fused loss, ...: what `SFTTrainer.train` would turn on.
+        with self.model_features():
             while self.state.global_step < self.args.max_steps:
                 for batch in loader:
                     model.train()

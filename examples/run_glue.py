@@ -10,7 +10,7 @@
         --do_train --do_eval --do_predict --output_dir runs/mine
 
 Several processes: `accelerate launch examples/run_glue.py ...`. The metrics are those of the benchmark, computed here:
-nothing is downloaded but the data set of `--task_name`. Written to `output_dir`: the model and its card,
+nothing is downloaded but the dataset of `--task_name`. Written to `output_dir`: the model and its card,
 `all_results.json`, and `predict_results_<task>.txt` with one line for each test row.
 """
 
@@ -67,7 +67,7 @@ class GlueConfig(SequenceClassificationConfig):
 
 
 def read_data(options: GlueArguments) -> dict[str, Any]:
-    """Returns the data sets by what they are used for: "train", "validation", "validation_mm", "test", ..."""
+    """Returns the datasets by what they are used for: "train", "validation", "validation_mm", "test", ..."""
     from finetune import ScriptArguments
 
     def read(name: str, split: str = "train", config: str | None = None, limit: int | None = None) -> Any:
@@ -117,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.do_train:
         check_before_start(args, options.model_name_or_path)
     elif not options.model_name_or_path:
-        raise ArgumentError("no model was named. Give a folder or a Hub id: `--model_name_or_path`.")
+        raise ArgumentError("No model given. Give a folder or a Hub id: `--model_name_or_path`.")
     data = read_data(options)
     texts, wanted = (args.text_columns, None) if options.task_name is None else TASKS[options.task_name]
     args = replace(args, max_length=options.max_seq_length or args.max_length, text_columns=texts)

@@ -5,8 +5,7 @@ from common import read_options
 from finetune import SFTConfig, SFTTrainer
 
 options = read_options(__doc__, "runs/sft-one-line")
-args = SFTConfig(
-    options.output_dir, max_steps=options.max_steps, report_to="none"
-)  # only so that the example ends soon
+# `max_steps` only keeps the example short.
+args = SFTConfig(options.output_dir, max_steps=options.max_steps, report_to="none")
 
 SFTTrainer(model=options.model, args=args, train_dataset=options.rows()).train()

@@ -1,4 +1,4 @@
-"""A data set that is read while training, for data that fits neither memory nor disk. `max_steps` ends the run."""
+"""A dataset that is read while training, for data that fits neither memory nor disk. `max_steps` ends the run."""
 
 from common import read_options, show
 from datasets import load_dataset

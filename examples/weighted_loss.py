@@ -1,4 +1,4 @@
-"""A loss of one's own by overriding `compute_loss`: the first tokens of an answer count three times.
+"""A custom loss by overriding `compute_loss`: the first tokens of an answer count three times.
 
 `num_items_in_batch` is the number of trained tokens of the whole optimizer step, over all micro-batches and
 processes: a sum divided by it is right for every accumulation and every number of processes.
@@ -34,7 +34,7 @@ class FirstTokensTrainer(SFTTrainer):
 
 
 options = read_options(__doc__, "runs/weighted-loss")
-# The rows of a padding-free batch stand behind each other in one row; here each is to have its own.
+# The rows of a padding-free batch are concatenated in one row; here each needs its own.
 args = SFTConfig(**options.settings(padding_free=False))
 trainer = FirstTokensTrainer(model=options.model, args=args, train_dataset=options.rows())
 trainer.train()

@@ -107,7 +107,7 @@ class Trainer(EvaluationMethods, OptimizerMethods, SavingMethods):
                 self.neftune_noise_alpha,
                 self._recomputes_activations(),
             )
-            stack.enter_context(self._model_features())
+            stack.enter_context(self.model_features())
             stack.enter_context(setup.underflow_debugger(self.model, args.debug))
             if args.enable_jit_checkpoint:
                 self._guard = stack.enter_context(saving_on_signals(self.callback_handler, self.accelerator))
@@ -179,6 +179,7 @@ class Trainer(EvaluationMethods, OptimizerMethods, SavingMethods):
         if resume_from_checkpoint is not None:
             place = {"rank": args.process_index, "world_size": args.world_size}
             checkpoints.load_stateful(resume_from_checkpoint, self._stateful(), **place)
+        header.start_observers(self, run)
         header.log_start(self, run)
         if args.should_save:
             note_arguments(self.output_dir, args)

@@ -54,7 +54,7 @@ def planned(backend: str, bf16: bool, out: Path) -> tuple[Any, int]:
     from transformers import LlamaConfig
 
     from finetune import SFTConfig
-    from finetune.reporting.ledger import sharded
+    from finetune.reporting.memory_estimate import sharded
     from finetune.reporting.planned_step import PlannedStep, mixed_dtype
 
     args = SFTConfig(str(out), **program.ARGUMENTS, bf16=bf16, use_cpu=True)

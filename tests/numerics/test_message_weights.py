@@ -77,7 +77,7 @@ def test_weights_reach_the_loss(
     (expected / count).backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
-    with trainer._model_features():
+    with trainer.model_features():
         loss = torch.zeros((), dtype=torch.float64)
         for batch in trainer.get_train_dataloader():
             assert "token_weights" in batch

@@ -215,7 +215,7 @@ def test_run_glue_under_accelerate_launch(folder: Path, monkeypatch: pytest.Monk
 def test_run_glue_on_a_task(
     folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, task: str, metrics: set[str]
 ) -> None:
-    """The task's data set is a folder made here: columns, class names and test labels of -1 as in GLUE."""
+    """The task's dataset is a folder made here: columns, class names and test labels of -1 as in GLUE."""
     import datasets
 
     texts = GOOD + BAD

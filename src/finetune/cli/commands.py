@@ -87,7 +87,7 @@ def doctor(argv: Sequence[str] | None = None) -> None:
         problem = write_problem(folder)
         print(f"{'NO' if problem else 'ok':9}{what} {folder} can be written")
         if problem:
-            problems.append(f"the {what} {folder} cannot be written: {problem}")
+            problems.append(f"The {what} {folder} cannot be written: {problem}")
     free = shutil.disk_usage(Path.cwd()).free / 2**30
     print(f"{'ok' if free > 2 else 'LOW':9}{free:.0f} GiB free on the disk of the working folder")
     if not problems:
@@ -100,14 +100,14 @@ def doctor(argv: Sequence[str] | None = None) -> None:
 
 
 def preview(argv: Sequence[str] | None = None) -> None:
-    """Shows rows of a data set as the model is trained on them."""
+    """Shows rows of a dataset as the model is trained on them."""
     from finetune.cli.preview import run_preview
 
     run_preview(argv)
 
 
 def plan(argv: Sequence[str] | None = None) -> None:
-    """Tells what a training will hold in memory, without weights or a device."""
+    """Estimates the memory a training run needs, without weights or a device."""
     from finetune.cli.plan import run_plan
 
     run_plan(argv)

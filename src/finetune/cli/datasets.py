@@ -1,4 +1,4 @@
-"""The data set that `--dataset_name` names, from the Hub, a file or a folder, with one clear error for each mistake."""
+"""The dataset that `--dataset_name` names, from the Hub, a file or a folder, with one clear error per mistake."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ READERS = {
 
 @dataclass(frozen=True)
 class _Arguments:
-    """How errors call the argument that names a data set, the one that names its split, and how to give another."""
+    """How errors call the argument that names a dataset, the one that names its split, and how to give another."""
 
     data: str
     split: str
@@ -49,13 +49,13 @@ _OF_MIXTURE = _Arguments(
 def load_datasets(
     script_args: ScriptArguments, mixture: DatasetMixtureConfig | None = None, *, evaluate: bool
 ) -> tuple[Any, Any]:
-    """Returns the training data set, and the evaluation data set if `evaluate` (else None).
+    """Returns the training dataset, and the evaluation dataset if `evaluate` (else None).
 
     They are those of `mixture` if it lists any, else the one that `script_args` names.
     A single file has one split, `train`; parts of it are named `train[:90%]` and `train[90%:]`.
 
     Raises:
-        ArgumentError: no data set, two kinds of them, or a split that it does not have.
+        ArgumentError: no dataset, two kinds of them, or a split that it does not have.
         DataFormatError: it cannot be read, or a split has no rows.
     """
     check_one_source(script_args, mixture)
@@ -71,21 +71,21 @@ def check_one_source(script_args: ScriptArguments, mixture: DatasetMixtureConfig
     if is_mixed and script_args.dataset_name:
         raise ArgumentError("`dataset_name` and `datasets` both name the data. Keep one.")
     if not is_mixed and not script_args.dataset_name:
-        raise ArgumentError("no data set was named. Give a Hub id, a file or a folder: `--dataset_name`.")
+        raise ArgumentError("No dataset given. Give a Hub id, a file or a folder: `--dataset_name`.")
 
 
 def get_dataset(mixture: DatasetMixtureConfig) -> Any:
     """Returns a `DatasetDict` with the mixture as `train`, and `test` with `test_split_size`; as TRL's function.
 
     Raises:
-        ArgumentError: no data set, shares for some sets only, or an option that streams do not have.
+        ArgumentError: no dataset, shares for some sets only, or an option that streams do not have.
         DataFormatError: a set cannot be read, has no rows, or its columns do not go together with the others'.
     """
     from datasets import DatasetDict, IterableDatasetDict
 
     sets: list[Any] = list(mixture.datasets)
     if not sets:
-        raise ArgumentError("`datasets` names no data set. List at least one, with its `path`.")
+        raise ArgumentError("`datasets` is empty. List at least one, with its `path`.")
     parts = _take_shares([_load_part(each, mixture.streaming) for each in sets], [each.fraction for each in sets])
     joined = _concatenate(parts, [each.path for each in sets])
     if mixture.test_split_size is None:
@@ -136,7 +136,7 @@ def _take_shares(parts: list[Any], fractions: list[float | None]) -> list[Any]:
     if not given:
         return parts
     if len(given) < len(fractions) or min(given) < 0 or sum(given) <= 0:
-        raise ArgumentError(f"`fraction` is {fractions}. Give every data set a share, at least 0, or none.")
+        raise ArgumentError(f"`fraction` is {fractions}. Give every dataset a share, at least 0, or none.")
     if not all(hasattr(part, "__len__") for part in parts):
         raise ArgumentError("`fraction` needs to know the number of rows. Drop `streaming`, or the fractions.")
     weights = [fraction / sum(given) for fraction in given]
@@ -153,7 +153,7 @@ def _concatenate(parts: list[Any], names: list[str]) -> Any:
         pairs = zip(names, parts, strict=True)
         columns = "; ".join(f"{name}: {part.features or part.column_names}" for name, part in pairs)
         raise DataFormatError(
-            f"the data sets of the mixture do not go together ({' '.join(str(error).split())}). Their columns: "
+            f"The datasets of the mixture do not go together ({' '.join(str(error).split())}). Their columns: "
             f"{columns}. Choose with `columns`, and rename or convert what differs."
         ) from error
 
@@ -173,7 +173,7 @@ def _load_split(script_args: ScriptArguments, argument: str) -> Any:
 
 
 def _empty(name: str, split: str, arguments: _Arguments) -> DataFormatError:
-    return DataFormatError(f"the split {split!r} of {name!r} has no rows. {arguments.another}")
+    return DataFormatError(f"The split {split!r} of {name!r} has no rows. {arguments.another}")
 
 
 def _read(name: str, config: str | None, split: str, arguments: _Arguments, streaming: bool) -> Any:
@@ -214,7 +214,7 @@ def _from_disk(path: Path, split: str, arguments: _Arguments, streaming: bool) -
         found = found[split]
     elif arguments.evaluates:
         raise ArgumentError(
-            f"{str(path)!r} holds one data set without splits, and `eval_strategy` asks for evaluation. "
+            f"{str(path)!r} holds one dataset without splits, and `eval_strategy` asks for evaluation. "
             "Save a `DatasetDict` with a train and a test split, or set `--eval_strategy no`."
         )
     return found.to_iterable_dataset() if streaming else found
@@ -243,8 +243,6 @@ def _read_error(name: str, split: str, arguments: _Arguments, error: Exception) 
     remedy = (
         "Check that every line or row has the same columns."
         if local
-        else "It is no file or folder here, so it was taken for a Hub id. Check its spelling and the network."
+        else "There is no such file or folder, so it was looked up on the Hub. Check the spelling and the network."
     )
-    return DataFormatError(
-        f"the data set {name!r} cannot be read: {type(cause).__name__}: {said.rstrip('.')}. {remedy}"
-    )
+    return DataFormatError(f"The dataset {name!r} cannot be read: {type(cause).__name__}: {said.rstrip('.')}. {remedy}")

@@ -55,7 +55,7 @@ def config_path(name: str) -> Path:
     if path.suffix in (".yaml", ".yml", ".json") and os.sep in name:
         raise ArgumentError(f"`accelerate_config` is {name!r}, which does not exist.")
     stem = path.stem if path.suffix in (".yaml", ".yml") else name
-    stem = choose(ALIASES.get(stem, stem), config_names(), "launch configuration and no file")
+    stem = choose(ALIASES.get(stem, stem), config_names(), "launch configuration or a file")
     return shipped_folder("accelerate_configs") / f"{stem}.yaml"
 
 

@@ -10,7 +10,7 @@ COMMANDS = {
     "classify": "sequence classification: `finetune classify --model_name_or_path ... --dataset_name ...`",
     "demo": "fine-tune the small model that comes with this package, and show what changed",
     "preview": "show what a model would be trained on: `finetune preview --model_name_or_path ... --dataset_name ...`",
-    "plan": "tell what a training will hold in memory: `finetune plan --model ... --optim ... --num_processes ...`",
+    "plan": "estimate the memory a training run needs: `finetune plan --model ... --optim ... --num_processes ...`",
     "report": "write report.html for a finished or running training: `finetune report RUN_FOLDER`",
     "env": "print versions and hardware, for bug reports",
     "doctor": "check that this installation can train",
@@ -46,8 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     name, rest = words[0], words[1:]
     if name not in COMMANDS:
-        there = f"there are {', '.join(COMMANDS)}.{nearest(name, COMMANDS)}"
-        print(f"error: {name!r} is no command; {there} See `finetune --help`.", file=sys.stderr)
+        hint = nearest(name, COMMANDS)
+        print(f"error: unknown command {name!r}.{hint} Commands: {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
     if name in ("sft", "classify"):
         from finetune.cli.launch import run

@@ -52,7 +52,7 @@ class PlanArguments:
 
 
 def run_plan(argv: Sequence[str] | None = None) -> None:
-    """Prints the memory ledger of `finetune sft` with the same arguments: one device, DDP, FSDP2, ZeRO-1, 2 and 3."""
+    """Prints the memory estimate of `finetune sft` with the same arguments: one device, DDP, FSDP2, ZeRO-1, 2 and 3."""
     from finetune.arguments.parse import parse_arguments
     from finetune.cli.script_arguments import ModelConfig
     from finetune.sft.config import SFTConfig
@@ -63,7 +63,7 @@ def run_plan(argv: Sequence[str] | None = None) -> None:
 
 
 def plan_text(options: PlanArguments, args: Any, model_args: Any) -> str:
-    """Returns the ledger as text.
+    """Returns the estimate as text.
 
     Raises:
         ArgumentError: arguments that cannot be planned for, or that the training itself would refuse.
@@ -74,7 +74,7 @@ def plan_text(options: PlanArguments, args: Any, model_args: Any) -> str:
     from finetune.cli.script_arguments import get_peft_config
     from finetune.models.load import parse_dtype
     from finetune.optim.registry import optimizer_name, why_not_sharded
-    from finetune.reporting.ledger import BACKENDS, STRATEGIES, ledger_table, sharded, single
+    from finetune.reporting.memory_estimate import BACKENDS, STRATEGIES, estimate_table, sharded, single
     from finetune.reporting.planned_step import PlannedStep, mixed_dtype
 
     name = options.model or model_args.model_name_or_path
@@ -97,7 +97,7 @@ def plan_text(options: PlanArguments, args: Any, model_args: Any) -> str:
         if isinstance(error, FinetuneError):
             raise
         raise FinetuneError(
-            f"this training cannot be run on fake tensors: {type(error).__name__} {error}. Either the model or "
+            f"This training cannot be run on fake tensors: {type(error).__name__} {error}. Either the model or "
             f"`optim={optimizer_name(args.optim)}` asks for values or updates inside backward; plan with "
             "another `optim`, such as `adamw_torch`."
         ) from error
@@ -117,11 +117,11 @@ def plan_text(options: PlanArguments, args: Any, model_args: Any) -> str:
         + f"; {'' if step.recomputes else 'no '}activation checkpointing; {step.head}",
         *([step.described] if step.described else []),
         "",
-        ledger_table(rows),
+        estimate_table(rows),
         "",
-        "Groups are the most each holds; they do not fall in one moment, so the peak is less than their sum. One",
-        "device is traced on fake tensors, the others are computed from it. Not in it: the device's context, what its",
-        "allocator rounds up, and the kernels' own scratch.",
+        "Each group is shown at its largest; they peak at different moments, so the peak is less than their sum.",
+        "One device is traced on fake tensors, the others are computed from it. Not included: the device's context,",
+        "the allocator's rounding, and the kernels' own scratch memory.",
         *_not_counted(args),
     ]  # fmt: skip
     return "\n".join(lines)
@@ -130,7 +130,7 @@ def plan_text(options: PlanArguments, args: Any, model_args: Any) -> str:
 def read_config(name: str, *, trust_remote_code: bool = False) -> tuple[Any, str]:
     """Returns a configuration, and where it is from: a folder, a config.json, the built-in table, or the Hub.
 
-    Raises `ModelLoadError` when there is none.
+    Raises `ModelLoadError` when it cannot be read.
     """
     from transformers import AutoConfig
 
@@ -141,7 +141,7 @@ def read_config(name: str, *, trust_remote_code: bool = False) -> tuple[Any, str
         try:
             return AutoConfig.from_pretrained(str(path)), "this file"
         except Exception as error:
-            raise ModelLoadError(f"`model` is the file {name!r}, which is no model configuration: {error}") from error
+            raise ModelLoadError(f"`model` is the file {name!r}, not a model configuration: {error}") from error
     known = {each.lower(): each for each in KNOWN_CONFIGS}
     if not path.exists() and name.lower() in known:
         values = dict(KNOWN_CONFIGS[known[name.lower()]])
@@ -158,11 +158,11 @@ def read_config(name: str, *, trust_remote_code: bool = False) -> tuple[Any, str
 
 def _check(name: str | None, options: PlanArguments, args: Any, model_args: Any) -> None:
     if not name:
-        raise ArgumentError("no model was named. Give a folder, a config.json or a Hub id: `--model`.")
+        raise ArgumentError("No model given. Give a folder, a config.json or a Hub id: `--model`.")
     if options.num_processes < 1:
         raise ArgumentError(f"`num_processes` is {options.num_processes}; it must be at least 1.")
     if args.max_length is None:
-        raise ArgumentError("`max_length` is None, so rows have no length to plan for. Give one.")
+        raise ArgumentError("`max_length` is None, so the length of the rows is unknown. Give one.")
     if model_args.load_in_4bit or model_args.load_in_8bit:
         raise ArgumentError("`finetune plan` does not know quantized weights. Drop `load_in_4bit` and `load_in_8bit`.")
 

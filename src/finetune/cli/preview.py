@@ -19,11 +19,11 @@ class PreviewArguments:
     """What to show."""
 
     rows: int = arg(3, "Rows to show.")
-    counted_rows: int = arg(1000, "Rows to count tokens in, from the start of the data set.")
+    counted_rows: int = arg(1000, "Rows to count tokens in, from the start of the dataset.")
 
 
 def run_preview(argv: Sequence[str] | None = None) -> None:
-    """Prints rows with the trained tokens in colour (between « » where there is none), and counts over more rows.
+    """Prints rows with the trained tokens in colour (between « » without colour), and counts over more rows.
 
     Takes the arguments of `finetune sft`. Only the tokenizer of the model is loaded.
     """
@@ -41,7 +41,7 @@ def run_preview(argv: Sequence[str] | None = None) -> None:
         if (number := getattr(options, name)) < 1:
             raise ArgumentError(f"`{name}` is {number}; it must be at least 1.")
     if not model_args.model_name_or_path:
-        raise ArgumentError("no model was named. Give a folder or a Hub id: `--model_name_or_path`.")
+        raise ArgumentError("No model given. Give a folder or a Hub id: `--model_name_or_path`.")
     from datasets import Dataset
 
     from finetune.data.audit import audit_table

@@ -48,7 +48,7 @@ def load_program(name: str) -> ModuleType:
 
 
 def run_program(main: Program, argv: Sequence[str] | None = None) -> int:
-    """Runs `main(argv)` and returns the exit code; an error made for the user is one line on stderr, not a traceback.
+    """Runs `main(argv)` and returns the exit code; an error of this package is one line on stderr, not a traceback.
 
     0: done, 1: something given is wrong, 2: an argument is wrong, 75: a signal came and a checkpoint was saved
     (`--enable_jit_checkpoint`), 130: Ctrl-C. Other exceptions pass through: they
@@ -116,7 +116,7 @@ def parse_program(
 ) -> tuple[Any, Any, Any, Any]:
     """Returns (ScriptArguments, `config`, ModelConfig, DatasetMixtureConfig) of the command line of a program.
 
-    They are checked as far as that needs no model and no data set; raises as `check_before_start`.
+    They are checked as far as is possible without a model and a dataset; raises as `check_before_start`.
     """
     from finetune.arguments import parse_arguments
     from finetune.cli.script_arguments import DatasetMixtureConfig, ModelConfig, ScriptArguments
@@ -138,19 +138,19 @@ def parse_program(
 def check_before_start(
     args: Any, model: str | None, *, model_args: Any = None, script_args: Any = None, dataset_args: Any = None
 ) -> None:
-    """Raises for what would fail later, or destroy something, before a model or data set is read.
+    """Raises for what would fail later, or destroy something, before a model or dataset is read.
 
     `args` are training arguments, `model` is `--model_name_or_path`; the others are the further arguments of a program
     (`ModelConfig`, `ScriptArguments`, `DatasetMixtureConfig`), checked where given.
 
     Raises:
-        ArgumentError: no model or data set was named, or two data sets; weights that nothing would train; or
+        ArgumentError: no model or dataset is given, or two datasets; weights that nothing would train; or
             `output_dir` cannot be written or holds a finished run.
-        CheckpointError: there is no folder where training should go on.
-        ModelLoadError: the model folder is none, or holds an adapter alone.
+        CheckpointError: the checkpoint to resume from does not exist.
+        ModelLoadError: the model folder does not exist, or holds only an adapter.
     """
     if not model:
-        raise ArgumentError("no model was named. Give a folder or a Hub id: `--model_name_or_path`.")
+        raise ArgumentError("No model given. Give a folder or a Hub id: `--model_name_or_path`.")
     if model_args is not None and (model_args.load_in_8bit or model_args.load_in_4bit) and not model_args.use_peft:
         bits = "load_in_8bit" if model_args.load_in_8bit else "load_in_4bit"
         raise ArgumentError(f"`{bits}` freezes the weights, so nothing would be trained. Add `--use_peft`.")
@@ -178,14 +178,14 @@ def ignore_bias_buffers(model: Any) -> None:
 
 
 def check_resume(value: Any) -> None:
-    """Raises `CheckpointError` when a folder is named to resume from and there is none."""
+    """Raises `CheckpointError` when the folder to resume from does not exist."""
     folder = Path(str(value))
     if str(value).lower() in ("none", "false", "", "true", "auto") or folder.is_dir():
         return
     beside = [str(each) for each in folder.parent.glob("checkpoint-*")]
     raise CheckpointError(
-        f"`resume_from_checkpoint` is {str(value)!r}, which is no folder.{nearest(str(folder), beside)} Name a "
-        "checkpoint, or say `auto` for the newest in `output_dir`."
+        f"`resume_from_checkpoint` is {str(value)!r}, but there is no such folder.{nearest(str(folder), beside)} Give "
+        "a checkpoint, or `auto` for the newest in `output_dir`."
     )
 
 
@@ -237,4 +237,4 @@ def choose(name: str, allowed: Sequence[str], what: str) -> str:
     """Returns `name` if it is allowed; raises `ArgumentError` with the nearest one otherwise."""
     if name in allowed:
         return name
-    raise ArgumentError(f"{name!r} is no {what}; there are {', '.join(allowed)}.{nearest(name, allowed)}")
+    raise ArgumentError(f"{name!r} is not a {what}.{nearest(name, allowed)} Allowed: {', '.join(allowed)}.")

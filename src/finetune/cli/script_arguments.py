@@ -1,4 +1,4 @@
-"""Arguments of the programs beside the trainer's own: which data, which model, which adapter. Flags as in TRL."""
+"""Arguments of the programs besides those of the trainer: which data, which model, which adapter. Flags as in TRL."""
 
 # ruff: noqa: RUF009
 
@@ -24,11 +24,11 @@ Arguments = TypeVar("Arguments", bound=Any)
 
 @dataclass
 class DatasetConfig:
-    """One data set of a mixture; fields and meaning as in TRL.
+    """One dataset of a mixture; fields and meaning as in TRL.
 
-    `fraction` is the set's share of the mixture, in any scale; given for all sets or for none. The first rows of each
-    are taken, so many that the shares hold and no set is repeated: with 100 and 1000 rows and shares 1 and 3 the
-    mixture has 100 + 300 rows. One epoch sees each of them once.
+    `fraction` is the dataset's share of the mixture, on any scale, given for all datasets or for none. As many of the
+    first rows of each are taken as the shares allow without repeating a dataset: with 100 and 1000 rows and shares 1
+    and 3 the mixture has 100 + 300 rows. One epoch sees each row once.
     """
 
     path: str
@@ -42,10 +42,10 @@ class DatasetConfig:
 
 @dataclass
 class DatasetMixtureConfig:
-    """A mixture of data sets, best written in a YAML file."""
+    """A mixture of datasets, best written in a YAML file."""
 
     datasets: list[dict[str, Any]] = arg(
-        help="Data sets to train on together: `path`, `split`, `columns`, `fraction`, ... of each.",
+        help="Datasets to train on together: `path`, `split`, `columns`, `fraction`, ... of each.",
         factory=list,
     )
     streaming: bool = arg(False, "Read the mixture while training instead of before.")
@@ -71,15 +71,15 @@ def _dataset_config(given: Any) -> DatasetConfig:
 
 @dataclass
 class ScriptArguments:
-    """Which data set to train on."""
+    """Which dataset to train on."""
 
     dataset_name: str | None = arg(
         None, "Hub id, a file (JSON, JSONL, CSV, Parquet, Arrow), a folder of such files, or one of `save_to_disk`."
     )
-    dataset_config: str | None = arg(None, "Configuration (subset) of a data set that has several.")
+    dataset_config: str | None = arg(None, "Configuration (subset) of a dataset that has several.")
     dataset_train_split: str = arg("train", "Split to train on; a part of one is written `train[:90%]`.")
     dataset_test_split: str = arg("test", "Split to evaluate on, used unless `eval_strategy` is `no`.")
-    dataset_streaming: bool = arg(False, "Read the data set while training instead of before.")
+    dataset_streaming: bool = arg(False, "Read the dataset while training instead of before.")
     ignore_bias_buffers: bool = arg(False, "Leave boolean buffers out of DDP's broadcast (old GPT-2 like models).")
 
 

@@ -1,10 +1,10 @@
 """What the model will be trained on, counted before the first step: most wrong fine-tunes look healthy.
 
-The counts come from per-row numbers that the preparation stores with the rows, so a cached data set is audited at
+The counts come from per-row numbers that the preparation stores with the rows, so a cached dataset is audited at
 once. Limits turn a run that would learn nothing, or never learn to stop, into an error with its remedy, or a warning.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -27,7 +27,7 @@ from finetune.errors import DataFormatError
 
 @dataclass(frozen=True)
 class AuditLimits:
-    """When a data set is refused. Shares are between 0 and 1; None switches a limit off."""
+    """When a dataset is refused. Shares are between 0 and 1; None switches a limit off."""
 
     max_lost_share: float | None = 0.95
     """Share of all tokens that truncation may cut off."""
@@ -102,7 +102,7 @@ class SupervisionAudit:
     ) -> None:
         """Raises `DataFormatError` naming every limit that is broken, with what to change.
 
-        With `warn`, each broken limit is told to it instead. Rows of which nothing is trained are an error either way.
+        With `warn`, it is called with each broken limit instead. A dataset that trains nothing is always refused.
         """
         problems = self._nothing_to_learn(max_length)
         broken = [] if problems else self._broken_limits(limits or AuditLimits(), max_length)
@@ -110,9 +110,9 @@ class SupervisionAudit:
             for problem in broken:
                 warn(f"{self.name}: {problem}")
         elif broken:
-            problems += [*broken, "To train on it nevertheless, set `data_audit='warn'`."]
+            problems += [*broken, "To train on it anyway, set `data_audit='warn'`."]
         if problems:
-            raise DataFormatError(f"The {self.name} data set cannot be trained on. " + " ".join(problems))
+            raise DataFormatError(f"The {self.name} dataset cannot be trained on. " + " ".join(problems))
 
     def _broken_limits(self, limits: AuditLimits, max_length: int | None) -> list[str]:
         broken = []
@@ -131,14 +131,16 @@ class SupervisionAudit:
             return ["It has no rows."]
         if self.num_supervised or self.num_rows == 0:  # of a packed stream nothing is counted
             return []
+        if self.format == Kind.TEXT.value and self.longest <= 1:  # at most the token that ends a text
+            return ["All texts are empty."]
         if self.num_dropped_by_truncation:
             return [
-                f"None of its {self.num_rows} rows has a supervised token left: `max_length={max_length}` cuts off "
+                f"None of its {self.num_rows} rows has a trained token left: `max_length={max_length}` cuts off "
                 f"every answer (the longest row has {self.longest} tokens). Raise `max_length`, set it to None, or set "
                 "`truncation_mode='keep_end'`."
             ]
         return [
-            f"None of its {self.num_rows} rows has a supervised token (mask: {self.mask_method}). Check "
+            f"None of its {self.num_rows} rows has a trained token (mask: {self.mask_method}). Check "
             "`completion_only_loss`, `assistant_only_loss` and the labels or masks in the data."
         ]
 
@@ -160,19 +162,19 @@ class SupervisionAudit:
         )
 
     def warnings(self) -> list[str]:
-        """Returns one line for each count that is no error but should be looked at."""
+        """Returns one line for each count that is not an error but deserves a look."""
         lines = []
         if self.sampled and self.num_rows:
             lines.append(
-                f"a stream: counted are its first {self.num_rows} rows, the others are prepared and checked as they "
-                "are read."
+                f"a stream: only its first {self.num_rows} rows are counted; the others are prepared and checked when "
+                "they are read."
             )
         elif self.sampled:
             lines.append("a packed stream: nothing was counted.")
         if self.num_dropped:
             rows = ", ".join(map(str, self.first_dropped_rows))
             lines.append(
-                f"{self.num_dropped} rows without a supervised token were left out, {self.num_dropped_by_truncation} "
+                f"{self.num_dropped} rows without a trained token were left out, {self.num_dropped_by_truncation} "
                 f"of them because of `max_length` (first: {rows})."
             )
         if self.num_truncated:
@@ -193,8 +195,8 @@ class SupervisionAudit:
         elif self.num_boundary_mismatches:
             lines.append(
                 f"In {self.num_boundary_mismatches} rows prompt and completion meet inside a token: the model sees "
-                "other prompt tokens in training than in use. End prompts on a word, and begin completions with the "
-                "space."
+                "other prompt tokens in training than at inference. End prompts on a word, and begin completions with "
+                "the space."
             )
         return lines
 
@@ -241,7 +243,7 @@ def audit_rows(
 
 
 def audit(dataset: Any, *, name: str = "train", format: str = Kind.TOKENIZED.value) -> SupervisionAudit:
-    """Returns the audit of a map-style data set with `input_ids` and `labels`, without knowledge of its source.
+    """Returns the audit of a map-style dataset with `input_ids` and `labels`, without knowledge of its source.
 
     What preparation alone knows (truncation, stop tokens, borders) is counted as 0. Rows are read in Arrow batches.
     """
@@ -251,7 +253,7 @@ def audit(dataset: Any, *, name: str = "train", format: str = Kind.TOKENIZED.val
 
 
 def count_rows(dataset: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (tokens, supervised tokens) per row, each (B,), of a map-style data set with `labels`."""
+    """Returns (tokens, supervised tokens) per row, each (B,), of a map-style dataset with `labels`."""
     lengths, supervised = [np.zeros(0, np.int32)], [np.zeros(0, np.int32)]
     columns = dataset.with_format("arrow", columns=["labels"])
     for table in columns.iter(batch_size=10_000):
@@ -266,29 +268,40 @@ def count_rows(dataset: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def audit_table(audits: Mapping[str, SupervisionAudit]) -> str:
-    """Returns one table with a column per split, followed by the warnings of each, ready to print."""
+    """Returns one table with a column per split, followed by the warnings of each, ready to print.
+
+    Defects that no split has get no row.
+    """
     splits = list(audits.values())
     rows: list[tuple[str, list[str]]] = [
         ("rows", [f"{a.num_rows:,}" + (" (the first)" if a.sampled else "") for a in splits]),
         ("read as", [a.format for a in splits]),
         ("trained tokens chosen by", [a.mask_method for a in splits]),
         ("tokens", [f"{a.num_tokens:,}" for a in splits]),
-        ("supervised", [f"{a.num_supervised:,} ({a.supervised_share:.1%})" for a in splits]),
+        ("trained tokens", [f"{a.num_supervised:,} ({a.supervised_share:.1%})" for a in splits]),
         ("rows left out (nothing to learn)", [f"{a.num_dropped:,}" for a in splits]),
         ("rows truncated", [f"{a.num_truncated:,}" for a in splits]),
         ("tokens lost", [f"{a.num_source_tokens - a.num_tokens:,} ({a.lost_share:.1%})" for a in splits]),
         ("stop token trained", ["-" if a.stop_share is None else f"{a.stop_share:.1%} of rows" for a in splits]),
-        ("doubled BOS", [f"{a.num_doubled_bos:,}" for a in splits]),
-        ("boundary mismatches", [f"{a.num_boundary_mismatches:,}" for a in splits]),
-        ("template drift", [f"{a.num_template_drift:,}" for a in splits]),
+        *_defects(splits),
         ("packing", ["-" if a.packing_efficiency is None else f"{a.packing_efficiency:.1%} full" for a in splits]),
     ]
     label_width = max(len(label) for label, _ in rows)
     widths = [max(len(name), *(len(cells[i]) for _, cells in rows)) for i, name in enumerate(audits)]
     header = " ".join([" " * label_width, *(name.rjust(width) for name, width in zip(audits, widths, strict=True))])
-    lines = ["Supervision audit", header]
+    lines = ["Data audit", header]
     for label, cells in rows:
         padded = [cell.rjust(width) for cell, width in zip(cells, widths, strict=True)]
         lines.append(" ".join([label.ljust(label_width), *padded]))
     lines += [f"{name}: {warning}" for name, split in audits.items() for warning in split.warnings()]
     return "\n".join(lines)
+
+
+def _defects(splits: Sequence[SupervisionAudit]) -> list[tuple[str, list[str]]]:
+    """Returns the rows of the table for what hardly any dataset has; the warnings explain each."""
+    counts = [
+        ("rows with two BOS tokens", [a.num_doubled_bos for a in splits]),
+        ("prompt and completion share a token", [a.num_boundary_mismatches for a in splits]),
+        ("prompt differs without completion", [a.num_template_drift for a in splits]),
+    ]
+    return [(label, [f"{number:,}" for number in numbers]) for label, numbers in counts if any(numbers)]

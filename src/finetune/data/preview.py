@@ -1,6 +1,6 @@
 """What a user sees of the data before the first step: rows as the model is trained on them, and the audit.
 
-Of the rows: what is learned, what is only read, what `max_length` cuts off.
+Each row shows what is trained, what is only context, and what `max_length` cuts off.
 """
 
 import html
@@ -81,9 +81,7 @@ class Preview:
     def to_terminal(self, *, color: bool = True) -> str:
         """Returns the rows as text: green trained, grey not trained, red struck out truncated, a yellow bar where the
         completion begins. Without color, trained text stands in «», truncated text in ~~."""
-        lines = [
-            f"{self.name}: {self.format}, trained: {self.mask_method}" + ("" if color else "   «trained»  ~~cut~~")
-        ]
+        lines = [f"{self.name}: {self.format}, trained: {self.mask_method}", _legend(color)]
         for row in self.rows:
             lines += [row.describe(), "".join(_in_terminal(piece, color) for piece in row.pieces)]
         return "\n".join(lines)
@@ -96,8 +94,8 @@ class Preview:
             for row in self.rows
         )
         legend = (
-            '<p><span class="trained">trained</span> <span class="not">not trained</span> '
-            f'<span class="truncated">truncated</span> <span class="boundary">{_BOUNDARY}</span> completion begins</p>'
+            '<p><span class="trained">trained</span> <span class="not">context</span> '
+            f'<span class="truncated">truncated</span> <span class="boundary">{_BOUNDARY}</span> completion starts</p>'
         )
         return (
             f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{_CSS}</style>'
@@ -108,7 +106,7 @@ class Preview:
 def preview(
     dataset: Any, processing_class: Any, settings: DataSettings, *, num_rows: int = 2, name: str = "train"
 ) -> Preview:
-    """Returns the first `num_rows` rows of a raw or prepared data set or stream, as training would see them.
+    """Returns the first `num_rows` rows of a raw or prepared dataset or stream, as training would see them.
 
     Raises `DataFormatError` like `prepare_split`.
     """
@@ -183,6 +181,14 @@ def _texts(tokenizer: Any, ids: list[int], cuts: Sequence[int]) -> list[str]:
     # Decoding a run alone can lose its leading space, so each is what it adds to the text before it.
     decoded = [tokenizer.decode(ids[:cut], clean_up_tokenization_spaces=False) for cut in cuts]
     return [after[len(before) :] for before, after in itertools.pairwise(decoded)]
+
+
+def _legend(color: bool) -> str:
+    if not color:
+        return f"«trained», ~~truncated~~, the rest is context, {_BOUNDARY} completion starts"
+    names = {"trained": "green: trained", "not trained": "grey: context", "truncated": "red: truncated"}
+    shown = [f"{_ANSI[state]}{text}{_RESET}" for state, text in names.items()]
+    return ", ".join([*shown, f"{_ANSI['boundary']}{_BOUNDARY}{_RESET} completion starts"])
 
 
 def _in_terminal(piece: Piece, color: bool) -> str:

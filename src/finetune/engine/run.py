@@ -48,7 +48,7 @@ class TrainingRun:
         observers: who watches the first update: `micro_batch(model)`, `before_update` and `after_update`.
         random_rows: whether rows come out differently each time they are read, None before it is known; such rows are
             not compared when a run is resumed.
-        ledger, precision: its memory and its number formats, for the report; None when nobody asked.
+        memory, precision: its memory and its number formats, for the report; None when nobody asked.
     """
 
     args: "TrainingArguments"
@@ -80,7 +80,7 @@ class TrainingRun:
     tokens: Any = 0
     observers: list[Any] = field(default_factory=list)
     random_rows: bool | None = None
-    ledger: Any = None
+    memory: Any = None
     precision: Any = None
 
     def __post_init__(self) -> None:

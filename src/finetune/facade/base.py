@@ -79,8 +79,12 @@ class TrainerBase(RunAttributes):
     _features_are_on = False
 
     @contextlib.contextmanager
-    def _model_features(self) -> Iterator[None]:
-        """Context manager that applies `_change_model`; re-entrant."""
+    def model_features(self) -> Iterator[None]:
+        """Context manager that turns on what the trainer changes on the model to train or evaluate it; re-entrant.
+
+        `train` and `evaluate` enter it themselves; a custom loop has to. For `SFTTrainer` it is attention within
+        packed samples, activation offloading and the fused loss. Everything is undone at the end.
+        """
         if self._features_are_on:
             yield
             return

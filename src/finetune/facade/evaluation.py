@@ -85,7 +85,7 @@ class EvaluationMethods(DataMethods):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Returns predictions, labels, metrics and the number of rows of one pass. Called by `evaluate`, `predict`."""
-        with self._model_features():
+        with self.model_features():
             model = self._prepare_for_evaluation()
             self.callback_handler.eval_dataloader = dataloader
             if prediction_loss_only is None:

@@ -279,7 +279,7 @@ def _short(value: Any) -> str:
 
 
 def _base_model(model: Any) -> str | None:
-    """Returns the Hub name the model came from; None for local folders, whose path is nobody's business."""
+    """Returns the Hub name the model came from; None for local folders, whose path is private."""
     name = getattr(getattr(model, "config", None), "_name_or_path", None)
     return name if isinstance(name, str) and _HUB_NAME.fullmatch(name) and not os.path.exists(name) else None
 

@@ -223,7 +223,7 @@ def _model_upload(
 ) -> Upload:
     """Returns the upload of the output folder; with `checkpoint`, its model takes the place of the folder's own.
 
-    Large files are hard links where nobody rewrites them in place: in a checkpoint, and if `link` says so here.
+    Large files are hard links where nothing rewrites them in place: in a checkpoint, and if `link` says so here.
     """
     older_model = () if checkpoint is None else WEIGHTS
     with _new_snapshot(output_dir) as folder:

@@ -1,4 +1,4 @@
-"""What a run is about to do, said once at its start, and what it did, said once at its end. First process only."""
+"""What a run will do, printed once at its start, and what it did, printed once at its end. First process only."""
 
 import logging
 import sys
@@ -11,13 +11,10 @@ import torch
 from finetune.files import format_bytes
 from finetune.optim.fused_backward import describe_optimizer
 from finetune.reporting.flops import model_flops_utilization
-from finetune.reporting.memory import peak_device_bytes, peak_rss_bytes, take_ledger
+from finetune.reporting.memory import expected_state_bytes, memory_use, peak_device_bytes, peak_rss_bytes
 from finetune.reporting.precision import LivePrecision
-from finetune.reporting.run_ledger import RunLedger
+from finetune.reporting.run_memory import RunMemory
 from finetune.wrappers import unwrap_optimizer
-
-# Optimizer state per parameter, in tensors of the parameter's size, for classes whose state appears at the first step.
-_STATE_TENSORS = {"Adam": 2, "AdamW": 2, "NAdam": 2, "RAdam": 2, "Adamax": 2, "Lion": 1, "RMSprop": 1, "Adadelta": 2}
 
 
 def start_lines(
@@ -28,7 +25,7 @@ def start_lines(
     plan: Any,
     state: Any,
     world_size: int | None = None,
-    ledger: RunLedger | None = None,
+    memory: RunMemory | None = None,
     loss: str = "",
     activations: str = "",
 ) -> list[str]:
@@ -49,7 +46,7 @@ def start_lines(
         *([("", described)] if (described := describe_optimizer(optimizer)) else []),
         *([("loss", loss)] if loss else []),
         *([("activations", activations)] if activations else []),
-        *([("memory", ledger.start_text())] if ledger is not None else []),
+        *([("memory", memory.start_text())] if memory is not None else []),
         ("output", str(args.output_dir)),
     ]
     width = max(len(name) for name, _ in rows)
@@ -64,12 +61,12 @@ def end_lines(
     optimizer: Any = None,
     model: Any = None,
     stalls: Sequence[float] = (),
-    ledger: RunLedger | None = None,
+    memory: RunMemory | None = None,
     precision: LivePrecision | None = None,
 ) -> list[str]:
     """Returns the summary of a finished run: time, rates, loss, memory, what saving cost, and the best checkpoint.
 
-    `stalls`: seconds that training stood still, for each checkpoint.
+    `stalls`: seconds that training paused for each checkpoint.
     """
     runtime = float(metrics.get("train_runtime", 0.0))
     rates = [
@@ -79,61 +76,66 @@ def end_lines(
     ]
     rows = [("steps", f"{state.global_step:,} in {_duration(runtime)}" + "".join(f", {rate}" for rate in rates))]
     if "train_loss" in metrics:
-        rows.append(("train loss", f"{metrics['train_loss']:.4g} (mean of this run)"))
+        rows.append(("train loss", f"{metrics['train_loss']:.4g} (mean over this run)"))
     evaluated = [entry for entry in state.log_history if "eval_loss" in entry]
     if evaluated:
         first, last = evaluated[0]["eval_loss"], evaluated[-1]["eval_loss"]
         rows.append(("eval loss", f"{first:.4g} -> {last:.4g}" if len(evaluated) > 1 else f"{last:.4g}"))
     rows.append(("memory", _memory_text(model, optimizer)))
-    if ledger is not None:
-        rows.append(("", ledger.end_text()))
+    if memory is not None:
+        rows.append(("", memory.end_text()))
     if precision is not None and precision.text:
         rows.append(("dtypes", precision.text))
     share = model_flops_utilization(state.total_flos, runtime, args.device, args.world_size) if runtime else None
     if share is not None:
         rows.append(("utilisation", f"{share:.1%} of the 16-bit peak (model FLOPs)"))
     if stalls:
-        rows.append(("saves", f"{len(stalls)}, training stood still for at most {max(stalls):.2g} s each"))
+        rows.append(("checkpoints", f"{len(stalls)} (training paused at most {max(stalls):.2g} s each)"))
     if state.best_model_checkpoint:
         rows.append(("best", f"{state.best_metric:.4g} in {state.best_model_checkpoint}"))
     width = max(len(name) for name, _ in rows)
     return [f"  {name:<{width}}  {text}" for name, text in rows]
 
 
-def log_start(trainer: Any, run: Any) -> None:
-    """Writes the header of `run` to standard error, and sets who watches its first update.
-
-    Quiet inside a hyperparameter search.
-    """
-    speaks = run.trial is None and _speaks(trainer.args, trainer.is_world_process_zero())
-    announce = partial(_write_row, "dtypes") if speaks else None
-    run.ledger = RunLedger(trainer.model, run.optimizer, trainer.args)
+def start_observers(trainer: Any, run: Any) -> None:
+    """Gives `run` those who watch its first update: what it holds in memory, and in which number formats."""
+    announce = partial(_write_row, "dtypes") if _speaks(trainer, run) else None
+    run.memory = RunMemory(trainer.model, run.optimizer, trainer.args)
     run.precision = LivePrecision(trainer.args, announce)
-    run.observers = [run.precision, run.ledger]
-    if speaks:
-        lines = start_lines(
-            model=trainer.model, args=trainer.args, optimizer=run.optimizer, plan=run.plan, state=trainer.state,
-            ledger=run.ledger, loss=getattr(trainer, "describe_loss", str)(),
-            activations=getattr(trainer, "describe_activations", str)(),
-        )  # fmt: skip
-        _write("Training", lines)
+    run.observers = [run.precision, run.memory]
+
+
+def log_start(trainer: Any, run: Any) -> None:
+    """Writes the header of `run` to standard error, once `start_observers` was called.
+
+    Nothing in a hyperparameter search.
+    """
+    if not _speaks(trainer, run):
+        return
+    lines = start_lines(
+        model=trainer.model, args=trainer.args, optimizer=run.optimizer, plan=run.plan, state=trainer.state,
+        memory=run.memory, loss=getattr(trainer, "describe_loss", str)(),
+        activations=getattr(trainer, "describe_activations", str)(),
+    )  # fmt: skip
+    _write("Training", lines)
 
 
 def log_end(trainer: Any, run: Any, metrics: dict[str, Any], stalls: Sequence[float] = ()) -> None:
-    """Writes the summary of `run` to standard error, and its memory ledger to the run's folder."""
-    run.ledger.finish(trainer.model, run.optimizer)
+    """Writes the summary of `run` to standard error, and its memory to the run's folder."""
+    run.memory.finish(trainer.model, run.optimizer)
     if run.trial is None and getattr(trainer.args, "should_save", False):
-        run.ledger.write(trainer.args.output_dir)
-    if run.trial is None and _speaks(trainer.args, trainer.is_world_process_zero()):
+        run.memory.write(trainer.args.output_dir)
+    if _speaks(trainer, run):
         lines = end_lines(
             metrics=metrics, state=trainer.state, args=trainer.args, optimizer=run.optimizer, model=trainer.model,
-            stalls=stalls, ledger=run.ledger, precision=run.precision,
+            stalls=stalls, memory=run.memory, precision=run.precision,
         )  # fmt: skip
         _write("Trained", lines)
 
 
-def _speaks(args: Any, is_first: bool) -> bool:
-    return is_first and args.get_process_log_level() <= logging.WARNING
+def _speaks(trainer: Any, run: Any) -> bool:
+    speaks = trainer.is_world_process_zero() and trainer.args.get_process_log_level() <= logging.WARNING
+    return run.trial is None and speaks
 
 
 def _write(title: str, lines: Iterable[str]) -> None:
@@ -164,12 +166,12 @@ def _numel(parameter: Any) -> int:
 
 def _device_text(args: Any, world: int) -> str:
     device = torch.device(args.device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else counted(torch.get_num_threads(), "thread")
     return f"{device} ({name})" + (f", {world} processes" if world > 1 else "")
 
 
 def _dtype_text(model: Any, args: Any) -> str:
-    counts = take_ledger(model).dtypes
+    counts = memory_use(model).dtypes
     stored = ", ".join(f"{name} {_count(count)}" for name, count in sorted(counts.items(), key=lambda item: -item[1]))
     compute = {"bf16": "bfloat16", "fp16": "float16", "fp8": "float8"}.get(args.mixed_precision)
     return f"stored {stored or 'nothing'}; " + (f"computed in {compute} (autocast)" if compute else "no autocast")
@@ -178,28 +180,29 @@ def _dtype_text(model: Any, args: Any) -> str:
 def _batch_text(plan: Any, world: int) -> str:
     total, accumulation = plan.total_batch_size, plan.accumulation
     per_device = total // max(world * accumulation, 1)
-    return f"{total} rows = {per_device} per device x {accumulation} accumulated x {world} processes"
+    return (
+        f"{counted(total, 'row')} = {per_device} per device x {accumulation} accumulated x {counted(world, 'process')}"
+    )
 
 
 def _length_text(plan: Any, state: Any, args: Any) -> str:
     epochs = args.num_train_epochs if args.max_steps < 0 else plan.max_steps / max(plan.updates_per_epoch, 1)
-    text = f"{plan.max_steps:,} steps, {epochs:.4g} epochs, {plan.num_examples:,} rows"
+    text = f"{counted(plan.max_steps, 'step')}, {counted(epochs, 'epoch')}, {counted(plan.num_examples, 'row')}"
     return text + (f", continuing at step {state.global_step:,}" if state.global_step else "")
 
 
 def _optimizer_text(model: Any, optimizer: Any, args: Any) -> str:
-    # One wrapper only: what ZeRO's optimizer holds is divided, and cannot be told from the size of the weights.
+    # One wrapper only: what ZeRO's optimizer holds is divided, and does not follow from the size of the weights.
     inner = getattr(optimizer, "optimizer", optimizer)
     name = type(inner).__name__
     rate = f"learning rate {args.learning_rate:g}, {args.lr_scheduler_type!s}"
-    held = take_ledger(model, inner).optimizer
+    held = memory_use(model, inner).optimizer
     if held:
         return f"{name}, {rate}, state {format_bytes(held)}"
-    per_parameter = _STATE_TENSORS.get(name)
-    if per_parameter is None:
+    expected = expected_state_bytes(model, inner)
+    if expected is None:
         return f"{name}, {rate}"
-    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    return f"{name}, {rate}, state about {format_bytes(per_parameter * trained)} after the first step"
+    return f"{name}, {rate}, state about {format_bytes(expected)} after the first step"
 
 
 def _memory_text(model: Any, optimizer: Any) -> str:
@@ -207,8 +210,8 @@ def _memory_text(model: Any, optimizer: Any) -> str:
     peak = f"device peak {format_bytes(device)}, " if device is not None else ""
     text = f"{peak}process peak {format_bytes(peak_rss_bytes())}"
     if model is not None:
-        ledger = take_ledger(model, unwrap_optimizer(optimizer))
-        text += f"; parameters {format_bytes(ledger.parameters)}, optimizer {format_bytes(ledger.optimizer)}"
+        held = memory_use(model, unwrap_optimizer(optimizer))
+        text += f"; parameters {format_bytes(held.parameters)}, optimizer {format_bytes(held.optimizer)}"
     return text
 
 
@@ -222,6 +225,16 @@ def _count(number: int) -> str:
         if number >= size:
             return f"{number / size:.1f}{unit}"
     return str(number)
+
+
+def counted(number: float, what: str) -> str:
+    """Returns a number of things.
+
+    >>> counted(1, "thread"), counted(2, "process"), counted(1200, "step"), counted(0.5, "epoch")
+    ('1 thread', '2 processes', '1,200 steps', '0.5 epochs')
+    """
+    text = f"{number:,.4g}" if isinstance(number, float) else f"{number:,}"
+    return f"{text} {what}" + ("" if text == "1" else "es" if what.endswith("s") else "s")
 
 
 def _duration(seconds: float) -> str:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 _SAMPLING_SECONDS = 0.005
+# Tensors of a parameter's size that an optimizer keeps for it, for classes whose state appears in the first step.
+_STATE_TENSORS = {"Adam": 2, "AdamW": 2, "NAdam": 2, "RAdam": 2, "Adamax": 2, "Lion": 1, "RMSprop": 1, "Adadelta": 2}
 
 
 def rss_bytes() -> int:
@@ -132,7 +134,7 @@ class _PeakSampler:
 
 
 @dataclass(frozen=True)
-class Ledger:
+class MemoryUse:
     """What the tensors of a training occupy on this process, in bytes; shared storage counts once.
 
     `dtypes` says how many parameter elements there are of each dtype, `live` ones of this process.
@@ -149,11 +151,11 @@ class Ledger:
         return self.parameters + self.gradients + self.optimizer + self.buffers
 
 
-def take_ledger(model: nn.Module, optimizer: Any = None) -> Ledger:
+def memory_use(model: nn.Module, optimizer: Any = None) -> MemoryUse:
     """Returns what `model` and `optimizer` hold now. Reads sizes only, never values.
 
     >>> layer = nn.Linear(3, 2)
-    >>> take_ledger(layer).parameters, take_ledger(layer).dtypes
+    >>> memory_use(layer).parameters, memory_use(layer).dtypes
     (32, {'float32': 8})
     """
     seen: set[int] = set()
@@ -162,13 +164,21 @@ def take_ledger(model: nn.Module, optimizer: Any = None) -> Ledger:
     for parameter in parameters:
         name = str(parameter.dtype).removeprefix("torch.")
         dtypes[name] = dtypes.get(name, 0) + parameter.numel()
-    return Ledger(
+    return MemoryUse(
         parameters=bytes_of(parameters, seen),
         gradients=bytes_of((p.grad for p in parameters if p.grad is not None), seen),
         optimizer=bytes_of(tensors_in(dict(getattr(optimizer, "state", None) or {})), seen),
         buffers=bytes_of(model.buffers(), seen),
         dtypes=dtypes,
     )
+
+
+def expected_state_bytes(model: nn.Module, optimizer: Any) -> int | None:
+    """Returns the state that an unwrapped optimizer will have after its first step; None if its class is unknown."""
+    tensors = _STATE_TENSORS.get(type(optimizer).__name__)
+    if tensors is None:
+        return None
+    return sum(tensors * p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
 
 
 def bytes_of(tensors: Iterable[Tensor], seen: set[int]) -> int:

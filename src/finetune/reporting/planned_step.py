@@ -14,7 +14,7 @@ from finetune.models.activation import activation_checkpointing
 from finetune.models.adapters import add_adapters
 from finetune.models.architecture import language_model_class
 from finetune.optim.registry import build_optimizer
-from finetune.reporting.ledger import ModelSizes
+from finetune.reporting.memory_estimate import ModelSizes
 from finetune.reporting.memory_trace import MemoryTrace, trace_updates
 
 

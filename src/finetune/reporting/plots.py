@@ -72,7 +72,7 @@ def charts(history: History, more: Mapping[str, Iterable[tuple[float, float]]] |
     """
     found: dict[str, Chart] = {}
     for entry in history:
-        # The last entry repeats totals of the whole run, which are no point of a curve.
+        # The last entry repeats totals of the whole run, which are not points of a curve.
         if "step" not in entry or "train_runtime" in entry:
             continue
         for name, value in entry.items():
@@ -89,7 +89,7 @@ def charts(history: History, more: Mapping[str, Iterable[tuple[float, float]]] |
 
 
 def _title(name: str) -> str | None:
-    """Returns the chart a logged name belongs to; None for what is no curve."""
+    """Returns the chart a logged name belongs to; None if it is not drawn."""
     if name in _BOOKKEEPING or name.endswith(("_runtime", "preparation_time")):
         return None
     if name.startswith("eval_"):

@@ -34,7 +34,7 @@ class LivePrecision:
 
     @contextlib.contextmanager
     def micro_batch(self, model: nn.Module) -> Iterator[None]:
-        """Within, notes what linear layers return.
+        """Context manager: notes what linear layers return.
 
         Raises:
             ArgumentError: none of them computed in the format that `bf16` or `fp16` asks for; or, without these, none

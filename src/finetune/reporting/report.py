@@ -1,4 +1,4 @@
-"""`report.html`: one file that tells what a run was and how it went, readable offline and without this package."""
+"""`report.html`: one file that shows what a run was and how it went, readable offline and without this package."""
 
 import html
 import json
@@ -81,19 +81,19 @@ def report_from_run(run_dir: str | os.PathLike[str], extra: Mapping[str, Any] | 
     """Writes the report of a finished or running `output_dir` from its files and returns its path.
 
     Reads `trainer_state.json` (or the newest checkpoint's), and if present `all_results.json`, `data_audit.json`,
-    `memory_ledger.json` and `resolved_config.yaml`.
+    `memory_usage.json` and `resolved_config.yaml`.
 
     Raises:
-        ArgumentError: there is no state of a trainer in `run_dir`.
+        ArgumentError: `run_dir` holds no `trainer_state.json`.
     """
     folder = Path(run_dir)
     found: dict[str, Any] = {}
     if (folder / "all_results.json").is_file():
         found["results"] = json.loads((folder / "all_results.json").read_text(encoding="utf-8"))
-    if (folder / "memory_ledger.json").is_file():
-        from finetune.reporting.run_ledger import ledger_rows
+    if (folder / "memory_usage.json").is_file():
+        from finetune.reporting.run_memory import memory_rows
 
-        found["memory"] = ledger_rows(json.loads((folder / "memory_ledger.json").read_text(encoding="utf-8")))
+        found["memory"] = memory_rows(json.loads((folder / "memory_usage.json").read_text(encoding="utf-8")))
     if (folder / "data_audit.json").is_file():
         found["data_audit"] = _audit_rows(json.loads((folder / "data_audit.json").read_text(encoding="utf-8")))
     config: Mapping[str, Any] | None = None
@@ -105,7 +105,7 @@ def report_from_run(run_dir: str | os.PathLike[str], extra: Mapping[str, Any] | 
 
 
 def _audit_rows(splits: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Returns `data_audit.json` as a table with a column per split; what nothing is known about is left out."""
+    """Returns `data_audit.json` as a table with a column per split; unknown counts are left out."""
     names = dict.fromkeys(name for split in splits.values() for name in split if name != "name")
     rows = [
         {"": name.removeprefix("num_").replace("_", " "), **{split: splits[split].get(name) for split in splits}}

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from finetune.compat import available_trackers
 from finetune.errors import ArgumentError, nearest
 
 
@@ -15,7 +16,6 @@ class _Tracker:
 
     package: str
     modules: tuple[tuple[str, ...], ...]
-    in_all: bool = True
 
 
 _TRACKERS: dict[str, _Tracker] = {
@@ -25,7 +25,7 @@ _TRACKERS: dict[str, _Tracker] = {
     "comet_ml": _Tracker("comet-ml", (("comet_ml",),)),
     "dagshub": _Tracker("dagshub mlflow", (("dagshub", "mlflow"),)),
     "dvclive": _Tracker("dvclive", (("dvclive",),)),
-    "flyte": _Tracker("flytekit", (("flytekit",),), in_all=False),
+    "flyte": _Tracker("flytekit", (("flytekit",),)),
     "kubeflow": _Tracker("", ()),
     "mlflow": _Tracker("mlflow", (("mlflow",),)),
     "neptune": _Tracker("neptune", (("neptune",),)),
@@ -37,7 +37,10 @@ _TRACKERS: dict[str, _Tracker] = {
 
 
 def resolve(report_to: str | Sequence[str] | None) -> list[str]:
-    """Returns the names `report_to` asks for: `none` gives none, `all` the installed ones. Imports nothing heavy.
+    """Returns the names `report_to` asks for: `none` gives none, `all` the installed ones, as in the constructor.
+
+    The constructor of the arguments has resolved what it was given; a value assigned later is resolved here alone.
+    transformers is imported for `all` only.
 
     Raises:
         ArgumentError: a name is unknown, or its package is not installed.
@@ -50,7 +53,7 @@ def resolve(report_to: str | Sequence[str] | None) -> list[str]:
     names: list[str] = []
     for name in asked:
         if name == "all":
-            names += _installed()
+            names += available_trackers()
         elif name not in _TRACKERS:
             raise ArgumentError(
                 f"`report_to` names {name!r}; choose from {', '.join(_TRACKERS)}, `all` or `none`."
@@ -90,12 +93,6 @@ def _is_installed(name: str) -> bool:
     # Groups name a parent package before its child: looking up the child of a missing parent raises.
     groups = _TRACKERS[name].modules
     return any(all(importlib.util.find_spec(module) is not None for module in group) for group in groups)
-
-
-def _installed() -> list[str]:
-    names = [name for name, tracker in _TRACKERS.items() if tracker.in_all and _is_installed(name)]
-    # mlflow reports to Azure ML itself; both would log everything twice.
-    return [name for name in names if not (name == "azure_ml" and "mlflow" in names)]
 
 
 def _remedy(name: str) -> str:

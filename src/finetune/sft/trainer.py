@@ -256,7 +256,7 @@ class SFTTrainer(SFTRowMethods, SFTLossMethods):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """As `Trainer.evaluation_loop`; packed rows attend within samples, also where training rows are padded."""
-        with self._model_features(), ExitStack() as stack:
+        with self.model_features(), ExitStack() as stack:
             if self._plan.eval_padding_free and not self._plan.padding_free:
                 self._keep_samples_apart(stack)
             return super().evaluation_loop(

@@ -1,4 +1,4 @@
-"""Every way to name a data set, and one clear error for every mistake."""
+"""Every way to name a dataset, and one clear error for every mistake."""
 
 import json
 from pathlib import Path

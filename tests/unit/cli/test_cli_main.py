@@ -26,9 +26,9 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_an_unknown_command_brings_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["stf"]) == 2
-    assert "Did you mean `sft`" in capsys.readouterr().err
+    assert "unknown command 'stf'. Did you mean `sft`? Commands: " in capsys.readouterr().err
     assert main(["sequence-classification"]) == 2
-    assert "there are sft, classify, demo," in capsys.readouterr().err
+    assert "Commands: sft, classify, demo," in capsys.readouterr().err
 
 
 def test_every_command_has_its_own_help(capsys: pytest.CaptureFixture[str]) -> None:

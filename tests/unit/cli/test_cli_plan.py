@@ -1,4 +1,4 @@
-"""`finetune plan`: what it reads, prints and refuses. How right it is: tests/numerics/test_memory_ledger.py."""
+"""`finetune plan`: what it reads, prints and refuses. How right it is: tests/numerics/test_memory_estimate.py."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def test_a_file_a_folder_and_nothing(tmp_path, monkeypatch):
     assert read_config(str(tmp_path / "config.json"))[0].hidden_size == 128
     assert read_config(str(tmp_path))[1] == "folder"
     (tmp_path / "other.json").write_text("[]")
-    with pytest.raises(ModelLoadError, match="no model configuration"):
+    with pytest.raises(ModelLoadError, match="not a model configuration"):
         read_config(str(tmp_path / "other.json"))
     with pytest.raises(ModelLoadError, match=r"--model config\.json.*google/gemma-2b"):
         read_config(str(tmp_path / "absent" / "model"))

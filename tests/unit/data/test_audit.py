@@ -52,7 +52,7 @@ def test_max_length_that_leaves_nothing_is_an_error(chat_tokenizer: Any) -> None
 
 def test_no_supervised_token_is_an_error(chat_tokenizer: Any) -> None:
     made = audit_of({"input_ids": [[5, 6, 7]], "labels": [[5, -100, -100]]}, chat_tokenizer)
-    with pytest.raises(DataFormatError, match="None of its 1 rows has a supervised token"):
+    with pytest.raises(DataFormatError, match="None of its 1 rows has a trained token"):
         made.check()
 
 
@@ -88,7 +88,7 @@ def test_broken_limits_are_named_together_and_can_be_warnings(chat_tokenizer: An
 def test_rows_that_train_nothing_are_never_a_warning(chat_tokenizer: Any) -> None:
     made = audit_of({"input_ids": [[5, 6]], "labels": [[5, -100]]}, chat_tokenizer)
     lines: list[str] = []
-    with pytest.raises(DataFormatError, match="None of its 1 rows has a supervised token") as error:
+    with pytest.raises(DataFormatError, match="None of its 1 rows has a trained token") as error:
         made.check(warn=lines.append)
     assert "data_audit" not in str(error.value) and not lines
 
@@ -174,6 +174,20 @@ def test_tokenized_rows_are_audited_without_their_source(chat_tokenizer: Any) ->
         assert audit(rows.select([])).num_rows == (empty or 0)
     with pytest.raises(DataFormatError, match="no rows"):
         audit(rows.select([])).check()
+
+
+def test_empty_texts_are_named_as_such(chat_tokenizer: Any) -> None:
+    with pytest.raises(DataFormatError, match="All texts are empty"):
+        audit_of({"text": ["", ""]}, chat_tokenizer).check(max_length=8)
+
+
+def test_the_table_names_only_defects_that_are_there(chat_tokenizer: Any) -> None:
+    fine = audit_table({"train": audit_of({"text": ["the cat"]}, chat_tokenizer)})
+    assert "BOS" not in fine and "prompt" not in fine
+    bos = chat_tokenizer.bos_token
+    doubled = audit_table({"train": audit_of({"text": [f"{bos}{bos}the cat"]}, chat_tokenizer)})
+    assert any(line.split() == ["rows", "with", "two", "BOS", "tokens", "1"] for line in doubled.splitlines())
+    assert "prompt" not in doubled
 
 
 def test_the_table_has_a_column_per_split(chat_tokenizer: Any) -> None:

@@ -51,9 +51,11 @@ def test_the_terminal_shows_the_whole_text(chat_tokenizer: Any) -> None:
     colored = made.to_terminal()
     assert "\033[32m sat on\033[0m" in colored
     assert "\033[9;31m a mat<|im_end|>\033[0m" in colored
+    assert "green: trained" in colored and "grey: context" in colored and "red: truncated" in colored
     assert "the cat┃ sat on a mat<|im_end|>" in re.sub(r"\033\[[0-9;]*m", "", colored)
     plain = made.to_terminal(color=False)
     assert "\033" not in plain
+    assert plain.splitlines()[1] == "«trained», ~~truncated~~, the rest is context, ┃ completion starts"
     assert "the cat┃« sat on»~~ a mat<|im_end|>~~" in plain
 
 

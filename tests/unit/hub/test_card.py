@@ -99,7 +99,7 @@ def test_no_token_and_no_path_of_this_machine(tmp_path):
     metadata, body = written(tmp_path / "out")
     assert "base_model" not in metadata and "a local model" in body
     assert "hf_secret" not in body and str(tmp_path) not in body
-    assert "model-index" not in metadata  # results without a data set are refused by the Hub
+    assert "model-index" not in metadata  # results without a dataset are refused by the Hub
 
 
 def test_other_processes_write_nothing(tmp_path):

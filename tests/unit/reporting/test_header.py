@@ -83,8 +83,8 @@ def test_end_says_how_it_went():
     assert "30 in 1 min 15 s, 12.5 samples/s" in text
     assert "2.25 (mean" in text and "3 -> 1.5" in text and "1.5 in x/checkpoint-30" in text
     stalled = header.end_lines(metrics=metrics, state=state, args=arguments(), stalls=[0.25, 0.5])
-    assert any("saves" in line and "2, training stood still for at most 0.5 s" in line for line in stalled)
-    assert "saves" not in text
+    assert any("checkpoints  2 (training paused at most 0.5 s each)" in line for line in stalled)
+    assert "checkpoints" not in text
     assert "process peak" in text and "parameters 39.1 KiB" in text and "utilisation" not in text
 
 
@@ -107,6 +107,7 @@ def test_who_speaks(capsys, first, level, trial, speaks):
         is_world_process_zero=lambda: first,
     )
     run = SimpleNamespace(trial=trial, optimizer=torch.optim.AdamW(model.parameters()), plan=PLAN)
+    header.start_observers(trainer, run)
     header.log_start(trainer, run)
     header.log_end(trainer, run, {"train_runtime": 1.0})
     shown = capsys.readouterr()
@@ -117,3 +118,9 @@ def test_zero3_parameters_count_at_their_true_size():
     model = nn.Linear(1, 1, bias=False)
     model.weight.ds_numel = 2_000_000
     assert "2.0M, trained: 2.0M (all)" in start(model=model)
+
+
+def test_one_of_a_thing_is_singular():
+    assert [header.counted(1, "process"), header.counted(2, "process")] == ["1 process", "2 processes"]
+    assert [header.counted(1.0, "epoch"), header.counted(0.5, "epoch")] == ["1 epoch", "0.5 epochs"]
+    assert header.counted(1200, "step") == "1,200 steps"

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from finetune.reporting import memory
-from finetune.reporting.memory import MemoryTracker, take_ledger
+from finetune.reporting.memory import MemoryTracker, memory_use
 
 STEP = 64 << 20
 
@@ -74,17 +74,17 @@ def test_skipping_costs_nothing():
     assert metrics == {}
 
 
-def test_ledger_counts_each_storage_once():
+def test_use_counts_each_storage_once():
     model = nn.Sequential(nn.Linear(10, 10, bias=False), nn.Linear(10, 10, bias=False), nn.BatchNorm1d(4))
     model[1].weight = model[0].weight
     model[2].to(torch.bfloat16)
     optimizer = torch.optim.AdamW(model.parameters())
-    before = take_ledger(model, optimizer)
+    before = memory_use(model, optimizer)
     assert (before.parameters, before.gradients, before.optimizer) == (400 + 16, 0, 0)
     assert before.dtypes == {"float32": 100, "bfloat16": 8}
     model[0](torch.ones(2, 10)).sum().backward()
     optimizer.step()
-    after = take_ledger(model, optimizer)
+    after = memory_use(model, optimizer)
     # Two moments of the one matrix with a gradient, and its step counter.
     assert (after.gradients, after.optimizer) == (400, 804)
     assert after.buffers == 2 * 8 + 8
@@ -94,13 +94,13 @@ def test_ledger_counts_each_storage_once():
 def test_views_of_one_storage_count_once():
     whole = torch.zeros(100)
     model = nn.ParameterList([nn.Parameter(whole[:40]), nn.Parameter(whole[40:])])
-    assert take_ledger(model).parameters == 400 and take_ledger(model).dtypes == {"float32": 100}
+    assert memory_use(model).parameters == 400 and memory_use(model).dtypes == {"float32": 100}
 
 
-def test_ledger_of_a_model_without_memory():
+def test_use_of_a_model_without_memory():
     with torch.device("meta"):
         model = nn.Linear(1000, 1000)
-    assert take_ledger(model).parameters == 0 and take_ledger(model).dtypes == {"float32": 1_001_000}
+    assert memory_use(model).parameters == 0 and memory_use(model).dtypes == {"float32": 1_001_000}
 
 
 def test_process_memory():

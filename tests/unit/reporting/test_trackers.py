@@ -3,6 +3,7 @@ import sys
 
 import pytest
 
+from finetune import TrainingArguments
 from finetune.errors import ArgumentError
 from finetune.reporting import trackers
 
@@ -64,20 +65,22 @@ def test_none_stands_alone():
         trackers.resolve(["none", "wandb"])
 
 
-def test_all_means_what_is_installed(installed):
-    assert trackers.resolve("all") == []
-    installed |= {"wandb", "mlflow", "flytekit", "azureml", "azureml.core", "azureml.core.run", "tensorboardX"}
-    assert trackers.resolve("all") == ["mlflow", "tensorboard", "wandb"]
-    assert trackers.resolve(["wandb", "all"]) == ["wandb", "mlflow", "tensorboard"]
-    installed.discard("mlflow")
-    assert trackers.resolve("all") == ["azure_ml", "tensorboard", "wandb"]
+def test_all_means_the_same_as_in_the_constructor(monkeypatch, tmp_path):
+    found = ["mlflow", "tensorboard"]
+    monkeypatch.setattr("transformers.integrations.get_available_reporting_integrations", lambda: list(found))
+    monkeypatch.delenv("KUBEFLOW_TRAINER_SERVER_URL", raising=False)
+    args = TrainingArguments(str(tmp_path), report_to="all")
+    assert trackers.resolve("all") == args.report_to == found
+    monkeypatch.setattr(trackers, "_is_installed", lambda name: True)
+    assert trackers.resolve(["wandb", "all"]) == ["wandb", *found]
 
 
-def test_a_child_module_is_not_looked_up_below_a_missing_parent(installed, monkeypatch):
+def test_a_child_module_is_not_looked_up_below_a_missing_parent(monkeypatch):
     asked = []
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: asked.append(name))
-    assert "azure_ml" not in trackers.resolve("all")
-    assert "azureml.core" not in asked
+    with pytest.raises(ArgumentError, match="azureml"):
+        trackers.resolve("azure_ml")
+    assert asked == ["azureml"]
 
 
 def test_none_imports_nothing_heavy():

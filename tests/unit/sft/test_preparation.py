@@ -42,7 +42,7 @@ def test_the_audit_can_be_a_warning(tiny_llama: Any, chat_tokenizer: Any, tmp_pa
         make(model, chat_tokenizer, tmp_path, rows, assistant_only_loss=True)
     make(model, chat_tokenizer, tmp_path, rows, assistant_only_loss=True, data_audit="warn").train()
     assert "train: The token that ends an answer is trained in none of its rows" in capsys.readouterr().out
-    with pytest.raises(DataFormatError, match="None of its 3 rows has a supervised token left"):
+    with pytest.raises(DataFormatError, match="None of its 3 rows has a trained token left"):
         make(model, chat_tokenizer, tmp_path, rows, assistant_only_loss=True, data_audit="warn", max_length=4)
 
 

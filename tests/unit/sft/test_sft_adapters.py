@@ -177,7 +177,7 @@ def test_weights_pass_the_virtual_tokens(tiny_llama: Any, chat_tokenizer: Any, t
         peft_config=virtual,
     )  # fmt: skip
     (batch,) = trainer.get_train_dataloader()
-    with trainer._model_features():
+    with trainer.model_features():
         fused = trainer.compute_loss(trainer.model, dict(batch))
         plain, _ = trainer.compute_loss(trainer.model, dict(batch), return_outputs=True)
     torch.testing.assert_close(fused, plain)

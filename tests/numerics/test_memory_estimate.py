@@ -16,7 +16,7 @@ from finetune.kernels.fused_head import fuse_head
 from finetune.models.activation import activation_checkpointing
 from finetune.optim.registry import build_optimizer
 from finetune.reporting import planned_step
-from finetune.reporting.ledger import sharded
+from finetune.reporting.memory_estimate import sharded
 from finetune.reporting.memory_trace import GROUPS
 from finetune.reporting.planned_step import PlannedStep, mixed_dtype
 

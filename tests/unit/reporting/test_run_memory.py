@@ -16,7 +16,7 @@ from finetune.errors import ArgumentError
 from finetune.reporting.memory import bytes_of
 from finetune.reporting.precision import LivePrecision
 from finetune.reporting.report import report_from_run
-from finetune.reporting.run_ledger import FILE, RunLedger, ledger_rows
+from finetune.reporting.run_memory import FILE, RunMemory, memory_rows
 
 CONFIG = LlamaConfig(
     vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
@@ -74,13 +74,13 @@ def test_activations_are_measured_when_memory_is(tmp_path):
 
 def test_the_trace_is_part_of_the_prediction():
     args = SimpleNamespace(device="cpu", skip_memory_metrics=False, world_size=1)
-    ledger = RunLedger(nn.Linear(2, 2), torch.optim.SGD([nn.Parameter(torch.ones(1))]), args)
-    assert ledger.predicted == {"weights": 24, "gradients": 24}
+    memory = RunMemory(nn.Linear(2, 2), torch.optim.SGD([nn.Parameter(torch.ones(1))]), args)
+    assert memory.predicted == {"weights": 24, "gradients": 24}
     assert (
-        "activations not predicted: `max_length`" in ledger.start_text()
-        and "moments known after" in ledger.start_text()
+        "activations not predicted: `max_length`" in memory.start_text()
+        and "moments known after" in memory.start_text()
     )
-    rows = ledger_rows({"predicted": {"weights": 24, "peak": 1024}, "measured": {"weights": 2048}})
+    rows = memory_rows({"predicted": {"weights": 24, "peak": 1024}, "measured": {"weights": 2048}})
     assert rows == [
         {"group": "weights", "predicted": "24 B", "measured": "2.0 KiB"},
         {"group": "peak", "predicted": "1.0 KiB"},
@@ -188,15 +188,15 @@ def test_a_traced_run(tmp_path):
     )  # fmt: skip
     state = torch.random.get_rng_state()
     model = AutoModelForCausalLM.from_pretrained(DEMO, dtype="float32")
-    ledger = RunLedger(model, torch.optim.AdamW(model.parameters()), args)
-    assert torch.equal(torch.random.get_rng_state(), state) and ledger.unknown == ""
+    memory = RunMemory(model, torch.optim.AdamW(model.parameters()), args)
+    assert torch.equal(torch.random.get_rng_state(), state) and memory.unknown == ""
     SFTTrainer(model, args, train_dataset=rows, processing_class=AutoTokenizer.from_pretrained(DEMO)).train()
     content = json.loads((tmp_path / FILE).read_text())
     predicted, measured = content["predicted"], content["measured"]
-    assert predicted == ledger.predicted and predicted["peak"] > predicted["activations"] > predicted["weights"]
+    assert predicted == memory.predicted and predicted["peak"] > predicted["activations"] > predicted["weights"]
     assert measured["activations"] == pytest.approx(predicted["activations"], rel=0.1)
     several = SimpleNamespace(device="cpu", skip_memory_metrics=False, world_size=2)
-    assert "--num_processes" in RunLedger(model, None, several).unknown
+    assert "--num_processes" in RunMemory(model, None, several).unknown
 
 
 def test_the_header_says_who_computes_the_loss(tmp_path, capsys, monkeypatch):

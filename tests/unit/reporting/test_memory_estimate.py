@@ -1,4 +1,4 @@
-"""The arithmetic of the ledger on a trace made by hand, and the trace of a layer small enough to count."""
+"""The arithmetic of the estimate on a trace made by hand, and the trace of a layer small enough to count."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from finetune.reporting.ledger import ModelSizes, ledger_table, sharded, single
+from finetune.reporting.memory_estimate import ModelSizes, estimate_table, sharded, single
 from finetune.reporting.memory_trace import GROUPS, MemoryTrace, trace_updates
 
 # weights, gradients, moments, bases, activations, temporary: the middle of backward, its end, the step.
@@ -107,7 +107,7 @@ def test_a_trace_that_can_be_counted(fake):
 
 def test_the_table_names_what_is_refused():
     rows = [single(TRACE), *(dataclasses.replace(row(way), refused="because") for way in ("zero1", "zero2"))]
-    lines = ledger_table(rows).splitlines()
+    lines = estimate_table(rows).splitlines()
     assert lines[1].split() == ["one", "device", *"800 B 800 B 1.6 KiB 0 B 600 B 300 B 3.6 KiB".split()]
     assert lines[2].split()[:3] == ["ZeRO-1", "x", "4"] and lines[2].endswith("refused")
     assert lines[4] == "ZeRO-1, ZeRO-2: because"

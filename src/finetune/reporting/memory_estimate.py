@@ -1,4 +1,4 @@
-"""The memory ledger: what a training will hold on each device, by group, and how that divides over ranks.
+"""The memory estimate: what a training run holds on each device, by group, and how that divides over ranks.
 
 One device is traced (`memory_trace.py`). The other ways to parallelise are computed from that trace, for N ranks:
 
@@ -42,7 +42,7 @@ _NAMES = {
     "zero2": "ZeRO-2",
     "zero3": "ZeRO-3",
 }
-BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's `reduce_bucket_size` where nobody sets it
+BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's `reduce_bucket_size` unless set
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class ModelSizes:
 
 
 @dataclass(frozen=True)
-class LedgerRow:
+class MemoryEstimate:
     """Bytes per device of one way to run: the most each group holds, and the largest total. `refused` says why not.
 
     The groups' maxima do not fall in one moment, so `peak` is less than their sum.
@@ -82,9 +82,9 @@ class LedgerRow:
         return _NAMES[self.way] + (f" x {self.ranks}" if self.way != "single" else "")
 
 
-def single(trace: MemoryTrace) -> LedgerRow:
+def single(trace: MemoryTrace) -> MemoryEstimate:
     """Returns the row of one device."""
-    return LedgerRow("single", 1, {group: trace.largest(group) for group in GROUPS}, trace.peak()[0])
+    return MemoryEstimate("single", 1, {group: trace.largest(group) for group in GROUPS}, trace.peak()[0])
 
 
 def sharded(
@@ -96,7 +96,7 @@ def sharded(
     *,
     trained_bytes: int | None = None,
     bucket_elements: int = BUCKET_ELEMENTS,
-) -> LedgerRow:
+) -> MemoryEstimate:
     """Returns the row of `way` (one of `STRATEGIES`) on `ranks` devices.
 
     `trace` has the weights as they are stored, `narrow` as they are computed with (the same object without bfloat16).
@@ -106,7 +106,7 @@ def sharded(
     if way == "ddp":
         exchanged = trace.largest("gradients") if trained_bytes is None else trained_bytes
         groups = {**single(trace).groups, "gradients": trace.largest("gradients") + exchanged}
-        return LedgerRow(way, ranks, groups, trace.peak()[0] + exchanged)
+        return MemoryEstimate(way, ranks, groups, trace.peak()[0] + exchanged)
     stored = trace if way == "fsdp2" else narrow
     weights, gradients = stored.largest("weights"), stored.largest("gradients")
     share_weights = 1 / ranks if way in ("fsdp2", "zero3") else 1.0
@@ -134,7 +134,7 @@ def sharded(
         "activations": narrow.largest("activations"),
         "temporary": narrow.largest("temporary"),
     }
-    return LedgerRow(way, ranks, groups, held + moments + bases + max(gathered + bucket + passing, stepping))
+    return MemoryEstimate(way, ranks, groups, held + moments + bases + max(gathered + bucket + passing, stepping))
 
 
 def _of_deepspeed(way: str, ranks: int, computed: float, sizes: ModelSizes) -> tuple[int, int]:
@@ -148,7 +148,7 @@ def _of_deepspeed(way: str, ranks: int, computed: float, sizes: ModelSizes) -> t
     return sizes.trained * 4, int(copies)
 
 
-def ledger_table(rows: Sequence[LedgerRow]) -> str:
+def estimate_table(rows: Sequence[MemoryEstimate]) -> str:
     """Returns the rows as aligned text, one line per way to run, and below them why some are refused."""
     lines = [["per device", *GROUPS, "peak"]]
     for row in rows:

@@ -1,4 +1,4 @@
-"""The memory ledger of one run: predicted before its first step, measured in its first update and at its end."""
+"""The memory of one run: predicted before its first step, measured in its first update and at its end."""
 
 import contextlib
 import json
@@ -11,18 +11,16 @@ from torch import Tensor, nn
 
 from finetune.files import format_bytes, write_atomically
 from finetune.models.adapters import unwrap
-from finetune.reporting.ledger import LedgerRow, single
-from finetune.reporting.memory import bytes_of, peak_device_bytes, tensors_in
+from finetune.reporting.memory import bytes_of, expected_state_bytes, peak_device_bytes, tensors_in
+from finetune.reporting.memory_estimate import MemoryEstimate, single
 from finetune.reporting.planned_step import PlannedStep, mixed_dtype
 from finetune.wrappers import is_peft_model, unwrap_optimizer
 
-FILE = "memory_ledger.json"
+FILE = "memory_usage.json"
 _SHOWN = ("weights", "gradients", "moments", "bases", "activations", "peak")
-# Optimizer state per parameter, in tensors of the parameter's size.
-_STATE_TENSORS = {"Adam": 2, "AdamW": 2, "NAdam": 2, "RAdam": 2, "Adamax": 2, "Lion": 1, "RMSprop": 1, "Adadelta": 2}
 
 
-class RunLedger:
+class RunMemory:
     """Bytes per group on this process. `predicted` and `measured` hold the groups that are known.
 
     Weights, gradients, moments and bases are always known. With `skip_memory_metrics=False` one process also traces its
@@ -46,7 +44,7 @@ class RunLedger:
 
     @contextlib.contextmanager
     def micro_batch(self, model: nn.Module) -> Iterator[None]:
-        """Within, counts what autograd keeps; in the first micro-batch of the run only."""
+        """Context manager: counts what autograd keeps, in the first micro-batch of the run only."""
         if not self._counts:
             yield
             return
@@ -100,13 +98,13 @@ class RunLedger:
         return f"{_groups_text(self.measured)} (measured)"
 
     def write(self, folder: str) -> None:
-        """Writes both sides to `folder/memory_ledger.json`, from which `report.html` has its table."""
+        """Writes both sides to `folder/memory_usage.json`, from which `report.html` has its table."""
         content = {"predicted": self.predicted, "measured": self.measured}
         write_atomically(os.path.join(folder, FILE), json.dumps(content, indent=2) + "\n")
 
 
-def ledger_rows(content: dict[str, dict[str, int]]) -> list[dict[str, str]]:
-    """Returns the rows of the report's table from what `RunLedger.write` wrote."""
+def memory_rows(content: dict[str, dict[str, int]]) -> list[dict[str, str]]:
+    """Returns the rows of the report's table from what `RunMemory.write` wrote."""
     return [
         {"group": group}
         | {side: format_bytes(content[side][group]) for side in ("predicted", "measured") if group in content[side]}
@@ -138,13 +136,13 @@ def _held(model: nn.Module, optimizer: Any) -> dict[str, int]:
     if callable(plan := getattr(inner, "planned_state", None)):
         planned: Any = plan()
         groups |= {name: planned[name] for name in ("moments", "bases", "gradients") if name in planned}
-    elif (tensors := _STATE_TENSORS.get(type(inner).__name__)) is not None:
-        groups["moments"] = sum(tensors * p.numel() * p.element_size() for p in trained)
+    elif (moments := expected_state_bytes(model, inner)) is not None:
+        groups["moments"] = moments
     return groups
 
 
-def _traced(model: nn.Module, args: Any) -> tuple[LedgerRow | None, str]:
-    """Returns the traced row of this run, or why there is none."""
+def _traced(model: nn.Module, args: Any) -> tuple[MemoryEstimate | None, str]:
+    """Returns the traced row of this run, or why it cannot be traced."""
     base: Any = unwrap(model)
     length = getattr(args, "max_length", None)
     reason = ""
@@ -156,7 +154,7 @@ def _traced(model: nn.Module, args: Any) -> tuple[LedgerRow | None, str]:
     elif is_peft_model(unwrap(model, keep_adapters=True)):
         reason = "the model has adapters; `finetune plan --use_peft` knows them"
     elif not hasattr(base, "get_output_embeddings") or not hasattr(getattr(base, "config", None), "model_type"):
-        reason = f"{type(base).__name__} is no language model of transformers"
+        reason = f"{type(base).__name__} is not a language model of transformers"
     if reason:
         return None, reason
     stored = next(base.parameters()).dtype
