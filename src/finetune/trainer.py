@@ -158,6 +158,7 @@ class Trainer(EvaluationMethods, OptimizerMethods, SavingMethods):
             skip_batches=loaders.skip_batches,
             restore_rng=partial(self._load_rng_state, resume_from_checkpoint) if resume_from_checkpoint else None,
             before_step=self._writer.settle,
+            ends_epoch=lambda: self.control.should_epoch_stop,
             token_counter=setup.token_counter(args, self._traits, self.processing_class),
             trial=trial,
             ignore_keys_for_eval=ignore_keys_for_eval,
