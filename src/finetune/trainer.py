@@ -24,6 +24,7 @@ from finetune.data import loader as loaders
 from finetune.distributed import prepare as preparation
 from finetune.engine import checks, features, setup, step
 from finetune.engine.accumulation import global_count, take, without_repeated_rows
+from finetune.engine.best_metric import check_best_metric
 from finetune.engine.loop import run_training
 from finetune.engine.meter import LossMeter, NonFinitePolicy
 from finetune.engine.plan import ResumePoint, StepPlan
@@ -65,6 +66,7 @@ class Trainer(EvaluationMethods, OptimizerMethods, SavingMethods):
             ignore_keys_for_eval: model outputs to leave out of predictions during evaluation.
 
         Raises:
+            ArgumentError: no evaluation will report `metric_for_best_model`.
             CheckpointError: the checkpoint cannot be resumed from.
             NonFiniteLossError: the loss became NaN or infinite and `nonfinite_policy` is `raise`.
         """
@@ -72,6 +74,7 @@ class Trainer(EvaluationMethods, OptimizerMethods, SavingMethods):
         self._run = self._guard = None
         self._hp_search_setup(trial)
         args = self.args
+        check_best_metric(self)
         with checkpoints.agreeing():
             if args.should_save:
                 checkpoints.require_writable(self._get_output_dir(trial))
