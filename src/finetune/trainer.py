@@ -136,7 +136,7 @@ class Trainer(EvaluationMethods, OptimizerMethods, SavingMethods):
         args = cast(TrainingArguments, args or self.args)
         if self._run is not None or self.accelerator._models:
             self.accelerator.free_memory()  # collects garbage too, which takes a third of a second
-        checks.warn_of_second_start(self._run, self.state.global_step, batch_size)
+        checks.warn_of_second_start(self._run, self.state.global_step, batch_size, tried=self._train_batch_size)
         self._train_batch_size = batch_size or self._train_batch_size
         loader = self.get_train_dataloader()
         plan = StepPlan.from_values(args.gradient_accumulation_steps, self.set_initial_training_values(args, loader))
