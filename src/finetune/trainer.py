@@ -24,6 +24,7 @@ from finetune.data import position
 from finetune.distributed import prepare as preparation
 from finetune.engine import checks, features, setup, step
 from finetune.engine.accumulation import global_count, take, without_repeated_rows
+from finetune.engine.best_metric import check_best_metric
 from finetune.engine.loop import run_training
 from finetune.engine.meter import LossMeter, NonFinitePolicy
 from finetune.engine.plan import ResumePoint, StepPlan
@@ -77,6 +78,7 @@ class Trainer(EvaluationMethods, OptimizerMethods, SavingMethods):
             ignore_keys_for_eval: model outputs to leave out of predictions during evaluation.
 
         Raises:
+            ArgumentError: no evaluation will report `metric_for_best_model`.
             CheckpointError: the checkpoint cannot be resumed from.
             NonFiniteLossError: the loss became NaN or infinite and `nonfinite_policy` is `raise`.
         """
@@ -84,6 +86,7 @@ class Trainer(EvaluationMethods, OptimizerMethods, SavingMethods):
         self._run = self._guard = None
         self._hp_search_setup(trial)
         args = self.args
+        check_best_metric(self)
         with checkpoints.agreeing():
             if args.should_save:
                 checkpoints.require_writable(self._get_output_dir(trial))
@@ -145,7 +148,7 @@ class Trainer(EvaluationMethods, OptimizerMethods, SavingMethods):
         args = cast(TrainingArguments, args or self.args)
         if self._run is not None or self.accelerator._models:
             self.accelerator.free_memory()  # collects garbage too, which takes a third of a second
-        checks.warn_of_second_start(self._run, self.state.global_step, batch_size)
+        checks.warn_of_second_start(self._run, self.state.global_step, batch_size, tried=self._train_batch_size)
         self._train_batch_size = batch_size or self._train_batch_size
         loader = self.get_train_dataloader()
         plan = StepPlan.from_values(args.gradient_accumulation_steps, self.set_initial_training_values(args, loader))
@@ -170,6 +173,7 @@ class Trainer(EvaluationMethods, OptimizerMethods, SavingMethods):
             skip_batches=position.skip_batches,
             restore_rng=partial(self._load_rng_state, resume_from_checkpoint) if resume_from_checkpoint else None,
             before_step=self._writer.settle,
+            ends_epoch=lambda: self.control.should_epoch_stop,
             token_counter=setup.token_counter(args, self._traits, self.processing_class),
             trial=trial,
             ignore_keys_for_eval=ignore_keys_for_eval,

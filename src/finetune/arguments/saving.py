@@ -3,6 +3,7 @@
 # ruff: noqa: RUF009
 
 from dataclasses import dataclass
+from typing import Any
 
 from finetune.arguments.base import ArgumentGroup, arg, require, require_choice, require_positive
 from finetune.arguments.evaluation import require_whole
@@ -75,6 +76,20 @@ class SavingArguments(ArgumentGroup):
             self.save_total_limit is None or not (self.keep_last or self.keep_best),
             "`save_total_limit` cannot be combined with `keep_last` or `keep_best`; use one of the two policies.",
         )
+        if self.keep_best and self.save_strategy not in (SaveStrategy.NO, SaveStrategy.BEST):
+            self._validate_keep_best()
+
+    def _validate_keep_best(self) -> None:
+        """Raises ArgumentError for checkpoints without a metric, which would be deleted as if they were worse."""
+        others: Any = self
+        require(
+            others.eval_strategy == self.save_strategy,
+            f"`keep_best={self.keep_best}` needs every checkpoint to be evaluated, but `save_strategy="
+            f"'{self.save_strategy}'` and `eval_strategy='{others.eval_strategy}'`. Set both to 'steps' or both to "
+            "'epoch', or evaluate and set `save_strategy='best'`.",
+        )
+        if self.save_strategy == SaveStrategy.STEPS and (others.eval_steps or 0) > 0:
+            others._validate_multiple(needed_by="keep_best")
 
 
 @dataclass(kw_only=True, repr=False)

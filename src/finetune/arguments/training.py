@@ -266,10 +266,10 @@ class TrainingArguments(
                 f" ACCELERATE_GRADIENT_ACCUMULATION_STEPS={launched} from `accelerate launch`. Set both to the same."
             )
 
-    def _validate_multiple(self) -> None:
+    def _validate_multiple(self, needed_by: str = "load_best_model_at_end") -> None:
         """Raises ArgumentError unless `save_steps` is a multiple of `eval_steps`."""
         save, evaluate = self.save_steps, self.eval_steps or 0
-        remedy = "Make `save_steps` a multiple of `eval_steps`, or drop `load_best_model_at_end`."
+        remedy = f"Make `save_steps` a multiple of `eval_steps`, or drop `{needed_by}`."
         require(
             (save < 1) == (evaluate < 1),
             f"`save_steps={save}` and `eval_steps={evaluate}`: one is a share of the run, one a count. {remedy}",

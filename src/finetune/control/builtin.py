@@ -1,7 +1,7 @@
 """The callbacks every run needs: the default flow, progress on the terminal, and early stopping."""
 
 import logging
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable, Mapping, Sized
 from typing import Any
 
 import numpy as np
@@ -217,6 +217,8 @@ class EarlyStoppingCallback(TrainerCallback, ExportableState):
         name = _require_metric(args)
         name = name if name.startswith("eval_") else f"eval_{name}"
         value = metrics.get(name)
+        if value is None and _is_of_another_set(name, metrics):
+            return
         if value is None:
             logger.warning(
                 "`metric_for_best_model` names `%s`, which this evaluation did not report, so it does not count for "
@@ -237,6 +239,15 @@ class EarlyStoppingCallback(TrainerCallback, ExportableState):
             },
             "attributes": {"early_stopping_patience_counter": self.early_stopping_patience_counter},
         }
+
+
+def _is_of_another_set(name: str, metrics: Mapping[str, Any]) -> bool:
+    """Returns whether `metrics` are those of one of several evaluation sets, and `name` is a metric of another one.
+
+    Every evaluation reports its `<prefix>_runtime`: `eval_runtime` for the only set, `eval_<set>_runtime` for others.
+    """
+    prefixes = [key.removesuffix("_runtime") for key in metrics if key.endswith("_runtime")]
+    return bool(prefixes) and not any(name.startswith(f"{prefix}_") for prefix in prefixes)
 
 
 def _require_metric(args: Any) -> str:

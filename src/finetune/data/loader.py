@@ -42,12 +42,6 @@ def train_sampler(dataset: Any, args: Any, input_name: str | None = None) -> Sam
     """
     strategy = str(getattr(args.train_sampling_strategy, "value", args.train_sampling_strategy))
     if dataset is None or not has_length(dataset):
-        if dataset is not None and strategy in ("group_by_length", "batch_rebalance"):
-            logger.warning(
-                "`train_sampling_strategy='%s'` cannot act: the training data set is a stream without length and is "
-                "read in its own order.",
-                strategy,
-            )
         return None
     seed = args.seed if args.data_seed is None else args.data_seed
     if strategy == "sequential":
@@ -69,6 +63,17 @@ def train_sampler(dataset: Any, args: Any, input_name: str | None = None) -> Sam
             drop_last=args.dataloader_drop_last,
         )
     return SeededRandomSampler(dataset, seed)
+
+
+def warn_of_stream_order(args: Any) -> None:
+    """Warns when `train_sampling_strategy` asks for an order that a stream cannot be read in."""
+    strategy = str(getattr(args.train_sampling_strategy, "value", args.train_sampling_strategy))
+    if strategy in ("group_by_length", "batch_rebalance"):
+        logger.warning(
+            "`train_sampling_strategy='%s'` has no effect: the training data is a stream, which is read in its own "
+            "order. Pass a data set with a length, or leave the argument out.",
+            strategy,
+        )
 
 
 def eval_sampler(dataset: Any, args: Any, input_name: str | None = None) -> Sampler[Any] | None:

@@ -99,9 +99,28 @@ DEAD_OVERRIDES = {
 }
 
 
-def warn_of_second_start(run: Any, global_step: int, batch_size: int | None) -> None:
-    """Warns when `auto_find_batch_size` starts again after updates were made: they stay in the weights."""
-    if run is not None and global_step > run.initial_step:
+def warn_of_second_start(run: Any, global_step: int, batch_size: int | None, *, tried: int | None = None) -> None:
+    """Warns when `auto_find_batch_size` starts again: the steps get smaller, and updates stay in the weights.
+
+    Args:
+        run: that of the start before, None at the first one.
+        batch_size: what comes now.
+        tried: what did not fit into memory.
+    """
+    if run is None:
+        return
+    if batch_size is not None and tried is not None and batch_size < tried:
+        logger.warning(
+            "`per_device_train_batch_size` %s does not fit into memory: starting again with %s. "
+            "`gradient_accumulation_steps` stays at %s, so an optimizer step now has %s rows per process instead of "
+            "%s. Raise it to keep the size of a step.",
+            tried,
+            batch_size,
+            run.plan.accumulation,
+            batch_size * run.plan.accumulation,
+            tried * run.plan.accumulation,
+        )
+    if global_step > run.initial_step:
         logger.warning(
             "Out of memory after %s updates. Starting again from step %s with `per_device_train_batch_size` %s; the "
             "weights keep those updates. Set that batch size yourself for a run that can be repeated.",

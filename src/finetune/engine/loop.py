@@ -34,7 +34,8 @@ def run_training(run: TrainingRun, hooks: LoopHooks, events: Events) -> None:
 def _run_epoch(run: TrainingRun, epoch: int, hooks: LoopHooks, events: Events) -> None:
     """Runs the updates of one epoch that are still to be done."""
     done = run.resume if epoch == run.resume.epoch else ResumePoint(epoch)
-    run.epoch, run.epoch_is_over, run.batches_done = epoch, False, done.batches_done
+    run.epoch, run.epoch_is_over = epoch, False
+    run.batches_done = run.batches_updated = done.batches_done
     run.grad_norm, run.learning_rate = None, None
     if done.updates_done == 0:
         # A checkpoint at the end of an epoch was written before the next epoch's loader drew its seed.
@@ -49,6 +50,8 @@ def _run_epoch(run: TrainingRun, epoch: int, hooks: LoopHooks, events: Events) -
         _run_window(run, batches, num_items, hooks, events)
         if events.control.should_epoch_stop or events.control.should_training_stop:
             break
+    # A run resumed at the end of an epoch fetches nothing in it, and the evaluation below may draw random numbers.
+    run.restore_rng_once()
     if run.batches_done == 0:
         logger.warning(
             "The training data gave no batch in epoch %s: training stops at step %s of %s.",
@@ -57,9 +60,15 @@ def _run_epoch(run: TrainingRun, epoch: int, hooks: LoopHooks, events: Events) -
             run.plan.max_steps,
         )
         events.control.should_training_stop = True
-    run.epoch_is_over = True
+    run.epoch_is_over = not _stopped_inside(run, events)
     events.fire("on_epoch_end")
     _log_save_evaluate(run, hooks)
+
+
+def _stopped_inside(run: TrainingRun, events: Events) -> bool:
+    """Returns whether training stopped and left batches of this epoch to a run that is resumed from here."""
+    stops = events.control.should_training_stop and not events.control.should_epoch_stop
+    return stops and (run.batches_updated < run.plan.batches_per_epoch or not run.plan.has_epochs)
 
 
 def _epoch_loader(run: TrainingRun, epoch: int, done: ResumePoint) -> Iterable[Any]:
@@ -117,6 +126,7 @@ def _update(run: TrainingRun, hooks: LoopHooks, events: Events) -> None:
     state = events.state
     state.global_step += 1
     state.epoch = run.epoch + run.batches_done / run.plan.batches_per_epoch
+    run.batches_updated = run.batches_done
     run.stepping = False
     events.fire("on_step_end")
     _log_save_evaluate(run, hooks)

@@ -110,6 +110,11 @@ class StepPlan:
         )
 
     @property
+    def has_epochs(self) -> bool:
+        """Whether the length of an epoch is known; a stream without length is read until `max_steps`."""
+        return self.num_train_epochs != sys.maxsize
+
+    @property
     def values(self) -> tuple[int, int, int, float, int, int, int]:
         """The plan in the order of `transformers.Trainer.set_initial_training_values`."""
         return (

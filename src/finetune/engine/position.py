@@ -4,7 +4,9 @@ Progress is counted in rows. A run saved after 6 micro-batches of 2 rows on 2 pr
 process with micro-batches of 4 rows behind 6 of them, as long as the rows per optimizer step stay the same.
 """
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 from finetune.data import position as loaders
@@ -31,17 +33,29 @@ class DataPosition:
         indices (`next_order`) and of what they hold (`next_rows`). None where either cannot be known."""
         run = self.run
         fetches = loaders.fetches_of(run.loader)
-        order, rows = self._next_rows(run.batches_done, run.epoch)
+        epoch, batches = self._place()
+        order, rows = self._next_rows(batches, epoch)
         return {
-            "epoch": run.epoch + int(run.epoch_is_over),
-            "batches_done": 0 if run.epoch_is_over else run.batches_done,
+            "epoch": epoch,
+            "batches_done": batches,
             "rows_per_batch": loaders.rows_per_batch(run.loader),
             "accumulation": run.plan.accumulation,
             "loader": loaders.loader_state(run.loader),
             "next_order": order,
             "next_rows": rows,
-            "next_fetch": None if run.epoch_is_over or fetches is None else fetches.of(run.batches_done),
+            "next_fetch": None if run.epoch_is_over or fetches is None else fetches.of(batches),
         }
+
+    def _place(self) -> tuple[int, int]:
+        """Returns the epoch and how many of its micro-batches a run resumed from here must leave out.
+
+        Where a callback asked for the end of an epoch that has not ended yet: more than it has, so that the resumed run
+        still fires `on_epoch_end`.
+        """
+        run = self.run
+        if run.epoch_is_over:
+            return run.epoch + 1, 0
+        return run.epoch, PLACES if run.ends_epoch() else run.batches_updated
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Moves the run to the saved position, after verifying that the data is the same."""
@@ -50,12 +64,10 @@ class DataPosition:
             return
         loaders.load_loader_state(run.loader, state_dict["loader"])
         epoch, batches = state_dict["epoch"], self._batches_here(state_dict)
-        order, rows = self._next_rows(batches, epoch)
-        before = state_dict["next_rows"]
-        known = before is not None and rows is not None
-        if (known and rows != before) or order != state_dict.get("next_order", order):
+        if not self._follow(state_dict, batches, epoch) and not self._followed_in_old_format(state_dict):
+            place = f"{batches} batches" if batches < PLACES else "the last batch"
             raise CheckpointError(
-                f"The rows that follow after {batches} batches of epoch {epoch} are not those that followed when the "
+                f"The rows that follow after {place} of epoch {epoch} are not those that followed when the "
                 "checkpoint was saved: the data, its preparation or its order changed. Restore it, or go on with other "
                 "data by `ignore_data_skip=True`."
             )
@@ -70,6 +82,36 @@ class DataPosition:
             # A loader fetches ahead: the next batch was drawn before the checkpoint's own random state was taken.
             fetches.replay(batches, state_dict.get("next_fetch"), then=run.restore_rng_once)
 
+    def _follow(self, saved: dict[str, Any], batches: int, epoch: int) -> bool:
+        """Returns whether the rows that follow are those that followed when `saved` was, as far as both are known."""
+        order, rows = self._next_rows(batches, epoch)
+        before = saved["next_rows"]
+        known = before is not None and rows is not None
+        return not (known and rows != before) and order == saved.get("next_order", order)
+
+    def _followed_in_old_format(self, saved: dict[str, Any]) -> bool:
+        """Returns whether the rows are the same in a checkpoint that an earlier version wrote at the end of an epoch.
+
+        Its hashes are of the rows behind the last batch that was done, not of those of the next epoch.
+        """
+        plan, epoch = self.run.plan, saved["epoch"] - 1
+        if saved["batches_done"] or epoch < 0:
+            return False
+        if self._follow(saved, plan.batches_per_epoch, epoch):
+            return True
+        inside = plan.resume_at(self.run.initial_step).batches_done
+        if not self._follow(saved, inside, epoch):
+            return False
+        logger.warning(
+            "The checkpoint was saved after %s of %s batches of epoch %s, as the end of that epoch: the run goes on "
+            "with epoch %s.",
+            inside,
+            plan.batches_per_epoch,
+            epoch,
+            epoch + 1,
+        )
+        return True
+
     def _next_rows(self, batches: int, epoch: int) -> tuple[str | None, str | None]:
         """Returns hashes of the indices and the contents of the rows that follow; contents None where they vary.
 
@@ -80,10 +122,25 @@ class DataPosition:
         indices = loaders.following_rows(run.loader, batches, epoch)
         if indices is None:
             return None, None
-        rows = None if run.random_rows else rows_digest(run.loader.dataset, indices)
-        if run.random_rows is None:
-            run.random_rows = rows_digest(run.loader.dataset, indices) != rows
+        with self._rows_of(epoch):
+            rows = None if run.random_rows else rows_digest(run.loader.dataset, indices)
+            if run.random_rows is None:
+                run.random_rows = rows_digest(run.loader.dataset, indices) != rows
         return digest(indices), None if run.random_rows else rows
+
+    @contextlib.contextmanager
+    def _rows_of(self, epoch: int) -> Iterator[None]:
+        """Makes a data set whose rows depend on the epoch give those of `epoch`, and afterwards those of the run's."""
+        run = self.run
+        tell = getattr(run.loader.dataset, "set_epoch", None)
+        if not callable(tell) or not callable(getattr(run.loader, "set_epoch", None)):
+            yield
+            return
+        tell(epoch)
+        try:
+            yield
+        finally:
+            tell(run.epoch)
 
     def load_state_dicts(self, states: list[dict[str, Any]]) -> None:
         """As `load_state_dict`, for another number of processes than before: the position is the same on all."""
@@ -114,7 +171,7 @@ class DataPosition:
             before,
             saved["accumulation"],
         )
-        return batches * before // here
+        return -(-batches * before // here)  # only the last update of an epoch can have fewer rows
 
 
 def describe_batch(loader: Any, place: int, process: int) -> str:

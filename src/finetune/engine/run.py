@@ -40,7 +40,9 @@ class TrainingRun:
             creating the loader's iterator draws from the global generator; before that where a new epoch starts.
         before_step: called before every optimizer step; a checkpoint may still be copying the weights.
         token_counter: `(inputs) -> tokens`, None when tokens are not tracked.
+        ends_epoch: whether a callback has asked to end this epoch.
         epoch, batches_done: position, in epochs and in micro-batches of this epoch.
+        batches_updated: those of them behind the last finished update.
         epoch_is_over: whether the next batch belongs to the next epoch.
         stepping: whether an update is half done, so that the state is not one to save.
         window_batches: micro-batches of the current window (`current_gradient_accumulation_steps`).
@@ -63,6 +65,7 @@ class TrainingRun:
     skip_batches: Callable[[Any, int], Iterable[Any]]
     restore_rng: Callable[[], None] | None = None
     before_step: Callable[[], None] = lambda: None
+    ends_epoch: Callable[[], bool] = lambda: False
     token_counter: Callable[[dict[str, Any]], Tensor | int | None] | None = None
     trial: Any = None
     ignore_keys_for_eval: list[str] | None = None
@@ -72,6 +75,7 @@ class TrainingRun:
     epoch: int = 0
     epoch_is_over: bool = False
     batches_done: int = 0
+    batches_updated: int = 0
     stepping: bool = False
     window_batches: int = 1
     grad_norm: Any = None

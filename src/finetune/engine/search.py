@@ -6,7 +6,8 @@ others; pruning is decided by the first one, too, so all leave a trial at the sa
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
 from typing import Any, Protocol
 
 from finetune.arguments import TrainingArguments, replace_arguments
@@ -28,6 +29,7 @@ class Searchable(Protocol):
     @args.setter
     def args(self, value: Any) -> None: ...
 
+    eval_dataset: Any
     model_init: Callable[..., Any] | None
     hp_search_backend: Any
     hp_name: Any
@@ -36,6 +38,7 @@ class Searchable(Protocol):
     objective: Any
     is_deepspeed_enabled: bool
     accelerator: Any
+    _token_metric_names: tuple[str, ...]
     _trial: Any
     _events: Events
     _searched_args: Any
@@ -59,16 +62,26 @@ def default_hp_space(trial: Any) -> dict[str, Any]:
     }
 
 
-def default_compute_objective(metrics: dict[str, float]) -> float:
+def default_compute_objective(metrics: dict[str, float], leave_out: Collection[str] = ()) -> float:
     """Returns the evaluation loss, or the sum of the other metrics where there are any besides speed.
+
+    `leave_out` are the keys of metrics that say nothing about how good the model is, such as a number of tokens.
 
     >>> default_compute_objective({"eval_loss": 0.5, "epoch": 1.0, "eval_runtime": 3.0})
     0.5
     >>> default_compute_objective({"eval_loss": 0.5, "eval_accuracy": 0.75, "eval_f1": 0.5, "epoch": 1.0})
     1.25
     """
-    own = {k: v for k, v in metrics.items() if k not in ("eval_loss", "epoch") and not k.endswith(_SPEED)}
+    others = {"eval_loss", "epoch", "num_input_tokens_seen", *leave_out}
+    own = {k: v for k, v in metrics.items() if k not in others and not k.endswith(_SPEED)}
     return sum(own.values()) if own else metrics["eval_loss"]
+
+
+def _token_metrics(trainer: Searchable) -> set[str]:
+    """Returns the keys under which an evaluation reports the trainer's token metrics, with each set's name or none."""
+    sets = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {}
+    prefixes = ["eval", *(f"eval_{name}" for name in sets)]
+    return {f"{prefix}_{name}" for prefix in prefixes for name in trainer._token_metric_names}
 
 
 def hyperparameter_search(
@@ -86,7 +99,7 @@ def hyperparameter_search(
     Args:
         hp_space: `(trial) -> {argument: value}`, for example `{"learning_rate": trial.suggest_float(...)}`.
         compute_objective: `(metrics of an evaluation) -> number` (a list of them for several directions); the
-            evaluation loss, or the sum of the other metrics, by default.
+            evaluation loss, or the sum of the metrics of `compute_metrics`, by default.
         hp_name: `(trial) -> str` names a trial's folder below `output_dir`; `run-<number>` by default.
         kwargs: for `optuna.create_study`, and `timeout`, `gc_after_trial`, `catch` for `Study.optimize`.
 
@@ -109,7 +122,7 @@ def hyperparameter_search(
     except ImportError as error:
         raise ArgumentError("`hyperparameter_search` needs optuna. Run `pip install optuna`.") from error
     self.hp_space, self.hp_name = hp_space or default_hp_space, hp_name
-    self.compute_objective = compute_objective or default_compute_objective
+    self.compute_objective = compute_objective or partial(default_compute_objective, leave_out=_token_metrics(self))
     with _searching(self, backend):
         if not self.is_world_process_zero():
             _follow(self, optuna)

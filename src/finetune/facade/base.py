@@ -41,6 +41,8 @@ class TrainerBase(RunAttributes):
     _report_to_hp_search = search.report_to_search
 
     loss_is_scaled_for_ga: bool | None = None
+    # What `log` adds to the metrics of an evaluation.
+    _token_metric_names: tuple[str, ...] = ()
 
     # Set within `hyperparameter_search` only.
     hp_search_backend: Any = None

@@ -74,6 +74,8 @@ class DataMethods(TrainerBase):
         if getattr(dataset, "column_names", None) is None:
             collate = self._get_collator_with_removed_columns(collate, description=description)
         sampler = sampler_fn(with_lengths) if sampler_fn is not None and not position.is_stream(dataset) else None
+        if is_training and position.is_stream(dataset):
+            loaders.warn_of_stream_order(self.args)
         with processes_in_step(self.accelerator):
             loader = loaders.build_dataloader(
                 dataset,

@@ -100,8 +100,8 @@ def _registered() -> dict[str, _Registered]:
 
 def is_built_here(args: OptimizerArguments) -> bool:
     """Returns whether the builder of `args.optim` is one of this package, not one that a third party registered."""
-    builder = _load_builders().get(str(getattr(args.optim, "value", args.optim)))
-    return builder is not None and builder.__module__.split(".")[0] == __name__.split(".")[0]
+    known = _registered().get(optimizer_name(args.optim))
+    return known is not None and known.builder.__module__.split(".")[0] == __name__.split(".")[0]
 
 
 def optimizer_cls_and_kwargs(args: OptimizerArguments, model: nn.Module | None = None) -> ClassAndArguments:

@@ -161,6 +161,17 @@ def test_early_stopping_names_the_metrics_there_are(caplog):
     assert not control.should_training_stop and callback.early_stopping_patience_counter == 0
 
 
+def test_early_stopping_says_nothing_about_the_other_evaluation_sets(caplog):
+    callback, control, args = EarlyStoppingCallback(), TrainerControl(), stop_args(metric_for_best_model="eval_a_loss")
+    callback.on_evaluate(args, TrainerState(), control, metrics={"eval_b_loss": 1.0, "eval_b_runtime": 1.0})
+    assert caplog.text == ""
+    callback.on_evaluate(args, TrainerState(), control, metrics={"eval_a_f1": 1.0, "eval_a_runtime": 1.0})
+    assert "`eval_a_loss`" in caplog.text
+    caplog.clear()
+    callback.on_evaluate(stop_args(), TrainerState(), control, metrics={"eval_f1": 1.0, "eval_runtime": 1.0})
+    assert "`eval_loss`" in caplog.text
+
+
 @pytest.fixture(autouse=True)
 def no_open_bars(monkeypatch):
     """Bars that other tests left open would move those of these tests down."""

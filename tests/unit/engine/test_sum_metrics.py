@@ -62,3 +62,4 @@ def test_the_default_objective() -> None:
     speed = {"eval_runtime": 1.0, "eval_samples_per_second": 9.0, "eval_model_preparation_time": 1.0, "epoch": 3.0}
     assert default_compute_objective({"eval_loss": 0.5, **speed}) == 0.5
     assert default_compute_objective({"eval_loss": 0.5, "eval_a": 1.0, "eval_b": 2.0, **speed}) == 3.0
+    assert default_compute_objective({"eval_loss": 0.5, **speed, "num_input_tokens_seen": 900}) == 0.5

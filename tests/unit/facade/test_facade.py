@@ -190,12 +190,33 @@ def test_slow_bfloat16_is_said(tiny_bert: Any, tmp_path: Path, monkeypatch: Any,
 
 
 def test_starting_again_with_updated_weights_is_said(caplog: pytest.LogCaptureFixture) -> None:
-    run = SimpleNamespace(initial_step=2)
+    run = SimpleNamespace(initial_step=2, plan=SimpleNamespace(accumulation=3))
     checks.warn_of_second_start(run, 2, 4)
     checks.warn_of_second_start(None, 7, 4)
     assert caplog.text == ""
     checks.warn_of_second_start(run, 7, 4)
     assert "after 5 updates" in caplog.text and "`per_device_train_batch_size` 4" in caplog.text
+
+
+def test_a_smaller_batch_size_is_said_with_what_it_makes_of_a_step(caplog: pytest.LogCaptureFixture) -> None:
+    run = SimpleNamespace(initial_step=2, plan=SimpleNamespace(accumulation=3))
+    checks.warn_of_second_start(run, 2, 8, tried=8)
+    checks.warn_of_second_start(None, 2, 4, tried=8)
+    assert caplog.text == ""
+    checks.warn_of_second_start(run, 2, 4, tried=8)
+    assert "now has 12 rows per process instead of 24" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("strategy", "warns"), [("group_by_length", True), ("batch_rebalance", True), ("random", False)]
+)
+def test_an_order_that_a_stream_cannot_have_is_said(
+    strategy: str, warns: bool, tiny_llama: Any, padded_dataset: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    args = finetune.TrainingArguments(str(tmp_path), use_cpu=True, max_steps=1, train_sampling_strategy=strategy)
+    trainer = finetune.Trainer(tiny_llama(), args, train_dataset=padded_dataset(4).to_iterable_dataset())
+    trainer.get_train_dataloader()
+    assert ("has no effect: the training data is a stream" in caplog.text) is warns
 
 
 def test_the_overflow_debugger_reports_and_goes(tiny_bert: Any, capsys: pytest.CaptureFixture[str]) -> None:
