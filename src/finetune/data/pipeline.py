@@ -18,7 +18,7 @@ import numpy as np
 
 from finetune import environment
 from finetune.data import cache
-from finetune.data.audit import SupervisionAudit, audit, audit_rows
+from finetune.data.audit import SupervisionAudit, audit, audit_rows, count_rows
 from finetune.data.batches import BatchProcessor
 from finetune.data.formats import Kind
 from finetune.data.mapped import (
@@ -214,7 +214,10 @@ def _finish(prepared: Any, processor: BatchProcessor) -> tuple[Any, SupervisionA
 
 
 def _already_prepared(dataset: Any, columns: Sequence[str], settings: DataSettings, name: str) -> PreparedSplit | None:
-    """Returns the data set as it is if it is packed, or has labels and needs neither truncation nor dropping."""
+    """Returns the data set as it is if it has labels and needs neither truncation nor dropping, or is packed.
+
+    Of packed rows those that train nothing are left out.
+    """
     if "seq_lengths" not in columns and not {"input_ids", "labels"} <= set(columns):
         return None
     if "labels" not in columns:
@@ -236,6 +239,8 @@ def _already_prepared(dataset: Any, columns: Sequence[str], settings: DataSettin
     too_long = settings.truncate and settings.max_length is not None and made.longest > settings.max_length
     if not packed and (too_long or made.num_dropped):
         return None
+    if 0 < made.num_dropped < made.num_rows:
+        dataset = dataset.select(np.flatnonzero(count_rows(dataset)[1]))
     return PreparedSplit(dataset, made, "already prepared")
 
 

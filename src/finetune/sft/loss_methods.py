@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from finetune.data.rows import WEIGHTS
+from finetune.engine.divisor import at_least_one
 from finetune.engine.meter import MetricBag, TokenCounter
 from finetune.errors import ArgumentError
 from finetune.kernels.fused_head import FusedHead
@@ -118,7 +119,7 @@ class SFTLossMethods(Trainer):
         sums = token_sums(
             outputs["logits"], inputs["labels"], dft=dft, label_smoothing=smoothing, token_weights=weights
         )
-        loss = sums.loss / (sums.count if num_items_in_batch is None else num_items_in_batch)
+        loss = sums.loss / (at_least_one(sums.count) if num_items_in_batch is None else num_items_in_batch)
         return self._undo_process_average(loss, num_items_in_batch), outputs
 
     def prediction_step(

@@ -5,14 +5,18 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 from torch.utils.data import DataLoader
 
-from finetune.data.audit import SupervisionAudit
+from finetune.data.audit import SupervisionAudit, count_rows
 from finetune.data.collate import DataCollatorForLanguageModeling
 from finetune.data.inspect import Preview, preview
-from finetune.data.packing import pack_dataset, packing_report
+from finetune.data.labels import count_supervised_in
+from finetune.data.packing import pack_dataset
+from finetune.data.packing_report import packing_report
 from finetune.data.pipeline import as_dataset, first_row, is_iterable_dataset, prepare_split, say_on_main_process
 from finetune.data.settings import DataSettings
+from finetune.errors import DataFormatError
 from finetune.facade.raw_rows import RawRowMethods, prepare_each
 from finetune.sft.config import SFTConfig
 from finetune.sft.plan import DataPlan
@@ -113,12 +117,34 @@ class SFTRowMethods(RawRowMethods):
 
 
 def _packed(rows: Any, args: Any, audit: SupervisionAudit) -> tuple[Any, SupervisionAudit]:
-    """Returns prepared rows packed, and their audit with the share of the slots that is filled."""
+    """Returns prepared rows packed, and their audit with what packing did.
+
+    Strategies that split a row can leave a packed row with nothing but a part of a prompt. It would take a step's time
+    and train nothing, so it is left out; of a stream that is not counted.
+
+    Raises:
+        DataFormatError: no packed row would train anything.
+    """
     length = args.max_length or 0
     if is_iterable_dataset(rows):
-        return pack_dataset(rows, length, args.packing_strategy), audit
+        return pack_dataset(rows, length, args.packing_strategy, keep=_trains), audit
     packed = pack_dataset(rows, length, args.packing_strategy, {"desc": f"Packing {audit.name} rows"})
-    return packed, audit.with_packing(packing_report(rows, packed, length).efficiency)
+    trained = np.flatnonzero(count_rows(packed)[1])
+    if not len(trained):
+        raise DataFormatError(
+            f"The {audit.name} data set cannot be trained on. Packed into rows of `max_length={length}` tokens, none "
+            "of its tokens is predicted from one before it. Raise `max_length`."
+        )
+    num_packed, num_dropped = len(packed), len(packed) - len(trained)
+    if num_dropped:
+        packed = packed.select(trained)
+    efficiency = packing_report(rows, packed, length).efficiency
+    return packed, audit.with_packing(efficiency, num_packed, num_dropped)
+
+
+def _trains(packed: Any) -> np.ndarray:
+    """Returns which rows of an Arrow table have a label in the loss, (rows,) bool."""
+    return count_supervised_in(packed) > 0
 
 
 def _shuffled_blocks(packed: Any, seed: int) -> Any:
