@@ -1,6 +1,6 @@
 """How `SFTTrainer` turns rows into tokens: the training rows, the evaluation rows, and rows given later."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -88,10 +88,6 @@ class SFTRowMethods(RawRowMethods):
         if predicts and (audit := self.audits.get(name)) is not None and audit.num_dropped:
             say_on_main_process("\n".join(f"test: {line}" for line in audit.warnings()))
         return rows
-
-    def _prepared_rows(self) -> list[Any]:
-        evaluated = self.eval_dataset
-        return [self.train_dataset, *(evaluated.values() if isinstance(evaluated, Mapping) else [evaluated])]
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """As `Trainer.get_eval_dataloader`; raw rows are prepared, and packed ones collated as such."""
