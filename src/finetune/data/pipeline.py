@@ -29,6 +29,7 @@ from finetune.data.mapped import (
     SUPERVISED,
     MapFunction,
     StreamFunction,
+    flags_to_act_on,
     has_other_weights,
     kept_columns,
     output_features,
@@ -198,7 +199,7 @@ def _finish(prepared: Any, processor: BatchProcessor) -> tuple[Any, SupervisionA
     def column(key: str) -> np.ndarray:
         return prepared.data.column(key).to_numpy()
 
-    flags = column(FLAGS)
+    flags = flags_to_act_on(column(FLAGS), column(LENGTH), processor.settings)
     audit = audit_rows(
         flags,
         column(LENGTH),
@@ -283,7 +284,7 @@ def _prepare_stream(
     batch = {column: [example.get(column) for example in sample] for column in columns}
     labelled = processor.process(batch, range(len(sample)))
     audit = audit_rows(
-        labelled.tokens.flags,
+        flags_to_act_on(labelled.tokens.flags, labelled.tokens.lengths, settings),
         labelled.tokens.lengths,
         labelled.source_lengths,
         labelled.supervised,

@@ -28,6 +28,7 @@ class DataSettings:
         chat_template_kwargs: variables for the template, such as `{"enable_thinking": False}`; a row's own win.
         formatting_func: makes text, messages or a row from each row before anything else.
         keep_columns: columns passed on beside the tokens, or "all".
+        keep_untrained: rows without a supervised token stay, if they have tokens: for predictions.
         emit_masks: keep `completion_mask` and `assistant_masks` as columns.
         num_proc: worker processes for map-style data sets. Tokenizers use several threads in one process already,
             so this pays only where rendering chat templates dominates.
@@ -50,6 +51,7 @@ class DataSettings:
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     formatting_func: Callable[[dict[str, Any]], Any] | None = None
     keep_columns: tuple[str, ...] | Literal["all"] = ()
+    keep_untrained: bool = False
     emit_masks: bool = False
     num_proc: int | None = None
     batch_size: int = 1000
@@ -86,6 +88,6 @@ class DataSettings:
     def cache_key(self) -> dict[str, Any]:
         """Returns the settings that decide the result; the others (processes, batch size, folders) do not."""
         values = asdict(self)
-        for name in ("num_proc", "batch_size", "cache_dir", "stall_seconds", "formatting_func"):
+        for name in ("num_proc", "batch_size", "cache_dir", "stall_seconds", "formatting_func", "keep_untrained"):
             del values[name]
         return values

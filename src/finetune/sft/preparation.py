@@ -29,6 +29,7 @@ class SFTRowMethods(RawRowMethods):
     _formatting_func: Callable[..., Any] | None
     audits: dict[str, SupervisionAudit]
     _preview: Preview | None = None
+    _keeps_untrained = False
 
     def _prepare_dataset(
         self,
@@ -47,12 +48,15 @@ class SFTRowMethods(RawRowMethods):
         shuffles = args.shuffle_dataset and is_train
         if shuffles:
             dataset = dataset.shuffle(seed=args.seed)
-        settings = DataSettings.from_args(args, packing=packing, formatting_func=formatting_func)
+        settings = DataSettings.from_args(
+            args, packing=packing, formatting_func=formatting_func, keep_untrained=self._keeps_untrained
+        )
         split = prepare_split(dataset, processing_class, settings, name=dataset_name)
         rows, audit = split.dataset, split.audit
         # The first rows of a stream, and what is only evaluated, are no reason to refuse a run.
         warns = args.data_audit == "warn" or not is_train or audit.sampled
-        audit.check(max_length=args.max_length, warn=say_on_main_process if warns else None)
+        if not self._keeps_untrained or audit.num_dropped == audit.num_rows:
+            audit.check(max_length=args.max_length, warn=say_on_main_process if warns else None)
         if packing and "seq_lengths" not in (rows.column_names or ()):
             rows, audit = _packed(rows, args, audit)
             if shuffles:
@@ -75,7 +79,8 @@ class SFTRowMethods(RawRowMethods):
     def _prepare_given(self, dataset: Any, name: str) -> Any:
         """Returns rows given to `evaluate` or `predict` as token ids and labels, as those given to the constructor.
 
-        Rows for predictions are never packed, and those that have labels stay as they are: each has its prediction.
+        Rows for predictions are never packed, none is left out for having no label after `max_length`, and those that
+        come with labels stay as they are: each has its prediction.
         """
         if not isinstance(dataset, list) and not hasattr(dataset, "column_names"):
             return dataset
@@ -84,20 +89,28 @@ class SFTRowMethods(RawRowMethods):
         if has_labels and (predicts or any(dataset is own for own in self._prepared_rows())):
             return dataset
         packing = self._plan.eval_packing and not predicts
-        rows = self._prepare_dataset(dataset, self.processing_class, self.args, packing, self._formatting_func, name)
+        self._keeps_untrained = predicts
+        try:
+            rows = self._prepare_dataset(
+                dataset, self.processing_class, self.args, packing, self._formatting_func, name
+            )
+        finally:
+            self._keeps_untrained = False
         if predicts and (audit := self.audits.get(name)) is not None and audit.num_dropped:
             say_on_main_process("\n".join(f"test: {line}" for line in audit.warnings()))
         return rows
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """As `Trainer.get_eval_dataloader`; raw rows are prepared, and packed ones collated as such."""
-        with self._collating(padding_free=self._plan.eval_padding_free or None):
+        given = self.eval_dataset if eval_dataset is None else eval_dataset
+        given = self.eval_dataset[given] if isinstance(given, str) else given
+        pads = self._plan.pads_eval and not _holds_packed_rows(given)
+        with self._collating(padding_free=False if pads else self._plan.eval_padding_free or None):
             return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
         """As `Trainer.get_test_dataloader`; raw rows are prepared, and each has its own row of predictions."""
-        is_packed = "seq_lengths" in (getattr(test_dataset, "column_names", None) or ())
-        with self._collating(padding_free=None if is_packed else False):
+        with self._collating(padding_free=None if _holds_packed_rows(test_dataset) else False):
             return super().get_test_dataloader(test_dataset)
 
     @contextmanager
@@ -110,6 +123,10 @@ class SFTRowMethods(RawRowMethods):
             yield
         finally:
             self.data_collator = collator
+
+
+def _holds_packed_rows(dataset: Any) -> bool:
+    return "seq_lengths" in (getattr(dataset, "column_names", None) or ())
 
 
 def _packed(rows: Any, args: Any, audit: SupervisionAudit) -> tuple[Any, SupervisionAudit]:

@@ -187,3 +187,22 @@ def test_packed_rows_that_all_train_nothing_are_an_error(tiny_llama: Any, chat_t
     options = {**PACKED, "packing_strategy": "bfd_split", "max_length": 2, "data_audit": "warn"}
     with pytest.raises(DataFormatError, match=r"`max_length=2` tokens.*Raise `max_length`"):
         make(tiny_llama(512), chat_tokenizer, tmp_path, rows, **options)
+
+
+@pytest.mark.parametrize("streams", [False, True], ids=["map", "stream"])
+def test_predictions_leave_out_no_row_that_max_length_cuts(
+    streams: bool, tiny_llama: Any, chat_tokenizer: Any, tmp_path: Path, capsys: Any
+) -> None:
+    rows = Dataset.from_list(
+        [{"prompt": prompt, "completion": " cat"} for prompt in ("the", "the cat sat on a mat " * 3, "the red")]
+    )
+    trainer = make(tiny_llama(512), chat_tokenizer, tmp_path, rows, rows, max_length=8)
+    assert len(trainer.train_dataset) == len(trainer.eval_dataset) == 2
+    capsys.readouterr()
+    output = trainer.predict(rows.to_iterable_dataset() if streams else rows)
+    assert output.predictions.shape[0] == 3
+    assert output.label_ids is not None and (output.label_ids[1] == -100).all()
+    assert "left out" not in capsys.readouterr().out
+    assert trainer.predict(rows.select([1])).predictions.shape[0] == 1
+    trainer.evaluate(rows)
+    assert trainer.audits["eval"].num_dropped == 1
