@@ -25,6 +25,7 @@ from finetune.distributed import prepare as preparation
 from finetune.engine import checks, features, setup, step
 from finetune.engine.accumulation import global_count, take, without_repeated_rows
 from finetune.engine.best_metric import check_best_metric
+from finetune.engine.divisor import at_least_one
 from finetune.engine.loop import run_training
 from finetune.engine.meter import LossMeter, NonFinitePolicy
 from finetune.engine.plan import ResumePoint, StepPlan
@@ -339,7 +340,12 @@ class Trainer(EvaluationMethods, OptimizerMethods, SavingMethods):
             shifts_labels=self._traits.shifts_labels,
             across_processes=self.args.average_tokens_across_devices,
         )
-        return count if count is None or self._replicas == 1 else count / self._replicas
+        if count is None:
+            return None
+        if self._run is not None:
+            self._run.meter.note_items(count)
+        count = at_least_one(count)
+        return count if self._replicas == 1 else count / self._replicas
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Runs forward and backward of one micro-batch and returns its detached, scaled loss.

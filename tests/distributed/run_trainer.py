@@ -24,6 +24,11 @@ def main(out: Path, options: dict[str, Any]) -> None:
     if options["model"] == "llama":
         model = fixtures.make_tiny_llama()
         dataset = fixtures.make_padded_dataset(options["rows"])
+        if "labelled" in options:  # the first so many rows; the others have labels that are all ignored
+            dataset = dataset.map(
+                lambda row, index: row if index < options["labelled"] else {"labels": [-100] * len(row["labels"])},
+                with_indices=True,
+            )
     else:
         from datasets import Dataset
 

@@ -57,6 +57,15 @@ def test_same_run(model: str, rows: int, tmp_path: Path) -> None:
         assert epochs[0] == pytest.approx(epochs[1])
 
 
+def test_windows_and_processes_without_labels(tmp_path: Path) -> None:
+    """Of 8 rows one has labels: each epoch has a window without any, and one where one process has none."""
+    options: dict[str, Any] = {"rows": 8, "labelled": 1, "arguments": {"optim": "sgd", "learning_rate": 0.1}}
+    one = launch(1, tmp_path / "one", "llama", accumulation=2, **options)
+    two = launch(2, tmp_path / "two", "llama", accumulation=1, **options)
+    assert_equal_runs(one, two, tmp_path / "one", tmp_path / "two")
+    assert sorted(entry["loss"] > 0 for entry in two["history"] if "loss" in entry) == [False, False, True, True]
+
+
 def test_evaluation_counts_every_row_once(tmp_path: Path) -> None:
     """13 rows on 2 processes in batches of 4: accelerate repeats 3 rows, and none of them may be counted."""
     options: dict[str, Any] = {"rows": 16, "eval_rows": 13, "arguments": {"max_steps": 1}}

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from finetune.data.formats import Kind
-from finetune.data.labels import count_supervised
+from finetune.data.labels import count_supervised_in
 from finetune.data.tokenize import (
     BOUNDARY_MISMATCH,
     DOUBLED_BOS,
@@ -42,7 +42,8 @@ class SupervisionAudit:
 
     `num_dropped` rows had no supervised token and are left out; `num_dropped_by_truncation` of them had some before.
     `num_stop_expected` rows end with an answer, and of these `num_stop_trained` train the token that ends it.
-    `sampled` says that the counts are of the first rows of a stream only.
+    `sampled` says that the counts are of the first rows of a stream only. Packing made `num_packed` rows of those that
+    stayed, and left out `num_packed_dropped` of them, in which nothing is trained.
     """
 
     name: str
@@ -63,6 +64,8 @@ class SupervisionAudit:
     longest: int
     first_dropped_rows: tuple[int, ...] = ()
     packing_efficiency: float | None = None
+    num_packed: int = 0
+    num_packed_dropped: int = 0
     sampled: bool = False
 
     @property
@@ -80,9 +83,9 @@ class SupervisionAudit:
         """Rows that train their stop token per row that should; None when no row should."""
         return self.num_stop_trained / self.num_stop_expected if self.num_stop_expected else None
 
-    def with_packing(self, efficiency: float) -> "SupervisionAudit":
-        """Returns the audit with the share of packed slots that hold a token."""
-        return replace(self, packing_efficiency=efficiency)
+    def with_packing(self, efficiency: float, num_packed: int = 0, num_dropped: int = 0) -> "SupervisionAudit":
+        """Returns the audit with the share of packed slots that hold a token, and the counts of packed rows."""
+        return replace(self, packing_efficiency=efficiency, num_packed=num_packed, num_packed_dropped=num_dropped)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns all counts and shares as plain values, for the run folder."""
@@ -177,6 +180,11 @@ class SupervisionAudit:
                 f"{self.num_dropped} rows without a trained token were left out, {self.num_dropped_by_truncation} "
                 f"of them because of `max_length` (first: {rows})."
             )
+        if self.num_packed_dropped:
+            lines.append(
+                f"{self.num_packed_dropped} of {self.num_packed} packed rows hold no supervised token, such as a part "
+                "of a long prompt, and were left out. A larger `max_length` keeps more of a prompt beside its answer."
+            )
         if self.num_truncated:
             lost = self.num_source_tokens - self.num_tokens
             lines.append(
@@ -253,17 +261,12 @@ def audit(dataset: Any, *, name: str = "train", format: str = Kind.TOKENIZED.val
 
 
 def count_rows(dataset: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (tokens, supervised tokens) per row, each (B,), of a map-style dataset with `labels`."""
+    """Returns (tokens, supervised tokens) per row, each (B,), of a map-style dataset with `labels`, packed or not."""
     lengths, supervised = [np.zeros(0, np.int32)], [np.zeros(0, np.int32)]
-    columns = dataset.with_format("arrow", columns=["labels"])
-    for table in columns.iter(batch_size=10_000):
-        column = table["labels"].combine_chunks()
-        values = np.asarray(column.flatten().to_numpy(zero_copy_only=False))
-        offsets = np.concatenate(
-            ([0], np.cumsum(column.value_lengths().to_numpy(zero_copy_only=False), dtype=np.int64))
-        )
-        lengths.append(np.diff(offsets).astype(np.int32))
-        supervised.append(count_supervised(values, offsets))
+    names = [name for name in ("labels", "seq_lengths") if name in dataset.column_names]
+    for table in dataset.with_format("arrow", columns=names).iter(batch_size=1000):
+        lengths.append(table["labels"].combine_chunks().value_lengths().to_numpy(zero_copy_only=False))
+        supervised.append(count_supervised_in(table))
     return np.concatenate(lengths), np.concatenate(supervised)
 
 

@@ -7,7 +7,7 @@ so the row is dropped and counted. `keep_end` leaves [7, 8, 2] and [-100, 8, 2].
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -22,6 +22,9 @@ from finetune.data.tokenize import (
     join,
     take_tokens,
 )
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 TruncationMode = Literal["keep_start", "keep_end"]
 
@@ -76,6 +79,27 @@ def count_supervised(labels: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     counts[offsets[:-1][np.diff(offsets) > 0]] = False
     before = np.concatenate(([0], np.cumsum(counts)))
     return np.diff(before[offsets]).astype(np.int32)
+
+
+def count_supervised_in(table: "pa.Table") -> np.ndarray:
+    """Returns (B,) int32: per row of a table with `labels`, the labels that enter the loss.
+
+    With a column `seq_lengths` a row holds several samples, and the first label of each of them is left out.
+    """
+    values, offsets = _flat(table["labels"])
+    if "seq_lengths" not in table.column_names:
+        return count_supervised(values, offsets)
+    lengths, samples = _flat(table["seq_lengths"])
+    of_samples = count_supervised(values, np.concatenate(([0], np.cumsum(lengths, dtype=np.int64))))
+    return np.diff(np.concatenate(([0], np.cumsum(of_samples)))[samples]).astype(np.int32)
+
+
+def _flat(column: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the values of an Arrow column of lists, joined, and their offsets (rows + 1)."""
+    column = column.combine_chunks()
+    values = np.asarray(column.flatten().to_numpy(zero_copy_only=False))
+    lengths = column.value_lengths().to_numpy(zero_copy_only=False)
+    return values, np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
 
 
 def truncate(batch: TokenBatch, max_length: int, mode: TruncationMode) -> TokenBatch:

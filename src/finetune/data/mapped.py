@@ -55,12 +55,20 @@ class StreamFunction:
     def __call__(self, batch: Mapping[str, Any], indices: Sequence[int]) -> dict[str, Any]:
         labelled = self.processor.process(batch, indices)
         self.num_read = indices[-1] + 1
-        trained = np.flatnonzero((labelled.tokens.flags & NOTHING_TRAINED) == 0).tolist()
+        flags = flags_to_act_on(labelled.tokens.flags, labelled.tokens.lengths, self.processor.settings)
+        trained = np.flatnonzero((flags & NOTHING_TRAINED) == 0).tolist()
         columns: dict[str, list[Any]] = {key: list(batch[key]) for key in self.keep}
         for key, values in _arrays(labelled).items():
             if key not in COUNT_COLUMNS:
                 columns[key] = values.to_pylist()
         return {key: [values[i] for i in trained] for key, values in columns.items()}
+
+
+def flags_to_act_on(flags: np.ndarray, lengths: np.ndarray, settings: DataSettings) -> np.ndarray:
+    """Returns the flags (B,) of rows, NOTHING_TRAINED only where the row is to be left out (`keep_untrained`)."""
+    if not settings.keep_untrained:
+        return flags
+    return np.where(lengths > 0, flags & ~np.uint8(NOTHING_TRAINED), flags)
 
 
 def _arrays(labelled: LabelledBatch) -> dict[str, Any]:

@@ -17,13 +17,14 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from finetune.data.packing_report import packing_report
 from finetune.data.rows import LENGTH
-from finetune.data.samplers import list_lengths
 from finetune.errors import ArgumentError, DataFormatError, nearest
 
 if TYPE_CHECKING:
@@ -35,36 +36,6 @@ STRATEGIES = ("bfd", "bfd_split", "wrapped")
 SEQ_LENGTHS = "seq_lengths"
 
 DatasetT = TypeVar("DatasetT")
-
-
-@dataclass(frozen=True)
-class PackingReport:
-    """What packing did to one data set; tokens are counted in the first list column."""
-
-    num_rows_before: int
-    num_rows_after: int
-    num_tokens_before: int
-    num_tokens_after: int
-    num_truncated_rows: int
-    seq_length: int
-
-    @property
-    def lost_tokens(self) -> int:
-        """Tokens that no packed row holds: 0 for `bfd_split` and `wrapped`."""
-        return self.num_tokens_before - self.num_tokens_after
-
-    @property
-    def efficiency(self) -> float:
-        """Share of the `num_rows_after * seq_length` slots that hold a token, between 0 and 1."""
-        slots = self.num_rows_after * self.seq_length
-        return self.num_tokens_after / slots if slots else 0.0
-
-    def __str__(self) -> str:
-        lost = f"{self.lost_tokens} tokens of {self.num_truncated_rows} longer rows lost"
-        return (
-            f"packed {self.num_rows_before} rows into {self.num_rows_after} of up to {self.seq_length} tokens "
-            f"({self.efficiency:.1%} full, {lost})"
-        )
 
 
 def best_fit_decreasing(lengths: np.ndarray, seq_length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -200,8 +171,20 @@ def _pack_wrapped(table: pa.Table, seq_length: int) -> pa.Table:
     return pa.table(_cut(table, arrays, [array.flatten() for array in arrays.values()], cuts))
 
 
+def _kept(table: pa.Table, pack: Callable[[pa.Table], pa.Table], keep: Callable[[pa.Table], np.ndarray]) -> pa.Table:
+    import pyarrow as pa
+
+    packed = pack(table)
+    return packed.filter(pa.array(keep(packed)))
+
+
 def pack_dataset(
-    dataset: DatasetT, seq_length: int, strategy: str = "bfd", map_kwargs: dict[str, Any] | None = None
+    dataset: DatasetT,
+    seq_length: int,
+    strategy: str = "bfd",
+    map_kwargs: dict[str, Any] | None = None,
+    *,
+    keep: Callable[[pa.Table], np.ndarray] | None = None,
 ) -> DatasetT:
     """Returns the data set with its rows packed into rows of at most `seq_length` tokens.
 
@@ -218,6 +201,8 @@ def pack_dataset(
     >>> pack_dataset(ds, seq_length=4, strategy="bfd_split")[:]
     {'input_ids': [[1, 2, 3, 4], [8, 9, 10, 5], [6, 7, 11]], 'seq_lengths': [[4], [3, 1], [2, 1]]}
 
+    `keep` says of the packed rows in an Arrow table which ones stay, (rows,) bool; by default all do.
+
     Accepts `Dataset`, `DatasetDict`, `IterableDataset`, `IterableDatasetDict`; agrees with `trl.pack_dataset`.
     Raises `ArgumentError` for an unknown strategy or length, `DataFormatError` for columns that cannot be packed.
     """
@@ -230,6 +215,9 @@ def pack_dataset(
         raise ArgumentError(f"`seq_length={seq_length!r}` must be a positive number of tokens (`max_length`).")
     function, extra = (_pack_wrapped, {}) if strategy == "wrapped" else (_pack_bfd, {"split": strategy == "bfd_split"})
     new_columns = [] if strategy == "wrapped" else [SEQ_LENGTHS]
+    if keep is not None:
+        function = partial(_kept, pack=partial(function, seq_length=seq_length, **extra), keep=keep)
+        return _map_arrow(dataset, function, {}, map_kwargs, new_columns)
     packed = _map_arrow(dataset, function, {"seq_length": seq_length, **extra}, map_kwargs, new_columns)
     for name, before, after in _splits(dataset, packed):
         report = packing_report(before, after, seq_length)
@@ -264,13 +252,6 @@ def _truncate(table: pa.Table, max_length: int) -> pa.Table:
             column = pc.min_element_wise(column, pa.scalar(max_length, column.type))  # pyright: ignore
         columns[name] = column
     return pa.table(columns)
-
-
-def packing_report(before: Any, after: Any, seq_length: int) -> PackingReport:
-    """Returns the counts of a `Dataset` before and after packing; reads Arrow offsets only, not the tokens."""
-    column = next(name for name in before.column_names if name != LENGTH)
-    old, new = list_lengths(before, column), list_lengths(after, column)
-    return PackingReport(len(old), len(new), int(old.sum()), int(new.sum()), int((old > seq_length).sum()), seq_length)
 
 
 def _splits(dataset: Any, packed: Any) -> list[tuple[str, Any, Any]]:

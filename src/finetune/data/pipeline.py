@@ -17,7 +17,7 @@ import numpy as np
 
 from finetune import environment
 from finetune.data import cache
-from finetune.data.audit import SupervisionAudit, audit, audit_rows
+from finetune.data.audit import SupervisionAudit, audit, audit_rows, count_rows
 from finetune.data.batches import BatchProcessor
 from finetune.data.formats import Kind
 from finetune.data.mapped import (
@@ -27,6 +27,7 @@ from finetune.data.mapped import (
     SUPERVISED,
     MapFunction,
     StreamFunction,
+    flags_to_act_on,
     has_other_weights,
     kept_columns,
     output_features,
@@ -203,7 +204,7 @@ def _finish(prepared: Any, processor: BatchProcessor) -> tuple[Any, SupervisionA
     def column(key: str) -> np.ndarray:
         return prepared.data.column(key).to_numpy()
 
-    flags = column(FLAGS)
+    flags = flags_to_act_on(column(FLAGS), column(LENGTH), processor.settings)
     audit = audit_rows(
         flags,
         column(LENGTH),
@@ -219,7 +220,10 @@ def _finish(prepared: Any, processor: BatchProcessor) -> tuple[Any, SupervisionA
 
 
 def _already_prepared(dataset: Any, columns: Sequence[str], settings: DataSettings, name: str) -> PreparedSplit | None:
-    """Returns the data set as it is if it is packed, or has labels and needs neither truncation nor dropping."""
+    """Returns the data set as it is if it has labels and needs neither truncation nor dropping, or is packed.
+
+    Of packed rows those that train nothing are left out.
+    """
     if "seq_lengths" not in columns and not {"input_ids", "labels"} <= set(columns):
         return None
     if "labels" not in columns:
@@ -241,6 +245,8 @@ def _already_prepared(dataset: Any, columns: Sequence[str], settings: DataSettin
     too_long = settings.truncate and settings.max_length is not None and made.longest > settings.max_length
     if not packed and (too_long or made.num_dropped):
         return None
+    if 0 < made.num_dropped < made.num_rows:
+        dataset = dataset.select(np.flatnonzero(count_rows(dataset)[1]))
     return PreparedSplit(dataset, made, "already prepared")
 
 
@@ -286,7 +292,7 @@ def _prepare_stream(
     batch = {column: [example.get(column) for example in sample] for column in columns}
     labelled = processor.process(batch, range(len(sample)))
     audit = audit_rows(
-        labelled.tokens.flags,
+        flags_to_act_on(labelled.tokens.flags, labelled.tokens.lengths, settings),
         labelled.tokens.lengths,
         labelled.source_lengths,
         labelled.supervised,

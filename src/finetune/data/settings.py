@@ -29,6 +29,7 @@ class DataSettings:
         chat_template: template text in place of the tokenizer's own.
         formatting_func: makes text, messages or a row from each row before anything else.
         keep_columns: columns passed on beside the tokens, or "all".
+        keep_untrained: rows without a supervised token stay, if they have tokens: for predictions.
         num_proc: worker processes for map-style data sets. Tokenizers use several threads in one process already,
             so this pays only where rendering chat templates dominates.
         batch_size: rows per call of the tokenizer.
@@ -48,6 +49,7 @@ class DataSettings:
     chat_template: str | None = None
     formatting_func: Callable[[dict[str, Any]], Any] | None = None
     keep_columns: tuple[str, ...] | Literal["all"] = ()
+    keep_untrained: bool = False
     num_proc: int | None = None
     batch_size: int = 1000
     cache_dir: str | None = None
@@ -83,6 +85,6 @@ class DataSettings:
     def cache_key(self) -> dict[str, Any]:
         """Returns the settings that decide the result; the others (processes, batch size, folders) do not."""
         values = asdict(self)
-        for name in ("num_proc", "batch_size", "cache_dir", "stall_seconds", "formatting_func"):
+        for name in ("num_proc", "batch_size", "cache_dir", "stall_seconds", "formatting_func", "keep_untrained"):
             del values[name]
         return values

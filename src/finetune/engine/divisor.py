@@ -10,6 +10,15 @@ from torch import Tensor
 from finetune.distributed import ranks
 
 
+def at_least_one(num_items: Any) -> Any:
+    """Returns what to divide a sum over `num_items` by: the number, or 1 for no items, whose sum is 0.
+
+    >>> at_least_one(torch.tensor(0)), at_least_one(3)
+    (tensor(1), 3)
+    """
+    return num_items + (num_items == 0)
+
+
 class LossDivisor:
     """Whether a model divides its loss by `num_items_in_batch`, found out from the first training batch.
 
@@ -49,12 +58,16 @@ class LossDivisor:
         return num_items
 
     def correct(self, loss: Tensor, passed: Any, num_items: Any, local_items: Callable[[], Any]) -> Tensor:
-        """Returns `loss` as a share of the global batch: unchanged, or a mean times `local_items / num_items`."""
+        """Returns `loss` as a share of the global batch: unchanged, or a mean times `local_items / num_items`.
+
+        The mean over no items is 0/0, and its share 0.
+        """
         if self.model_divides is None and isinstance(passed, Tensor) and passed.requires_grad:
             depends = torch.autograd.grad(loss, passed, retain_graph=True, allow_unused=True)[0]
             self.model_divides = depends is not None
         if self.model_divides is False and torch.is_grad_enabled():
-            return loss * (local_items() / num_items)
+            items = torch.as_tensor(local_items(), device=loss.device)
+            return torch.where(items > 0, loss * (items / num_items), 0.0)
         return loss
 
 

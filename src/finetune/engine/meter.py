@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from finetune.data.rows import IGNORE_INDEX
 from finetune.distributed import ranks
 from finetune.errors import NonFiniteLossError
 
@@ -52,6 +53,7 @@ class LossMeter:
         self.logged_at = start_step
         self._nonfinite = torch.zeros((), dtype=torch.int64, device=device)
         self._first_bad = torch.full((), -1, dtype=torch.int64, device=device)
+        self._unlabelled = torch.zeros((), dtype=torch.int64, device=device)
         self._window_bad = torch.zeros((), dtype=torch.bool, device=device)
         self._processes = processes
         # One of several processes must not stop alone: the others would wait for it until they lose the connection.
@@ -70,7 +72,11 @@ class LossMeter:
         if self.policy == "skip_step":
             self._window_bad |= bad
         if self.policy == "raise" and self._stops_at_once and bool(bad):
-            self._raise(step + 1, float(loss), self._where([place]))
+            self._raise(step + 1, float(loss), self._where([place]), int(self._unlabelled))
+
+    def note_items(self, num_items: Tensor) -> None:
+        """Counts the window that begins if it has no items, so that its loss is 0 and trains nothing."""
+        self._unlabelled += num_items == 0
 
     def window_is_bad(self, grad_norm: Tensor | float | None) -> bool:
         """Returns whether the update of the finished window must be dropped, and forgets the window.
@@ -98,14 +104,24 @@ class LossMeter:
         Raises:
             NonFiniteLossError: under `raise`, when any loss since the last log was not finite.
         """
-        loss, bad, places = self._over_processes(accelerator)
+        loss, bad, places, unlabelled = self._over_processes(accelerator)
         self.running.zero_()
         self._nonfinite.zero_()
+        self._unlabelled.zero_()
         self._first_bad.fill_(-1)
         if bad and self.policy == "raise":
-            self._raise(step, loss, self._where(places))
+            self._raise(step, loss, self._where(places), unlabelled)
         if bad:
             logger.warning("%s non-finite losses up to update %s%s.", bad, step, self._where(places))
+        if unlabelled:
+            logger.warning(
+                "%s of the updates after step %s, up to step %s, had no label in the loss (all are %s): they trained "
+                "nothing. Leave such rows out.",
+                unlabelled,
+                self.logged_at,
+                step,
+                IGNORE_INDEX,
+            )
         self.total += loss
         self.logged_at = step
         return loss, bad
@@ -113,19 +129,23 @@ class LossMeter:
     def require_finite(self, accelerator: "Accelerator", step: int) -> None:
         """Raises as `drain` does and resets nothing: called before saving, so that no checkpoint holds NaN weights."""
         if self.policy == "raise":
-            loss, bad, places = self._over_processes(accelerator)
+            loss, bad, places, unlabelled = self._over_processes(accelerator)
             if bad:
-                self._raise(step, loss, self._where(places))
+                self._raise(step, loss, self._where(places), unlabelled)
 
-    def _over_processes(self, accelerator: "Accelerator") -> tuple[float, int, list[int]]:
-        """Returns the mean loss, how many were not finite, and the first bad place of each process (-1: none)."""
-        running, count, first = self.running, self._nonfinite, self._first_bad
+    def _over_processes(self, accelerator: "Accelerator") -> tuple[float, int, list[int], int]:
+        """Returns the mean loss, how many were not finite, the first bad place of each process (-1: none), and how many
+        windows had no items."""
+        mine = [self.running, self._nonfinite, self._first_bad, self._unlabelled]
         if accelerator.num_processes == 1:
-            return running.item(), int(count), [int(first)]
+            running, bad, first, unlabelled = (value.item() for value in mine)
+            return running, int(bad), [int(first)], int(unlabelled)
         # float64 exists wherever there can be several processes, and places need it.
-        everywhere = accelerator.gather(torch.stack([running.double(), count.double(), first.double()]).unsqueeze(0))
+        everywhere = accelerator.gather(torch.stack([value.double() for value in mine]).unsqueeze(0))
         assert isinstance(everywhere, Tensor)
-        return float(everywhere[:, 0].float().mean()), int(everywhere[:, 1].sum()), [int(n) for n in everywhere[:, 2]]
+        running, bad, first, unlabelled = everywhere.unbind(1)
+        # Processes count the windows of all of them, or each its own.
+        return float(running.float().mean()), int(bad.sum()), [int(n) for n in first], int(unlabelled.max())
 
     def state_dict(self) -> dict[str, float | int]:
         """Returns what a resumed run needs to log the same numbers: reads the device, so call it when saving."""
@@ -154,11 +174,17 @@ class LossMeter:
         mean = sum(float(state["running"]) for state in states) / len(states)
         self.load_state_dict({**states[0], "running": mean})
 
-    def _raise(self, update: int, loss: float, where: str) -> None:
-        raise NonFiniteLossError(
-            f"The training loss became {loss} by update {update}{where}. Lower `learning_rate`, set `max_grad_norm`, "
-            "check the labels of that batch, or go on with `nonfinite_policy='skip_step'` or `'log'`."
-        )
+    def _raise(self, update: int, loss: float, where: str, unlabelled: int) -> None:
+        message = f"The training loss became {loss} by update {update}{where}."
+        if unlabelled:
+            message += (
+                f" Since step {self.logged_at}, {unlabelled} of the updates had no label in the loss (all are "
+                f"{IGNORE_INDEX}), and a mean over no labels is 0/0. Leave such rows out, or divide the sum by "
+                "`num_items_in_batch`."
+            )
+        else:
+            message += " Lower `learning_rate`, set `max_grad_norm`, or check the labels of that batch."
+        raise NonFiniteLossError(f"{message} `nonfinite_policy='skip_step'` or `'log'` goes on.")
 
 
 class MetricBag:

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from finetune.engine.divisor import at_least_one
 from finetune.engine.gather import detach
 from finetune.engine.step import count_items
 
@@ -52,7 +53,8 @@ def predict_batch(
         if wants_loss:
             extra: dict[str, Any] = {}
             if pass_num_items:
-                extra["num_items_in_batch"] = count_items([inputs], shifts_labels=shifts_labels)
+                count = count_items([inputs], shifts_labels=shifts_labels)
+                extra["num_items_in_batch"] = None if count is None else at_least_one(count)
             loss, outputs = hooks.compute_loss(model, inputs, return_outputs=True, **extra)
             loss = loss.detach().mean()
         else:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from finetune.data.rows import IGNORE_INDEX
 from finetune.distributed.accelerator import zero_stage
-from finetune.engine.divisor import LossDivisor
+from finetune.engine.divisor import LossDivisor, at_least_one
 from finetune.errors import ArgumentError
 from finetune.models.adapters import unwrap
 from finetune.wrappers import clips_its_own_gradients, unwrap_optimizer
@@ -96,7 +96,8 @@ def forward_loss(
 
     With `num_items_in_batch` the loss is this micro-batch's share of the global mean: sum / `num_items_in_batch`,
     whoever divides: `compute_loss_func(outputs, labels, num_items_in_batch=...)`, the model, or `divisor` for a model
-    that averages. Without, it is the mean over the micro-batch.
+    that averages. Without, it is the mean over the micro-batch. A micro-batch whose labels are all ignored has the loss
+    0 and no gradient, where its mean would be 0/0.
 
     Raises:
         ArgumentError: the model returned no loss.
@@ -119,16 +120,26 @@ def forward_loss(
             return compute_loss_func(outputs, labels, num_items_in_batch=num_items_in_batch), outputs
         loss = compute_loss_func(outputs, labels)
         local = count_items([{**inputs, "labels": labels}], shifts_labels=shifts_labels)
-        # A function that is not told the count returns a mean.
-        return loss if num_items_in_batch is None or local is None else loss * (local / num_items_in_batch), outputs
+        if local is not None:
+            # A function that is not told the count returns a mean.
+            share = loss if num_items_in_batch is None else loss * (local / num_items_in_batch)
+            loss = _zero_of_no_items(share, local)
+        return loss, outputs
     if label_smoother is not None and labels is not None:
         return label_smoother(outputs, labels, num_items_in_batch=num_items_in_batch), outputs
     loss = _loss_of(outputs, inputs)
-    if divisor is not None and passed is not None:
+    if passed is None:
+        local = count_items([inputs], shifts_labels=shifts_labels)
+        loss = loss if local is None else _zero_of_no_items(loss, local)
+    elif divisor is not None:
         loss = divisor.correct(
             loss, passed, num_items_in_batch, lambda: count_items([inputs], shifts_labels=shifts_labels)
         )
     return loss, outputs
+
+
+def _zero_of_no_items(loss: Tensor, num_items: Tensor) -> Tensor:
+    return torch.where(loss.isnan() & (num_items == 0).to(loss.device), 0.0, loss)
 
 
 def _loss_of(outputs: Any, inputs: dict[str, Any]) -> Tensor:
@@ -190,7 +201,7 @@ class LabelSmoother:
         targets = labels.clamp(min=0).unsqueeze(-1)
         nll = log_probs.gather(-1, targets).squeeze(-1).masked_fill(~kept, 0.0)
         smooth = log_probs.mean(dim=-1).masked_fill(~kept, 0.0)
-        count = num_items_in_batch if num_items_in_batch is not None else kept.sum()
+        count = num_items_in_batch if num_items_in_batch is not None else at_least_one(kept.sum())
         return ((1 - self.epsilon) * nll.sum() + self.epsilon * smooth.sum()) / count
 
 

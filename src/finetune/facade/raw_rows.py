@@ -18,6 +18,11 @@ class RawRowMethods(EvaluationMethods):
         """Returns the dataset ready for the loader: as it is, if it is prepared already. Each trainer has its own."""
         raise NotImplementedError
 
+    def _prepared_rows(self) -> list[Any]:
+        """Returns the trainer's own data sets, which are prepared."""
+        evaluated = self.eval_dataset
+        return [self.train_dataset, *(evaluated.values() if isinstance(evaluated, Mapping) else [evaluated])]
+
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """As `Trainer.get_eval_dataloader`; raw rows are prepared."""
         if eval_dataset is not None and not isinstance(eval_dataset, str):

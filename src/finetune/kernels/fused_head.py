@@ -167,7 +167,7 @@ class FusedHead:
         self.last = HeadLoss(sums.loss.detach(), sums.count, sums.nll, sums.correct, sums.entropy)
         items = kwargs.get("num_items_in_batch")
         if items is None:
-            return loss / sums.count
+            return loss / sums.count.clamp(min=1)
         return loss / (items.to(loss.device) if isinstance(items, Tensor) else items)
 
 

@@ -141,6 +141,7 @@ class SequenceClassificationTrainer(RawRowMethods, Trainer):
         setup.seed_everything(args)
         config = config_of(model, args)
         train_dataset = as_dataset(train_dataset)
+        self._has_lengths = "length" in first_row(train_dataset, "train")
         self._columns = find_columns(train_dataset, args.text_columns, args.label_column, "train")
         self.task = read_task(
             train_dataset,
@@ -191,7 +192,9 @@ class SequenceClassificationTrainer(RawRowMethods, Trainer):
         dataset = as_dataset(dataset)
         columns = self._columns
         if dataset_name != "train":
-            named = columns.texts or None
+            row = first_row(dataset, dataset_name)
+            is_tokenized = "input_ids" in row and not set(columns.texts) <= set(row)
+            named = None if is_tokenized else columns.texts or None
             columns = find_columns(dataset, named, columns.label, dataset_name)
         return prepare_rows(
             dataset, processing_class, columns, self.task, self._max_length, dataset_name, args.dataset_num_proc
@@ -202,9 +205,17 @@ class SequenceClassificationTrainer(RawRowMethods, Trainer):
 
     def _prepare_given(self, dataset: Any, name: str) -> Any:
         dataset = as_dataset(dataset)
-        if not hasattr(dataset, "column_names") or "input_ids" in first_row(dataset, name):
+        if not hasattr(dataset, "column_names") or self._is_prepared(dataset, first_row(dataset, name)):
             return dataset
         return self._prepare_dataset(dataset, self.processing_class, self.args, name)
+
+    def _is_prepared(self, dataset: Any, row: Mapping[str, Any]) -> bool:
+        """Returns whether the rows have tokens, and no labels that still stand for the ids of classes."""
+        if "input_ids" not in row:
+            return False
+        # A part of a prepared data set has lengths, too.
+        is_part = "length" in row and not self._has_lengths
+        return is_part or self._columns.label not in row or any(dataset is own for own in self._prepared_rows())
 
     # ---- Padding ----
 

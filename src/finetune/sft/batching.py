@@ -14,6 +14,11 @@ from finetune.sft.build import brings_packed_attention, refuse_virtual_tokens, u
 from finetune.sft.config import SFTConfig
 from finetune.sft.plan import DataPlan
 
+_READS = (
+    "code that reads the batches or logits of an evaluation (`compute_metrics`, `preprocess_logits_for_metrics`, "
+    "`compute_loss_func`, an overridden `compute_loss` or `prediction_step`) expects one row per sample"
+)
+
 
 def settle_padding(
     plan: DataPlan, args: SFTConfig, model: nn.Module, *, has_collator: bool, reads_training: bool, reads_eval: bool
@@ -34,7 +39,11 @@ def settle_padding(
         refuse_virtual_tokens(model)
         if has_collator:
             raise ArgumentError("`padding_free` and `packing` need their own collator: drop `data_collator`.")
-    elif plan.eval_padding_free and (reason := _why_not_packed(model, has_collator, reads_eval)) is not None:
+        # What reads the batches of training sees rows of several samples there, too.
+        reason = _READS if plan.eval_padding_free and plan.reads_predictions else None
+    else:
+        reason = _why_not_packed(model, has_collator, reads_eval) if plan.eval_padding_free else None
+    if reason is not None:
         raise ArgumentError(
             f"`eval_packing=True` makes evaluation rows of several samples, but {reason}. Set `eval_packing=False`."
         )
@@ -46,10 +55,7 @@ def _why_not_packed(model: nn.Module, has_collator: bool, reads_eval: bool) -> s
     if has_collator:
         return "they need their own collator, and a `data_collator` was given"
     if reads_eval:
-        return (
-            "code that reads the batches or logits of an evaluation (`compute_metrics`, `preprocess_logits_for_metrics`"
-            ", `compute_loss_func`, an overridden `compute_loss` or `prediction_step`) expects one row per sample"
-        )
+        return _READS
     if uses_virtual_tokens(model):
         return "PEFT puts its virtual tokens before each row of a batch"
     reason = None if brings_packed_attention(model) else packed_unsupported_reason(model)

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from finetune.compat import tokenizer_of
+from finetune.data.packing import SEQ_LENGTHS
 from finetune.data.pretokenized import highest_token_id
 from finetune.data.templates import adopt_chat_template, fit_vocabulary
 from finetune.distributed import ranks
@@ -99,23 +100,30 @@ def _init_kwargs(args: SFTConfig) -> dict[str, Any]:
     return {**(args.model_init_kwargs or {})}
 
 
-def check_rows(
-    model: nn.Module, processing_class: Any, train_dataset: Any, eval_dataset: Any, *, packing: bool
-) -> None:
+def check_rows(model: nn.Module, processing_class: Any, train_dataset: Any, eval_dataset: Any) -> None:
     """Raises `ArgumentError` for prepared rows that do not fit the model's tables of tokens and of positions.
 
-    Tokens are read only if the tokenizer has more of them than the embedding has rows; streams are not. Rows of several
-    samples (`packing`) are longer than what takes positions.
+    Tokens are read only if the tokenizer has more of them than the embedding has rows; streams are not. In rows of
+    several samples each sample has positions of its own.
     """
     splits = [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, Mapping) else [eval_dataset])]
     _check_vocabulary(model, tokenizer_of(processing_class), splits)
-    positions = None if packing else learned_positions(model)
-    longest = max(longest_row(split, None) or 0 for split in splits)
+    positions = learned_positions(model)
+    longest = max(map(_longest_sample, splits))
     if positions is not None and longest > positions:
         raise ArgumentError(
             f"The longest row has {longest} tokens, and {type(unwrap(model)).__name__} has {positions} positions. Set "
             f"`max_length={positions}`."
         )
+
+
+def _longest_sample(split: Any) -> int:
+    """Returns the tokens of the longest row, or of the longest sample in packed rows; 0 for a stream."""
+    if not hasattr(split, "__len__") or SEQ_LENGTHS not in (getattr(split, "column_names", None) or ()):
+        return longest_row(split, None) or 0
+    columns = split.with_format("arrow", columns=[SEQ_LENGTHS])
+    samples = (table[SEQ_LENGTHS].combine_chunks().flatten().to_numpy() for table in columns.iter(batch_size=10_000))
+    return max((int(lengths.max(initial=0)) for lengths in samples), default=0)
 
 
 def _check_vocabulary(model: nn.Module, tokenizer: Any, splits: list[Any]) -> None:

@@ -4,8 +4,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
+from finetune.compat import EvalLoopOutput
 from finetune.data.rows import WEIGHTS
+from finetune.engine.divisor import at_least_one
 from finetune.engine.meter import MetricBag, TokenCounter
 from finetune.errors import ArgumentError
 from finetune.kernels.fused_head import FusedHead
@@ -127,7 +130,7 @@ class SFTLossMethods(Trainer):
         sums = token_sums(
             outputs["logits"], inputs["labels"], dft=dft, label_smoothing=smoothing, token_weights=weights
         )
-        loss = sums.loss / (sums.count if num_items_in_batch is None else num_items_in_batch)
+        loss = sums.loss / (at_least_one(sums.count) if num_items_in_batch is None else num_items_in_batch)
         return self._undo_process_average(loss, num_items_in_batch), outputs
 
     def prediction_step(
@@ -145,14 +148,30 @@ class SFTLossMethods(Trainer):
             self._loss_only = False
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the token metrics since the last log. Called as `Trainer.log`."""
-        mode = "train" if self.model.training else "eval"
-        measured = self._metrics[mode].drain(self.accelerator)
-        if measured:
-            measured["num_tokens"] = self._tokens.read(self.accelerator)
-        prefix = "eval_" if mode == "eval" else ""
-        logs.update({f"{prefix}{name}": value for name, value in measured.items()})
+        """Adds the token metrics of training since the last log. Called as `Trainer.log`."""
+        if self.model.training:
+            logs.update(self._measured("train"))
         super().log(logs, start_time)
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """As `Trainer.evaluation_loop`; the token metrics of this pass are among its metrics, under its prefix."""
+        self._metrics["eval"] = MetricBag()  # without what an interrupted pass left
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        for name, value in self._measured("eval").items():
+            output.metrics.setdefault(f"{metric_key_prefix}_{name}", value)
+        return output
+
+    def _measured(self, mode: str) -> dict[str, float]:
+        """Returns the token metrics since they were last asked for, over all processes, and the tokens so far."""
+        measured = self._metrics[mode].drain(self.accelerator)
+        return {**measured, "num_tokens": self._tokens.read(self.accelerator)} if measured else {}
 
     def _stateful(self) -> dict[str, Any]:
         self._tokens.read(self.accelerator)

@@ -26,6 +26,7 @@ class DataPlan:
             tokens with a `completion_mask`. The rows are those that `formatting_func` returns.
         assistant_only_loss: only what the assistant says is trained.
         skip_prepare: the rows are used as they are (`dataset_kwargs={"skip_prepare_dataset": True}`).
+        reads_predictions: `compute_metrics` and the like read the logits of an evaluation, row by row.
     """
 
     padding_free: bool | None
@@ -35,12 +36,25 @@ class DataPlan:
     completion_only_loss: bool
     assistant_only_loss: bool
     skip_prepare: bool
+    reads_predictions: bool = False
+
+    @property
+    def pads_eval(self) -> bool:
+        """Whether evaluation batches are padded whatever `padding_free` says, so that predictions have their rows."""
+        return self.reads_predictions and not self.eval_packing
 
     @classmethod
     def resolve(
-        cls, args: "SFTConfig", sample: Mapping[str, Any], formatting_func: Callable[..., Any] | None = None
+        cls,
+        args: "SFTConfig",
+        sample: Mapping[str, Any],
+        formatting_func: Callable[..., Any] | None = None,
+        *,
+        reads_predictions: bool = False,
     ) -> "DataPlan":
         """Returns the plan for rows like `sample`.
+
+        `eval_packing` follows `packing` where it is unset and nobody reads predictions.
 
         Raises:
             ArgumentError: every broken rule, in one message.
@@ -51,7 +65,9 @@ class DataPlan:
         if row_format is not None:
             completion_only = row_format.masks_prompt(row, completion_only)
         packs_samples = args.packing_strategy != "wrapped"
-        eval_packing = bool(args.packing if args.eval_packing is None else args.eval_packing)
+        eval_packing = args.eval_packing
+        if eval_packing is None:
+            eval_packing = bool(args.packing) and not reads_predictions
         plan = cls(
             padding_free=True if args.packing and packs_samples else args.padding_free,
             packing=bool(args.packing),
@@ -60,6 +76,7 @@ class DataPlan:
             completion_only_loss=bool(completion_only),
             assistant_only_loss=bool(args.assistant_only_loss),
             skip_prepare=bool(options.get("skip_prepare_dataset")),
+            reads_predictions=reads_predictions,
         )
         broken = _broken_rules(plan, row_format, row)
         if not plan.skip_prepare and not {"image", "images"}.isdisjoint(sample):

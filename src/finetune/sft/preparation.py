@@ -1,20 +1,24 @@
 """How `SFTTrainer` turns rows into tokens: the training rows, the evaluation rows, and rows given later."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 from torch.utils.data import DataLoader
 
 from finetune.data import cache
-from finetune.data.audit import SupervisionAudit
+from finetune.data.audit import SupervisionAudit, count_rows
 from finetune.data.collate import DataCollatorForLanguageModeling
-from finetune.data.packing import pack_dataset, packing_report
+from finetune.data.labels import count_supervised_in
+from finetune.data.packing import pack_dataset
+from finetune.data.packing_report import packing_report
 from finetune.data.pipeline import as_dataset, first_row, is_iterable_dataset, prepare_split, say_on_main_process
 from finetune.data.preview import Preview, preview
 from finetune.data.rows import LENGTH, WEIGHTS
 from finetune.data.settings import DataSettings
+from finetune.errors import DataFormatError
 from finetune.facade.raw_rows import RawRowMethods, prepare_each
 from finetune.sft.config import SFTConfig
 from finetune.sft.plan import DataPlan
@@ -29,6 +33,7 @@ class SFTRowMethods(RawRowMethods):
     _formatting_func: Callable[..., Any] | None
     audits: dict[str, SupervisionAudit]
     _preview: Preview | None = None
+    _keeps_untrained = False
 
     def _prepare_dataset(
         self,
@@ -47,12 +52,15 @@ class SFTRowMethods(RawRowMethods):
         shuffles = args.shuffle_dataset and is_train
         if shuffles:
             dataset = cache.shuffled(dataset, args.seed)
-        settings = DataSettings.from_args(args, packing=packing, formatting_func=formatting_func)
+        settings = DataSettings.from_args(
+            args, packing=packing, formatting_func=formatting_func, keep_untrained=self._keeps_untrained
+        )
         split = prepare_split(dataset, processing_class, settings, name=dataset_name)
         rows, audit = split.dataset, split.audit
         # The first rows of a stream, and what is only evaluated, are no reason to refuse a run.
         warns = args.data_audit == "warn" or not is_train or audit.sampled
-        audit.check(max_length=args.max_length, warn=say_on_main_process if warns else None)
+        if not self._keeps_untrained or audit.num_dropped == audit.num_rows:
+            audit.check(max_length=args.max_length, warn=say_on_main_process if warns else None)
         if packing and "seq_lengths" not in (rows.column_names or ()):
             rows, audit = _packed(rows, args, audit)
             if shuffles:
@@ -75,7 +83,8 @@ class SFTRowMethods(RawRowMethods):
     def _prepare_given(self, dataset: Any, name: str) -> Any:
         """Returns rows given to `evaluate` or `predict` as token ids and labels, as those given to the constructor.
 
-        Rows for predictions are never packed, and those that have labels stay as they are: each has its prediction.
+        Rows for predictions are never packed, none is left out for having no label after `max_length`, and those that
+        come with labels stay as they are: each has its prediction.
         """
         if not isinstance(dataset, list) and not hasattr(dataset, "column_names"):
             return dataset
@@ -84,24 +93,28 @@ class SFTRowMethods(RawRowMethods):
         if has_labels and (predicts or any(dataset is own for own in self._prepared_rows())):
             return dataset
         packing = self._plan.eval_packing and not predicts
-        rows = self._prepare_dataset(dataset, self.processing_class, self.args, packing, self._formatting_func, name)
+        self._keeps_untrained = predicts
+        try:
+            rows = self._prepare_dataset(
+                dataset, self.processing_class, self.args, packing, self._formatting_func, name
+            )
+        finally:
+            self._keeps_untrained = False
         if predicts and (audit := self.audits.get(name)) is not None and audit.num_dropped:
             say_on_main_process("\n".join(f"test: {line}" for line in audit.warnings()))
         return rows
 
-    def _prepared_rows(self) -> list[Any]:
-        evaluated = self.eval_dataset
-        return [self.train_dataset, *(evaluated.values() if isinstance(evaluated, Mapping) else [evaluated])]
-
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """As `Trainer.get_eval_dataloader`; raw rows are prepared, and packed ones collated as such."""
-        with self._collating(padding_free=self._plan.eval_padding_free or None):
+        given = self.eval_dataset if eval_dataset is None else eval_dataset
+        given = self.eval_dataset[given] if isinstance(given, str) else given
+        pads = self._plan.pads_eval and not _holds_packed_rows(given)
+        with self._collating(padding_free=False if pads else self._plan.eval_padding_free or None):
             return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
         """As `Trainer.get_test_dataloader`; raw rows are prepared, and each has its own row of predictions."""
-        is_packed = "seq_lengths" in (getattr(test_dataset, "column_names", None) or ())
-        with self._collating(padding_free=None if is_packed else False):
+        with self._collating(padding_free=None if _holds_packed_rows(test_dataset) else False):
             return super().get_test_dataloader(test_dataset)
 
     @contextmanager
@@ -116,16 +129,42 @@ class SFTRowMethods(RawRowMethods):
             self.data_collator = collator
 
 
+def _holds_packed_rows(dataset: Any) -> bool:
+    return "seq_lengths" in (getattr(dataset, "column_names", None) or ())
+
+
 def _packed(rows: Any, args: Any, audit: SupervisionAudit) -> tuple[Any, SupervisionAudit]:
-    """Returns prepared rows packed, and their audit with the share of the slots that is filled."""
+    """Returns prepared rows packed, and their audit with what packing did.
+
+    Strategies that split a row can leave a packed row with nothing but a part of a prompt. It would take a step's time
+    and train nothing, so it is left out; of a stream that is not counted.
+
+    Raises:
+        DataFormatError: no packed row would train anything.
+    """
     length = args.max_length or 0
     # Rows that came prepared may have other columns, which cannot be joined token by token.
     if other := [column for column in rows.column_names or () if column not in _PACKED_COLUMNS]:
         rows = rows.remove_columns(other)
     if is_iterable_dataset(rows):
-        return pack_dataset(rows, length, args.packing_strategy), audit
+        return pack_dataset(rows, length, args.packing_strategy, keep=_trains), audit
     packed = pack_dataset(rows, length, args.packing_strategy, {"desc": f"Packing {audit.name} rows"})
-    return packed, audit.with_packing(packing_report(rows, packed, length).efficiency)
+    trained = np.flatnonzero(count_rows(packed)[1])
+    if not len(trained):
+        raise DataFormatError(
+            f"The {audit.name} data set cannot be trained on. Packed into rows of `max_length={length}` tokens, none "
+            "of its tokens is predicted from one before it. Raise `max_length`."
+        )
+    num_packed, num_dropped = len(packed), len(packed) - len(trained)
+    if num_dropped:
+        packed = packed.select(trained)
+    efficiency = packing_report(rows, packed, length).efficiency
+    return packed, audit.with_packing(efficiency, num_packed, num_dropped)
+
+
+def _trains(packed: Any) -> np.ndarray:
+    """Returns which rows of an Arrow table have a label in the loss, (rows,) bool."""
+    return count_supervised_in(packed) > 0
 
 
 def _shuffled_blocks(packed: Any, seed: int) -> Any:

@@ -1,9 +1,17 @@
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
-from finetune.data.labels import StopTokens, build_labels, count_supervised, label_batch, truncate
+from finetune.data.labels import (
+    StopTokens,
+    build_labels,
+    count_supervised,
+    count_supervised_in,
+    label_batch,
+    truncate,
+)
 from finetune.data.tokenize import (
     NOTHING_BEFORE_TRUNCATION,
     NOTHING_TRAINED,
@@ -113,3 +121,12 @@ def test_short_rows_are_not_touched() -> None:
     tokens = batch([1, 2, 3], [4])
     assert truncate(tokens, 3, "keep_end") is tokens
     assert not tokens.flags.any()
+
+
+def test_the_first_label_of_each_packed_sample_is_in_no_loss() -> None:
+    labels = [[7, 8, 9], [-100, 8, 7, 6], [-100, -100], [5]]
+    table = pa.table({"labels": labels})
+    assert count_supervised_in(table).tolist() == [2, 3, 0, 0]
+    packed = table.append_column("seq_lengths", pa.array([[1, 2], [2, 1, 1], [1, 1], [1]]))
+    assert count_supervised_in(packed).tolist() == [1, 1, 0, 0]
+    assert count_supervised_in(packed.slice(1, 2)).tolist() == [1, 0], "offsets of a slice do not start at 0"

@@ -117,3 +117,15 @@ def test_errors_say_what_to_change():
         pack_dataset(dataset, 0)
     with pytest.raises(ArgumentError, match="max_length=-1"):
         truncate_dataset(dataset, -1)
+
+
+@pytest.mark.parametrize("strategy", ["bfd", "bfd_split", "wrapped"])
+def test_rows_that_shall_not_stay(strategy):
+    dataset = Dataset.from_dict(ROWS)
+    expected = [row for row in pack_dataset(dataset, 4, strategy) if len(row["labels"]) == 4]
+
+    def is_full(packed):
+        return np.array([len(labels) == 4 for labels in packed["labels"].to_pylist()])
+
+    for rows in (dataset, dataset.to_iterable_dataset()):
+        assert list(pack_dataset(rows, 4, strategy, keep=is_full)) == expected

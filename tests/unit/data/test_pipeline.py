@@ -207,3 +207,11 @@ def test_special_tokens_can_be_left_away(chat_tokenizer: Any) -> None:
         assert split.dataset["input_ids"][:] == [expected]
         assert split.audit.num_stop_expected == append
         split.audit.check()
+
+
+def test_of_packed_rows_those_without_a_label_in_the_loss_are_left_out(chat_tokenizer: Any) -> None:
+    rows = {"input_ids": [[1, 2], [3, 4], [5, 6]], "labels": [[1, -100], [-100, 4], [5, 6]]}
+    packed = Dataset.from_dict({**rows, "seq_lengths": [[2], [2], [1, 1]]})
+    split = prepare_split(packed, chat_tokenizer, DataSettings(), say=lambda line: None)
+    assert split.dataset["input_ids"] == [[3, 4]]
+    assert (split.audit.num_rows, split.audit.num_dropped, split.audit.first_dropped_rows) == (3, 2, (0, 2))

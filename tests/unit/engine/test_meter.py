@@ -100,7 +100,7 @@ def test_several_processes_stop_together_and_before_a_checkpoint() -> None:
     """The first of two processes met a NaN at place 5: it goes on until both learn of it."""
 
     def gather(mine: torch.Tensor) -> torch.Tensor:
-        return torch.cat([mine, torch.tensor([[1.0, 0.0, -1.0]], dtype=torch.float64)])
+        return torch.cat([mine, torch.tensor([[1.0, 0.0, -1.0, 0.0]], dtype=torch.float64)])
 
     both: Any = SimpleNamespace(num_processes=2, gather=gather)
     meter = LossMeter(CPU, "raise", 0, lambda place, process: f"batch {place} of process {process}", processes=2)
@@ -109,3 +109,30 @@ def test_several_processes_stop_together_and_before_a_checkpoint() -> None:
     for check in (meter.require_finite, meter.drain):
         with pytest.raises(NonFiniteLossError, match="by update 2, first in batch 5 of process 0"):
             check(both, 2)
+
+
+def test_windows_without_labels_are_counted_and_said(caplog: pytest.LogCaptureFixture) -> None:
+    meter = LossMeter(CPU, "raise", 0)
+    for items in (0, 5, 0):
+        meter.note_items(torch.tensor(items))
+        meter.add(torch.tensor(0.0), 0)
+    assert meter.drain(ALONE, 3) == (0.0, 0)
+    assert "2 of the updates after step 0, up to step 3, had no label in the loss" in caplog.text
+    caplog.clear()
+    meter.drain(ALONE, 6)
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("policy", ["raise", "log"])
+def test_a_nan_of_no_labels_does_not_blame_the_learning_rate(policy: Any) -> None:
+    meter = LossMeter(CPU, policy, 0)
+    meter.note_items(torch.tensor(0))
+    if policy == "log":
+        meter.add(torch.tensor(float("nan")), 0)
+        meter.policy = "raise"
+        with pytest.raises(NonFiniteLossError, match="1 of the updates had no label in the loss") as raised:
+            meter.require_finite(ALONE, 1)
+    else:
+        with pytest.raises(NonFiniteLossError, match="1 of the updates had no label in the loss") as raised:
+            meter.add(torch.tensor(float("nan")), 0)
+    assert "learning_rate" not in str(raised.value)

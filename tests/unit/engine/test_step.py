@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from finetune.engine import step
+from finetune.engine.divisor import LossDivisor, at_least_one
 from finetune.errors import ArgumentError
 
 
@@ -147,3 +148,54 @@ def test_a_wrapper_around_a_model_in_evaluation_mode_trains_it() -> None:
     model.eval()
     step.enter_train_mode(nn.DataParallel(model), None)
     assert all(module.training for module in model.modules())
+
+
+class Averages(nn.Module):
+    """A model whose loss is the mean over its own labels: 0/0 where there are none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(3, 5)
+
+    def forward(self, x: torch.Tensor, labels: Any = None, **kwargs: Any) -> dict[str, Any]:
+        logits = self.head(x)
+        return {"loss": None if labels is None else nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def mean(outputs: Any, labels: torch.Tensor) -> torch.Tensor:
+    return nn.functional.cross_entropy(outputs["logits"], labels)
+
+
+@pytest.mark.parametrize("items", [None, 7])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"divisor": LossDivisor()},
+        {"compute_loss_func": mean},
+        {"label_smoother": step.LabelSmoother(0.1, shift_labels=False)},
+    ],
+    ids=["mean", "divisor", "function", "smoothed"],
+)
+def test_the_loss_of_no_labels_is_0_and_has_no_gradient(options: dict[str, Any], items: int | None) -> None:
+    model, told = Averages(), None if items is None else torch.tensor(items)
+    for labels in ([-100, -100], [1, -100]):
+        inputs = {"x": torch.ones(2, 3), "labels": torch.tensor(labels)}
+        accepts = "divisor" in options
+        loss, _ = step.forward_loss(model, inputs, num_items_in_batch=told, accepts_loss_kwargs=accepts, **options)
+        model.zero_grad()
+        loss.backward()
+        assert model.head.weight.grad is not None
+        empty = labels == [-100, -100]
+        assert (loss.item() == 0.0) is empty and bool(model.head.weight.grad.any()) is not empty
+
+
+def test_a_nan_of_labels_that_are_there_stays_one() -> None:
+    inputs = {"x": torch.full((2, 3), float("nan")), "labels": torch.tensor([1, 2])}
+    loss, _ = step.forward_loss(Averages(), inputs, accepts_loss_kwargs=False)
+    assert loss.isnan()
+
+
+def test_what_a_sum_is_divided_by() -> None:
+    assert at_least_one(torch.tensor(0)) == 1 and at_least_one(torch.tensor(0)).dtype == torch.int64
+    assert [float(at_least_one(count)) for count in (0, 3, torch.tensor(0.5))] == [1.0, 3.0, 0.5]

@@ -168,6 +168,49 @@ def test_predictions_stay_in_the_order_of_the_rows(bert: str, tmp_path: Path) ->
         assert torch.allclose(torch.tensor(row), alone, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("column", "labels"),
+    [("label", [3, 1]), ("labels", ["good", "bad"]), ("label", [["b", "a"], ["a"]]), ("labels", [0.5, 2.0])],
+)
+def test_tokens_given_later_are_prepared_as_those_given_first(
+    column: str, labels: list[Any], bert: str, tmp_path: Path, chat_tokenizer: Any
+) -> None:
+    data = Dataset.from_dict({"input_ids": [[5, 6, 7], [9, 8], [5, 6], [9, 8, 8]], column: labels * 2})
+    part = data.select([0, 2])
+    trainer = finetune.SequenceClassificationTrainer(
+        bert, config(tmp_path, max_steps=1), train_dataset=data, eval_dataset=part, processing_class=chat_tokenizer
+    )
+    expected = measured(trainer.evaluate())
+    own = trainer.eval_dataset
+    lists = part.to_list()
+    for later in (
+        part,
+        lists,
+        part.to_iterable_dataset(),
+        own,
+        own.select(range(2)),
+        trainer.train_dataset.select([0, 2]),
+    ):
+        assert measured(trainer.evaluate(later)) == expected
+        assert measured(trainer.predict(later).metrics) == expected
+
+
+def measured(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Returns the measures alone, without their prefix."""
+    found = {key.split("_", 1)[1]: value for key, value in metrics.items() if "_" in key}
+    return {key: value for key, value in found.items() if not key.endswith(("runtime", "second", "time"))}
+
+
+def test_tokens_with_ids_of_classes_stay_as_they_are(bert: str, tmp_path: Path) -> None:
+    trainer = finetune.SequenceClassificationTrainer(bert, config(tmp_path), train_dataset=rows(NAMES))
+    expected = measured(trainer.evaluate(rows(NAMES)))
+    ids = trainer.processing_class(TEXTS)["input_ids"]
+    given = Dataset.from_dict({"input_ids": ids * 2, "labels": [int(name == "good") for name in NAMES] * 2})
+    assert measured(trainer.evaluate(given)) == expected
+    named = Dataset.from_dict({"input_ids": ids * 2, "label": NAMES * 2})
+    assert measured(trainer.evaluate(named)) == expected, "training rows had text"
+
+
 def test_rows_are_grouped_by_length_and_padded_to_their_batch(bert: str, tmp_path: Path) -> None:
     data = Dataset.from_dict({"text": ["the " * (1 + i % 20) for i in range(640)], "label": ["a", "b"] * 320})
     trainer = finetune.SequenceClassificationTrainer(model=bert, args=config(tmp_path), train_dataset=data)

@@ -71,6 +71,51 @@ def test_packed_evaluation_is_refused_where_a_row_per_sample_is_expected(
         make(tiny_llama(512), chat_tokenizer, tmp_path, **given)
 
 
+class Counts:
+    """Metrics that keep what they were given."""
+
+    def __init__(self) -> None:
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __call__(self, prediction: Any) -> dict[str, float]:
+        self.shapes.append(prediction.label_ids.shape)
+        return {"rows": float(len(prediction.predictions))}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"packing": True, "eval_packing": None},
+        {"packing": True, "eval_packing": False},
+        {"padding_free": True, "eval_packing": None},
+        {"packing": True, "packing_strategy": "wrapped", "eval_packing": None},
+    ],
+    ids=str,
+)
+def test_metrics_get_a_row_of_predictions_for_each_row(
+    options: dict[str, Any], tiny_llama: Any, chat_tokenizer: Any, tmp_path: Path
+) -> None:
+    counts = Counts()
+    trainer = make(tiny_llama(512), chat_tokenizer, tmp_path, options=options, compute_metrics=counts)
+    assert trainer.evaluate()["eval_rows"] == len(ROWS)
+    longest = max(len(row["input_ids"]) for row in trainer.eval_dataset)
+    assert counts.shapes == [(len(ROWS), longest)]
+    if "packing_strategy" not in options:  # wrapped rows run into each other
+        plain = make(tiny_llama(512), chat_tokenizer, tmp_path, options=options)
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"], rel=1e-5)
+    trainer.train()
+    assert losses(trainer, "eval_rows") == [len(ROWS)] * 2
+    assert trainer.evaluate(ROWS)["eval_rows"] == len(ROWS)
+
+
+@pytest.mark.parametrize("reader", ["compute_metrics", "preprocess_logits_for_metrics"])
+def test_packed_evaluation_is_refused_for_metrics_beside_packed_training_too(
+    reader: str, tiny_llama: Any, chat_tokenizer: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(ArgumentError, match=r"`eval_packing=True` makes .*Set `eval_packing=False`"):
+        make(tiny_llama(512), chat_tokenizer, tmp_path, options={"packing": True}, **{reader: lambda *_: {}})
+
+
 def test_packed_evaluation_is_refused_for_virtual_tokens(tiny_llama: Any, chat_tokenizer: Any, tmp_path: Path) -> None:
     from peft import PromptTuningConfig
 

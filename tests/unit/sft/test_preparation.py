@@ -8,6 +8,9 @@ from datasets import Dataset
 from transformers import ProcessorMixin
 
 import finetune
+from finetune.data.packing import pack_dataset
+from finetune.data.pipeline import prepare_split
+from finetune.data.settings import DataSettings
 from finetune.errors import DataFormatError
 
 TEXTS = ["the cat sat on a mat", "the red sun went down over hills", "birds sang to rivers that ran past"]
@@ -167,3 +170,69 @@ def test_other_columns_of_prepared_rows_are_not_packed(
     rows = rows.to_iterable_dataset() if stream else rows
     trainer = make(tiny_llama(512), chat_tokenizer, tmp_path, rows, packing=True, max_length=16)
     assert [row["seq_lengths"] for row in trainer.train_dataset] == [[5, 5, 5]] * 2
+
+
+def long_prompts() -> Dataset:
+    """Rows of which a packed row of 16 tokens holds mostly parts of prompts."""
+    return Dataset.from_list([{"prompt": "the cat sat on a mat " * (6 + i % 5), "completion": TEXTS[i % 3]}
+                              for i in range(30)])  # fmt: skip
+
+
+PACKED = {"packing": True, "max_length": 16, "per_device_train_batch_size": 1, "max_steps": 12}
+
+
+def in_the_loss(row: dict[str, Any]) -> bool:
+    starts, place = set(), 0
+    for length in row.get("seq_lengths", [len(row["labels"])]):
+        starts.add(place)
+        place += length
+    return any(label != -100 for place, label in enumerate(row["labels"]) if place not in starts)
+
+
+@pytest.mark.parametrize("strategy", ["bfd_split", "wrapped"])
+@pytest.mark.parametrize("streams", [False, True], ids=["map", "stream"])
+def test_packed_rows_that_train_nothing_are_left_out(
+    streams: bool, strategy: str, tiny_llama: Any, chat_tokenizer: Any, tmp_path: Path
+) -> None:
+    options = {**PACKED, "packing_strategy": strategy}
+    rows = long_prompts().to_iterable_dataset() if streams else long_prompts()
+    trainer = make(tiny_llama(512), chat_tokenizer, tmp_path, rows, long_prompts(), **options)
+    kept = list(trainer.train_dataset)
+    assert kept and all(map(in_the_loss, kept))
+    prepared = prepare_split(long_prompts(), chat_tokenizer, DataSettings(truncate=False), say=lambda line: None)
+    every = list(pack_dataset(prepared.dataset, 16, strategy))
+    assert kept == [row for row in every if in_the_loss(row)]
+    for audit in list(trainer.audits.values())[streams:]:
+        assert audit.num_dropped == 0 and audit.num_packed - audit.num_packed_dropped == len(kept)
+        assert audit.num_packed == len(every) > 2 * len(kept)
+        said = "\n".join(audit.warnings())
+        assert f"{audit.num_packed_dropped} of {audit.num_packed} packed rows hold no supervised token" in said
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 12 and all(loss > 1 for loss in losses)
+
+
+def test_packed_rows_that_all_train_nothing_are_an_error(tiny_llama: Any, chat_tokenizer: Any, tmp_path: Path) -> None:
+    rows = Dataset.from_dict({"input_ids": [[5, 6, 7]] * 4, "labels": [[-100, -100, 7]] * 4})
+    options = {**PACKED, "packing_strategy": "bfd_split", "max_length": 2, "data_audit": "warn"}
+    with pytest.raises(DataFormatError, match=r"`max_length=2` tokens.*Raise `max_length`"):
+        make(tiny_llama(512), chat_tokenizer, tmp_path, rows, **options)
+
+
+@pytest.mark.parametrize("streams", [False, True], ids=["map", "stream"])
+def test_predictions_leave_out_no_row_that_max_length_cuts(
+    streams: bool, tiny_llama: Any, chat_tokenizer: Any, tmp_path: Path, capsys: Any
+) -> None:
+    rows = Dataset.from_list(
+        [{"prompt": prompt, "completion": " cat"} for prompt in ("the", "the cat sat on a mat " * 3, "the red")]
+    )
+    trainer = make(tiny_llama(512), chat_tokenizer, tmp_path, rows, rows, max_length=8)
+    assert len(trainer.train_dataset) == len(trainer.eval_dataset) == 2
+    capsys.readouterr()
+    output = trainer.predict(rows.to_iterable_dataset() if streams else rows)
+    assert output.predictions.shape[0] == 3
+    assert output.label_ids is not None and (output.label_ids[1] == -100).all()
+    assert "left out" not in capsys.readouterr().out
+    assert trainer.predict(rows.select([1])).predictions.shape[0] == 1
+    trainer.evaluate(rows)
+    assert trainer.audits["eval"].num_dropped == 1

@@ -53,6 +53,23 @@ def test_rows_longer_than_a_model_s_learned_positions_are_refused(chat_tokenizer
     make(model, chat_tokenizer, tmp_path, rows.to_iterable_dataset())
 
 
+def test_of_packed_rows_the_longest_sample_is_what_takes_positions(chat_tokenizer: Any, tmp_path: Path) -> None:
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=512, n_positions=16, n_embd=32, n_layer=1, n_head=2))
+    short = Dataset.from_list(ROWS * 4)
+    rows = Dataset.from_list([*ROWS, {"text": "the cat sat on a mat " * 5}])
+    options = {"packing": True, "max_length": 64}
+    with pytest.raises(ArgumentError, match=r"longest row has \d+ tokens, and GPT2LMHeadModel has 16 positions"):
+        make(model, chat_tokenizer, tmp_path, rows, options=options)
+    with pytest.raises(ArgumentError, match="16 positions"):
+        make(model, chat_tokenizer, tmp_path, short, eval_dataset=rows, options=options)
+    with pytest.raises(ArgumentError, match="16 positions"):
+        make(model, chat_tokenizer, tmp_path, short, options={**options, "packing_strategy": "wrapped"})
+    fits = make(model, chat_tokenizer, tmp_path, short, eval_dataset=short, options=options)
+    assert max(map(len, fits.train_dataset["input_ids"])) > 16
+    fits.train()
+    make(model, chat_tokenizer, tmp_path, short, eval_dataset=short, options={"eval_packing": True, "max_length": 64})
+
+
 def test_arguments_that_moved_to_the_configuration(tiny_llama: Any, chat_tokenizer: Any, tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match=r"args=SFTConfig\(max_seq_length=\.\.\., packing=\.\.\.\)"):
         make(tiny_llama(vocab_size=512), chat_tokenizer, tmp_path, max_seq_length=128, packing=True)

@@ -231,3 +231,41 @@ def test_the_first_process_proves_for_all_that_samples_are_kept_apart(
         build.prove_isolation(model)
     monkeypatch.setattr(ranks, "broadcast_object", lambda mine: True)
     assert build.can_be_padding_free(model)
+
+
+def token_metrics(metrics: dict[str, float], prefix: str = "eval") -> list[float]:
+    return [metrics[f"{prefix}_{name}"] for name in ("mean_token_accuracy", "entropy")]
+
+
+def test_token_metrics_are_those_of_their_own_pass(tiny_llama: Any, chat_tokenizer: Any, tmp_path: Path) -> None:
+    rows = Dataset.from_list(ROWS["prompt-completion"])
+    parts = {"a": rows.select([0]), "b": rows.select([1])}
+    model, args = tiny_llama(512), config(tmp_path, max_steps=1, eval_strategy="steps", eval_steps=1)
+    trainer = finetune.SFTTrainer(model, args, None, rows, parts, chat_tokenizer)
+    trainer.train()
+    first, second = token_metrics(trainer.evaluate(parts["a"])), token_metrics(trainer.evaluate(parts["b"]))
+    assert first != second
+    both = trainer.evaluate()
+    assert (token_metrics(both, "eval_a"), token_metrics(both, "eval_b")) == (first, second)
+    assert "eval_entropy" not in both
+    logged = [entry for entry in trainer.state.log_history if "eval_b_loss" in entry]
+    assert len(logged) == 2 and all("eval_a_entropy" not in entry for entry in logged)
+    assert token_metrics(trainer.predict(parts["b"]).metrics, "test") == pytest.approx(second, rel=1e-5)
+    assert token_metrics(trainer.evaluate(parts["a"])) == first, "the predictions are none of this evaluation"
+
+
+def test_an_interrupted_evaluation_leaves_nothing_behind(
+    tiny_llama: Any, chat_tokenizer: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    rows = Dataset.from_list(ROWS["text"])
+    args = config(tmp_path, per_device_eval_batch_size=1)
+    trainer = finetune.SFTTrainer(tiny_llama(512), args, None, rows, rows.select([0, 1]), chat_tokenizer)
+    expected = token_metrics(trainer.evaluate())
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(trainer.callback_handler, "on_prediction_step", stop)
+        trainer.evaluate()
+    assert token_metrics(trainer.evaluate()) == expected
