@@ -159,9 +159,12 @@ def _write_all(
     hooks: SaveHooks, staging: Path, run_dir: str, args: Any, events: Events, stateful: Mapping[str, Stateful]
 ) -> None:
     """Writes everything into `staging`, or hands it to the writer. Late-bound: overrides in subclasses run."""
-    staging.mkdir(parents=True, exist_ok=True)  # on a node that does not share the folder
     folder = str(staging)
-    hooks.save_model(folder, _internal_call=True)
+    # The others may wait in a collective of the next part, which a process that failed would never reach.
+    with agreeing(), files.writing(staging):
+        staging.mkdir(parents=True, exist_ok=True)  # on a node that does not share the folder
+    with agreeing(), files.writing(staging):
+        hooks.save_model(folder, _internal_call=True)
     _note_best(events.state, run_dir)
     if not args.save_only_model:
         hooks._save_optimizer_and_scheduler(folder)
