@@ -15,6 +15,7 @@ from finetune.checkpoint import layout, manager, stateful
 from finetune.checkpoint.manifest import find_problem, read_manifest
 from finetune.checkpoint.writer import CheckpointWriter, meet
 from finetune.control.state import TrainerState
+from finetune.distributed import ranks
 from finetune.errors import ArgumentError, CheckpointError
 
 
@@ -408,6 +409,13 @@ class TestErrors:
     def test_a_failed_emergency_save_is_not_called_saved(self, caplog: pytest.LogCaptureFixture) -> None:
         manager.emergency_save(lambda: "no space", ValueError("x"), consistent=True)
         assert caplog.messages == ["The emergency checkpoint after ValueError failed too: no space"]
+
+    def test_no_emergency_save_among_several_processes(
+        self, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(ranks, "world_size", lambda: 2)
+        manager.emergency_save(lambda: pytest.fail("waits for the others"), ValueError("x"), consistent=True)
+        assert caplog.messages[0].startswith("No emergency checkpoint after ValueError: `save_on_exception` needs a")
 
     def test_emergency_save(self, caplog: pytest.LogCaptureFixture) -> None:
         saved: list[int] = []
