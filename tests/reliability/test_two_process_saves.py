@@ -1,5 +1,6 @@
 """Two processes save together: complete when both wrote, absent when one failed, and neither waits for ever."""
 
+import contextlib
 import os
 import types
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import torch.multiprocessing as mp
 
 from finetune.checkpoint import backends, layout, manager
 from finetune.checkpoint.manifest import find_problem, read_manifest
+from finetune.checkpoint.store import CheckpointStore
 from finetune.errors import CheckpointError
 
 CONFTEST = Path(__file__).parents[1] / "unit" / "checkpoint" / "conftest.py"
@@ -218,6 +220,54 @@ def _sharded_write_fails(rank: int, make: Any, out: str) -> None:
 
 def test_failed_write_of_a_sharded_model(tmp_path: Path) -> None:
     launch(_sharded_write_fails, tmp_path, str(tmp_path))
+
+
+def _background_fails(rank: int, make: Any, out: str) -> None:
+    """A background save fails on process 0 alone, in its last step; the run goes on, the same on both."""
+    run = make(f"{out}/background", asynchronous=True)
+    state = run.events.state
+    for tolerant in (True, False):
+        run.writer.start_run(tolerant=tolerant)
+        run.train(1)
+        state.best_global_step = state.global_step
+        run.save()
+        run.writer.wait()
+        before = state.best_model_checkpoint
+        assert before == str(run.out / f"checkpoint-{state.global_step}")
+        commit = CheckpointStore.commit
+        CheckpointStore.commit = lambda *_, **__: _no_space()
+        run.train(1)
+        state.best_global_step = state.global_step
+        report = run.save()
+        with contextlib.nullcontext() if tolerant else pytest.raises(CheckpointError, match="No space left on device"):
+            run.writer.wait()
+        CheckpointStore.commit = commit
+        assert state.best_model_checkpoint == before
+        assert report is run.writer.last and "No space left on device" in str(report.error)
+
+
+def _no_file_for_a_message(rank: int, make: Any, out: str) -> None:
+    """Processes learn that all have written, or not, without room for another file."""
+    write = Path.write_text
+    Path.write_text = lambda self, *more, **options: (
+        _no_space() if ".rank" in self.name else write(self, *more, **options)
+    )
+    run = make(f"{out}/messages", asynchronous=True)
+    for step in (1, 2):
+        run.train(1).save()
+        run.writer.wait()
+        assert find_problem(run.out / f"checkpoint-{step}") is None
+    assert not (run.out / ".staging").exists()
+    Path.write_text = write
+
+
+def _in_background(rank: int, make: Any, out: str) -> None:
+    _no_file_for_a_message(rank, make, out)
+    _background_fails(rank, make, out)
+
+
+def test_saves_in_the_background(tmp_path: Path) -> None:
+    launch(_in_background, tmp_path, str(tmp_path))
 
 
 def _unshared(rank: int, make: Any, out: str) -> None:

@@ -220,24 +220,37 @@ class TestBackground:
         assert [p.name for p in sorted(run.out.glob("checkpoint-*"))] == [f"checkpoint-{n}" for n in (1, 2, 3, 4)]
         assert all(find_problem(p) is None for p in run.out.glob("checkpoint-*"))
 
-    def test_processes_meet_by_files(self, tmp_path: Path) -> None:
-        staging = tmp_path / "checkpoint-1"
+    def test_processes_meet_in_their_store(self) -> None:
+        store = torch.distributed.HashStore()
 
         def args(rank: int) -> Any:
             return SimpleNamespace(process_index=rank, should_save=rank == 0, world_size=3, save_on_each_node=False)
 
         answers: list[Any] = []
-        first = threading.Thread(target=lambda: answers.append(meet(staging, args(0), None)))
+        first = threading.Thread(target=lambda: answers.append(meet(store, "save", args(0), None)))
         first.start()
-        assert meet(staging, args(1), None) is None
+        assert meet(store, "save", args(1), None) is None
         time.sleep(0.1)
         assert first.is_alive(), "it waits for all"
         own = OSError("disk")
-        assert meet(staging, args(2), own) is own
+        assert meet(store, "save", args(2), own) is own
         first.join()
-        assert "Process 2 failed. OSError: disk" in str(answers[0]) and list(tmp_path.iterdir()) == []
-        lost = meet(staging, args(0), None, timeout_seconds=0.05)
-        assert "1 of 3" in str(lost)
+        assert "Process 2 failed. OSError: disk" in str(answers[0])
+        assert not store.check(["save/1"]) and not store.check(["save/2"])
+        meet(store, "next", args(2), None)
+        lost = meet(store, "next", args(0), None, timeout_seconds=0.05)
+        assert "2 of 3" in str(lost)
+
+    def test_the_processes_of_each_node_meet(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+        store = torch.distributed.HashStore()
+
+        def args(rank: int) -> Any:
+            return SimpleNamespace(process_index=rank, should_save=rank % 2 == 0, world_size=4, save_on_each_node=True)
+
+        meet(store, "save", args(3), None)
+        assert meet(store, "save", args(2), None) is None
+        assert "1 of 2" in str(meet(store, "save", args(0), None, timeout_seconds=0.05))
 
 
 class TestResolve:
