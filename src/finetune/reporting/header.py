@@ -16,6 +16,8 @@ from finetune.reporting.precision import LivePrecision
 from finetune.reporting.run_ledger import RunLedger
 from finetune.wrappers import unwrap_optimizer
 
+logger = logging.getLogger(__name__)
+
 # Optimizer state per parameter, in tensors of the parameter's size, for classes whose state appears at the first step.
 _STATE_TENSORS = {"Adam": 2, "AdamW": 2, "NAdam": 2, "RAdam": 2, "Adamax": 2, "Lion": 1, "RMSprop": 1, "Adadelta": 2}
 
@@ -123,7 +125,10 @@ def log_end(trainer: Any, run: Any, metrics: dict[str, Any], stalls: Sequence[fl
     """Writes the summary of `run` to standard error, and its memory ledger to the run's folder."""
     run.ledger.finish(trainer.model, run.optimizer)
     if run.trial is None and getattr(trainer.args, "should_save", False):
-        run.ledger.write(trainer.args.output_dir)
+        try:
+            run.ledger.write(trainer.args.output_dir)
+        except OSError as error:
+            logger.warning("The memory ledger was not written into `%s`: %s", trainer.args.output_dir, error)
     if run.trial is None and _speaks(trainer.args, trainer.is_world_process_zero()):
         lines = end_lines(
             metrics=metrics, state=trainer.state, args=trainer.args, optimizer=run.optimizer, model=trainer.model,
