@@ -91,9 +91,7 @@ class CheckpointWriter:
         """Returns what a job may use later: copies of the tensors on the CPU; `value` itself when jobs run at once."""
         return value if self._jobs is None else copies.snapshot(value, self._memo, self._pool)
 
-    def launch(
-        self, finish: Callable[[BaseException | None], None], undo: Callable[[], None] | None = None
-    ) -> None:
+    def launch(self, finish: Callable[[BaseException | None], None], undo: Callable[[], None] | None = None) -> None:
         """Runs the kept jobs, then `finish(error)`: in a thread, or here when there is nothing in the background.
 
         `undo`: called by `wait` when the background write failed, on this process or another one.
