@@ -282,7 +282,10 @@ class Trainer(EvaluationMethods, OptimizerMethods, SavingMethods):
             self._optimizer_is_released = True
 
     def _finalize_training(self, run: TrainingRun) -> TrainOutput:
-        """Logs the run's totals, loads the best model if asked, and returns what `train` returns."""
+        """Logs the run's totals, loads the best model if asked, and returns what `train` returns.
+
+        After a signal the run is not over: the best model is not loaded then.
+        """
         self._writer.wait()
         run.meter.drain(self.accelerator, self.state.global_step)
         loss = run.meter.total / max(self.state.global_step - run.meter.start_step, 0.001)
@@ -296,9 +299,10 @@ class Trainer(EvaluationMethods, OptimizerMethods, SavingMethods):
         self._memory_tracker.stop(metrics)
         self.log(metrics)
         header.log_end(self, run, metrics, self._writer.stalls)
-        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+        best, is_preempted = self.state.best_model_checkpoint, self.was_preempted
+        if self.args.load_best_model_at_end and best is not None and not is_preempted:
             self._load_best_model()
-        checkpoints.rotate(self.args, self._get_output_dir(run.trial), self.state.best_model_checkpoint)
+        checkpoints.rotate(self.args, self._get_output_dir(run.trial), best, is_preempted=is_preempted)
         self._events.fire("on_train_end")
         self._finish_current_push()
         return TrainOutput(self.state.global_step, loss, metrics)

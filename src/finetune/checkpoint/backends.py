@@ -11,7 +11,7 @@ import logging
 import os
 import pickle
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import nn
 from finetune import environment
 from finetune.checkpoint import layout
 from finetune.checkpoint.files import numpy_array_globals
+from finetune.checkpoint.writer import agreeing
 from finetune.distributed.accelerator import fsdp_version, zero_stage
 from finetune.errors import CheckpointError, first_line
 from finetune.models.adapters import unwrap
@@ -39,19 +40,31 @@ def uses_deepspeed(accelerator: Any) -> bool:
     return zero_stage(accelerator) is not None
 
 
+def is_sharded(accelerator: Any) -> bool:
+    """Returns whether all processes have to take part in saving the model."""
+    return uses_deepspeed(accelerator) or uses_fsdp(accelerator)
+
+
 def save_sharded(
     output_dir: str | os.PathLike[str], *, accelerator: Any, model: nn.Module, model_wrapped: Any, optimizer: Any
 ) -> bool:
-    """Returns whether model and optimizer are sharded, after writing the shards of both. A collective."""
+    """Returns whether model and optimizer are sharded, after writing the shards of both. A collective.
+
+    Raises:
+        CheckpointError: a write failed, here or on another process.
+    """
     folder = Path(output_dir)
     if uses_deepspeed(accelerator):
-        _save_deepspeed(folder, model, model_wrapped)
+        with agreeing():
+            _save_deepspeed(folder, model, model_wrapped)
     elif uses_fsdp(accelerator):
         from accelerate.utils import save_fsdp_model, save_fsdp_optimizer
 
         plugin = accelerator.state.fsdp_plugin
-        save_fsdp_model(plugin, accelerator, model, str(folder), **_adapter_only(save_fsdp_model, accelerator))
-        save_fsdp_optimizer(plugin, accelerator, optimizer, model, str(folder))
+        with agreeing():
+            save_fsdp_model(plugin, accelerator, model, str(folder), **_adapter_only(save_fsdp_model, accelerator))
+        with agreeing():
+            save_fsdp_optimizer(plugin, accelerator, optimizer, model, str(folder))
     else:
         return False
     return True
@@ -92,7 +105,8 @@ def owns_schedule(accelerator: Any, lr_scheduler: Any) -> bool:
 
 def save_engine_weights(output_dir: str | os.PathLike[str], model: nn.Module, model_wrapped: Any) -> None:
     """Writes the weights in DeepSpeed's own format."""
-    _save_deepspeed(Path(output_dir), model, model_wrapped)
+    with agreeing():
+        _save_deepspeed(Path(output_dir), model, model_wrapped)
 
 
 def load_sharded_weights(
@@ -191,7 +205,35 @@ def restoring(path: Path) -> Iterator[None]:
 
 def _save_deepspeed(folder: Path, model: nn.Module, engine: Any) -> None:
     exclude = accepts_exclusion(engine) and has_adapters(model)
-    engine.save_checkpoint(str(folder), **({"exclude_frozen_parameters": True} if exclude else {}))
+    with _failing_at_the_end(engine):
+        engine.save_checkpoint(str(folder), **({"exclude_frozen_parameters": True} if exclude else {}))
+
+
+@contextlib.contextmanager
+def _failing_at_the_end(engine: Any) -> Iterator[None]:
+    """Raises a failed write of DeepSpeed at the end of the block only: the other processes wait in its barriers."""
+    files = getattr(engine, "checkpoint_engine", None)
+    errors: list[Exception] = []
+
+    def catching(write: Callable[..., Any]) -> Callable[..., Any]:
+        def attempt(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return write(*args, **kwargs)
+            except Exception as error:
+                errors.append(error)
+
+        return attempt
+
+    names = [name for name in ("save", "makedirs") if hasattr(files, name)]
+    for name in names:
+        setattr(files, name, catching(getattr(files, name)))
+    try:
+        yield
+    finally:
+        for name in names:
+            delattr(files, name)
+    if errors:
+        raise errors[0]
 
 
 def has_adapters(model: nn.Module) -> bool:

@@ -41,12 +41,24 @@ def report_last_on_error(run_dir: str, writer: CheckpointWriter | None = None) -
 def emergency_save(save: Callable[[], Any], error: BaseException, *, consistent: bool) -> None:
     """Calls `save()` after `error` stopped training, when the state is that of a whole step. Raises nothing.
 
+    With several processes nothing is saved. The others may not have the error, or may have entered a collective that
+    this process never reached. Saving has collectives of its own, so the error could become a hang.
+
     Args:
         save: returns why it failed, or None.
         consistent: no optimizer step is half done; otherwise nothing is saved.
     """
     if not consistent:
         logger.error("No emergency checkpoint: training stopped in the middle of an optimizer step.")
+        return
+    if ranks.world_size() > 1:
+        logger.error(
+            "No emergency checkpoint after %s: `save_on_exception` needs a single process, because the others of %d "
+            "may still be training. Save more often (`save_steps`); a stop that is planned is saved on all processes "
+            "with `enable_jit_checkpoint`.",
+            type(error).__name__,
+            ranks.world_size(),
+        )
         return
     try:
         failure = save()

@@ -116,6 +116,14 @@ def sharded_parts(folder: Path) -> list[Path]:
     return sorted(p for pattern in ("pytorch_model_fsdp*", "global_step*") for p in folder.glob(pattern))
 
 
+def holds_only_shards(folder: Path) -> bool:
+    """Returns whether FSDP or DeepSpeed wrote the model into `folder` and no whole weights are beside it."""
+    if not sharded_parts(folder):
+        return False
+    found = find_weights(folder)
+    return not (found.full or found.adapters)
+
+
 def _shards(index: Path) -> tuple[Path, ...]:
     weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     names = sorted(set(weight_map.values()))

@@ -5,6 +5,7 @@ staging folder, so that overrides in subclasses are what runs; commit with one r
 """
 
 import contextlib
+import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -38,6 +39,7 @@ from finetune.checkpoint.weights import save_model, write_model
 from finetune.checkpoint.writer import CheckpointWriter, SaveReport, agreeing, meet, num_writers
 from finetune.control.callbacks import Events
 from finetune.control.state import TrainerState
+from finetune.distributed import ranks
 from finetune.errors import CheckpointError
 from finetune.files import format_bytes
 from finetune.hooks import SaveHooks
@@ -77,6 +79,8 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+_saves = itertools.count()  # every process takes part in every save, so the numbers agree
 
 
 def save_checkpoint(
@@ -134,7 +138,8 @@ def _save(
     writer.wait()
     state, store = events.state, CheckpointStore(run_dir)
     staging = store.staging_path(state.global_step)
-    discarding = partial(_discarding, store, staging, args, state, state.best_model_checkpoint)
+    best_before = state.best_model_checkpoint
+    discarding = partial(_discarding, store, staging, args, state, best_before)
     with contextlib.ExitStack() as stack:
         with agreeing():
             if args.should_save:
@@ -149,7 +154,7 @@ def _save(
         finish = _committer(store, staging, report, args, state, started, discarding)
         writer.last = report
         with agreeing():
-            writer.launch(finish)
+            writer.launch(finish, undo=partial(setattr, state, "best_model_checkpoint", best_before))
     report.stall_seconds = time.perf_counter() - started
     writer.stalls.append(report.stall_seconds)
     return report
@@ -159,9 +164,12 @@ def _write_all(
     hooks: SaveHooks, staging: Path, run_dir: str, args: Any, events: Events, stateful: Mapping[str, Stateful]
 ) -> None:
     """Writes everything into `staging`, or hands it to the writer. Late-bound: overrides in subclasses run."""
-    staging.mkdir(parents=True, exist_ok=True)  # on a node that does not share the folder
     folder = str(staging)
-    hooks.save_model(folder, _internal_call=True)
+    # The others may wait in a collective of the next part, which a process that failed would never reach.
+    with agreeing(), files.writing(staging):
+        staging.mkdir(parents=True, exist_ok=True)  # on a node that does not share the folder
+    with agreeing(), files.writing(staging):
+        hooks.save_model(folder, _internal_call=True)
     _note_best(events.state, run_dir)
     if not args.save_only_model:
         hooks._save_optimizer_and_scheduler(folder)
@@ -184,11 +192,14 @@ def _committer(
     """Returns what ends the save, here or in the background: certify, rename, point, rotate. Reads the state now."""
     metric = current_metric(state, args.metric_for_best_model)
     best, keep = state.best_model_checkpoint, retention(args)
+    meets = report.in_background and args.world_size > 1
+    processes = ranks.store() if meets else None
+    name = f"finetune/save/{next(_saves)}/{staging.name}" if meets else ""
 
     def finish(error: BaseException | None) -> None:
-        if report.in_background and args.world_size > 1:
-            error = meet(staging, args, error)
         with discarding(), files.writing(staging):
+            if meets:
+                error = meet(processes, name, args, error)
             if error is not None:
                 raise error
             if not args.should_save:
@@ -246,14 +257,15 @@ def retention(args: Any) -> Retention:
     )
 
 
-def rotate(args: Any, run_dir: str, best: str | None) -> None:
+def rotate(args: Any, run_dir: str, best: str | None, *, is_preempted: bool = False) -> None:
     """Deletes the checkpoints that are kept no longer. Called at the end of training.
 
     The newest stays, unless there may be one only and the best was to be loaded: then the best is that one.
+    `is_preempted`: the run will be resumed from the newest, so that one stays in any case.
     """
     if args.should_save:
-        only_best = args.save_total_limit == 1 and bool(getattr(args, "load_best_model_at_end", False))
-        CheckpointStore(run_dir).rotate(retention(args), best, only_best=only_best)
+        loads_best = args.save_total_limit == 1 and bool(getattr(args, "load_best_model_at_end", False))
+        CheckpointStore(run_dir).rotate(retention(args), best, only_best=loads_best and not is_preempted)
 
 
 def save_rng_state(output_dir: str, args: Any) -> None:

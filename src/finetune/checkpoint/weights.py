@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from finetune.checkpoint import backends, files, gathered, layout
-from finetune.checkpoint.writer import CheckpointWriter
+from finetune.checkpoint.writer import CheckpointWriter, agreeing
 from finetune.errors import CheckpointError
 from finetune.models.adapters import unwrap
 from finetune.models.traits import saves_itself
@@ -33,20 +33,25 @@ def save_model(
 
     `for_checkpoint`: shards that the optimizer's files will hold are not gathered. A user who calls `save_model` gets
     whole weights also then.
+
+    Raises:
+        CheckpointError: a write failed, of a sharded model also when it was on another process: all of them are in
+            collectives together, before and after.
     """
     found = gathered.gather_weights(accelerator, model, model_wrapped, for_checkpoint=for_checkpoint)
     if found.skip:
         return
     if found.engine_format:
-        save(str(output_dir), state_dict={})
-        if accelerator.is_main_process:
-            for name in (layout.WEIGHTS, layout.PICKLED_WEIGHTS, layout.ADAPTER_WEIGHTS):
-                (Path(output_dir) / name).unlink(missing_ok=True)
+        with agreeing():
+            save(str(output_dir), state_dict={})
+            if accelerator.is_main_process:
+                for name in (layout.WEIGHTS, layout.PICKLED_WEIGHTS, layout.ADAPTER_WEIGHTS):
+                    (Path(output_dir) / name).unlink(missing_ok=True)
         backends.save_engine_weights(output_dir, model, model_wrapped)
-    elif found.state_dict is not None:
-        save(str(output_dir), state_dict=found.state_dict)
-    else:
-        save(str(output_dir))
+        return
+    given = {} if found.state_dict is None else {"state_dict": found.state_dict}
+    with agreeing() if backends.is_sharded(accelerator) else contextlib.nullcontext():
+        save(str(output_dir), **given)
 
 
 def write_model(

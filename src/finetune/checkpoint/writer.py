@@ -15,6 +15,8 @@ from finetune.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
+_DONE = "done"
+
 
 @dataclass
 class SaveReport:
@@ -55,6 +57,7 @@ class CheckpointWriter:
         self._copied = threading.Event()
         self._copied.set()
         self._error: BaseException | None = None
+        self._undo: Callable[[], None] | None = None
 
     def start_run(self, *, tolerant: bool) -> None:
         """Forgets the saves of the run before."""
@@ -88,14 +91,18 @@ class CheckpointWriter:
         """Returns what a job may use later: copies of the tensors on the CPU; `value` itself when jobs run at once."""
         return value if self._jobs is None else copies.snapshot(value, self._memo, self._pool)
 
-    def launch(self, finish: Callable[[BaseException | None], None]) -> None:
-        """Runs the kept jobs, then `finish(error)`: in a thread, or here when there is nothing in the background."""
+    def launch(self, finish: Callable[[BaseException | None], None], undo: Callable[[], None] | None = None) -> None:
+        """Runs the kept jobs, then `finish(error)`: in a thread, or here when there is nothing in the background.
+
+        `undo`: called by `wait` when the background write failed, on this process or another one.
+        """
         jobs, self._jobs = self._jobs, None
         report = self.last
         if jobs is None:
             finish(None)
             return
 
+        self._undo = undo
         self._copied.clear()
         pool = self._pool
 
@@ -167,7 +174,7 @@ class CheckpointWriter:
             self.release()
 
     def give_up(self) -> None:
-        """Waits until nothing is being written, and forgets whether that failed."""
+        """Waits until nothing is being written, and forgets whether that failed. Asks no other process."""
         if self._thread is not None:
             self._thread.join()
         self._thread = self._error = None
@@ -183,9 +190,23 @@ class CheckpointWriter:
             self._thread.join()
         had_thread, self._thread = self._thread is not None, None
         error, self._error = self._error, None
-        if had_thread and not self.tolerant:
-            raise_together(error)
+        if had_thread:
+            self._learn(error)
         return time.perf_counter() - started
+
+    def _learn(self, error: BaseException | None) -> None:
+        """Makes what follows from a failed background write the same on all processes."""
+        try:
+            raise_together(error)
+        except Exception as failure:
+            if self.last is not None:
+                self.last.error = str(failure)
+            if self._undo is not None:
+                self._undo()
+            if not self.tolerant:
+                raise
+            if error is None:
+                logger.error("Training goes on without this checkpoint. %s", failure)
 
 
 def raise_together(error: BaseException | None) -> None:
@@ -222,30 +243,34 @@ def num_writers(args: Any) -> int:
 
 
 def meet(
-    staging: Path, args: Any, error: BaseException | None, timeout_seconds: float = 1800.0
+    store: Any, name: str, args: Any, error: BaseException | None, timeout_seconds: float = 1800.0
 ) -> BaseException | None:
     """Waits in the background for the other processes that write into this folder. Returns the first failure.
 
-    By files beside the staging folder, because a collective from a thread would mix with those of training.
+    Through the store in which the processes found each other: a collective from a thread would mix with those of
+    training, and a file could not be written to a full disk.
+
+    Args:
+        store: of the process group.
+        name: of this save, the same on all processes and never used before.
     """
-    mark = staging.with_name(f"{staging.name}.rank")
-    own = mark.with_name(f"{mark.name}{args.process_index}")
-    own.with_suffix(f"{own.suffix}.tmp").write_text("" if error is None else f"{type(error).__name__}: {error}")
-    own.with_suffix(f"{own.suffix}.tmp").rename(own)
     if not args.should_save:
+        store.set(f"{name}/{args.process_index}", _DONE if error is None else f"{type(error).__name__}: {error}")
         return error
-    expected = num_writers(args)
+    others = range(args.process_index + 1, args.process_index + num_writers(args))
+    keys = [f"{name}/{rank}" for rank in others]
     deadline = time.monotonic() + timeout_seconds
-    while len(marks := [p for p in staging.parent.glob(f"{mark.name}*") if not p.name.endswith(".tmp")]) < expected:
+    while keys and not store.check(keys):
         if time.monotonic() > deadline:
+            written = 1 + sum(store.check([key]) for key in keys)
             return error or CheckpointError(
-                f"Only {len(marks)} of {expected} processes wrote their part of `{staging.name}` within "
-                f"{timeout_seconds:.0f} s. Set `async_save=False` if they do not share the folder."
+                f"Only {written} of {len(keys) + 1} processes wrote their part of the checkpoint within "
+                f"{timeout_seconds:.0f} s; the others hang or have ended. See their messages."
             )
         time.sleep(0.02)
-    for path in sorted(marks):
-        text = path.read_text()
-        path.unlink()
-        if text and error is None:
-            error = CheckpointError(f"Process {path.name.removeprefix(mark.name)} failed. {text}")
+    for rank, key in zip(others, keys, strict=True):
+        text = store.get(key).decode()
+        store.delete_key(key)
+        if text != _DONE and error is None:
+            error = CheckpointError(f"Process {rank} failed. {text}")
     return error

@@ -32,6 +32,17 @@ def broadcast_object(value: Any, source: int = 0) -> Any:
     return box[0]
 
 
+def store() -> Any:
+    """Returns the key-value store in which the processes found each other. Threads may use it, unlike collectives.
+
+    Raises:
+        ValueError: no process group was initialised.
+    """
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    return _get_default_store()
+
+
 def highest(value: torch.Tensor) -> torch.Tensor:
     """Returns the largest of the processes' values of a tensor, element by element, on every process."""
     if _initialised():

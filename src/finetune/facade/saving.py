@@ -77,7 +77,8 @@ class SavingMethods(TrainerBase):
             accelerator=self.accelerator,
             model=self.model,
             model_wrapped=self.model_wrapped,
-            for_checkpoint=_internal_call,
+            # `push_to_hub` makes an internal call too, for whole weights in the output folder.
+            for_checkpoint=_internal_call and output_dir is not None,
         )
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)

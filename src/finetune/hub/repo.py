@@ -5,6 +5,7 @@ failures of the network touch neither the run nor a push in progress.
 """
 
 import contextlib
+import functools
 import logging
 import os
 import shutil
@@ -180,6 +181,8 @@ def _push_from_checkpoint(self: HubOwner, checkpoint_folder: str) -> None:
         logger.info("The previous push is still running; `%s` is not pushed.", checkpoint_folder)
         return
     self.callback_handler.on_push_begin(self.args, self.state, self.control)
+    if layout.holds_only_shards(Path(checkpoint_folder)):
+        _warn_of_shards(self.args.output_dir)
     progress = (
         f"step {self.state.global_step}" if self.args.save_strategy != "epoch" else f"epoch {int(self.state.epoch)}"
     )
@@ -207,6 +210,16 @@ def _finish_current_push(self: HubOwner) -> None:
     if queue.repository.repo_id is not None:
         self.hub_model_id = queue.repository.repo_id
     queue.report()
+
+
+@functools.cache
+def _warn_of_shards(output_dir: str) -> None:
+    logger.warning(
+        "The checkpoints in `%s` hold the model in shards, so the pushes during training have no weights that "
+        "`from_pretrained` loads. Under FSDP call `push_to_hub()` after training or set `fsdp_state_dict_type: "
+        "FULL_STATE_DICT`; under DeepSpeed turn `stage3_gather_16bit_weights_on_model_save` on.",
+        output_dir,
+    )
 
 
 def _queue(trainer: Any) -> PushQueue | None:

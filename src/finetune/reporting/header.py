@@ -16,6 +16,8 @@ from finetune.reporting.precision import LivePrecision
 from finetune.reporting.run_memory import RunMemory
 from finetune.wrappers import unwrap_optimizer
 
+logger = logging.getLogger(__name__)
+
 
 def start_lines(
     *,
@@ -124,7 +126,10 @@ def log_end(trainer: Any, run: Any, metrics: dict[str, Any], stalls: Sequence[fl
     """Writes the summary of `run` to standard error, and its memory to the run's folder."""
     run.memory.finish(trainer.model, run.optimizer)
     if run.trial is None and getattr(trainer.args, "should_save", False):
-        run.memory.write(trainer.args.output_dir)
+        try:
+            run.memory.write(trainer.args.output_dir)
+        except OSError as error:
+            logger.warning("The memory of the run was not written into `%s`: %s", trainer.args.output_dir, error)
     if _speaks(trainer, run):
         lines = end_lines(
             metrics=metrics, state=trainer.state, args=trainer.args, optimizer=run.optimizer, model=trainer.model,

@@ -15,6 +15,7 @@ from finetune.checkpoint import layout, manager, stateful
 from finetune.checkpoint.manifest import find_problem, read_manifest
 from finetune.checkpoint.writer import CheckpointWriter, meet
 from finetune.control.state import TrainerState
+from finetune.distributed import ranks
 from finetune.errors import ArgumentError, CheckpointError
 
 
@@ -219,24 +220,37 @@ class TestBackground:
         assert [p.name for p in sorted(run.out.glob("checkpoint-*"))] == [f"checkpoint-{n}" for n in (1, 2, 3, 4)]
         assert all(find_problem(p) is None for p in run.out.glob("checkpoint-*"))
 
-    def test_processes_meet_by_files(self, tmp_path: Path) -> None:
-        staging = tmp_path / "checkpoint-1"
+    def test_processes_meet_in_their_store(self) -> None:
+        store = torch.distributed.HashStore()
 
         def args(rank: int) -> Any:
             return SimpleNamespace(process_index=rank, should_save=rank == 0, world_size=3, save_on_each_node=False)
 
         answers: list[Any] = []
-        first = threading.Thread(target=lambda: answers.append(meet(staging, args(0), None)))
+        first = threading.Thread(target=lambda: answers.append(meet(store, "save", args(0), None)))
         first.start()
-        assert meet(staging, args(1), None) is None
+        assert meet(store, "save", args(1), None) is None
         time.sleep(0.1)
         assert first.is_alive(), "it waits for all"
         own = OSError("disk")
-        assert meet(staging, args(2), own) is own
+        assert meet(store, "save", args(2), own) is own
         first.join()
-        assert "Process 2 failed. OSError: disk" in str(answers[0]) and list(tmp_path.iterdir()) == []
-        lost = meet(staging, args(0), None, timeout_seconds=0.05)
-        assert "1 of 3" in str(lost)
+        assert "Process 2 failed. OSError: disk" in str(answers[0])
+        assert not store.check(["save/1"]) and not store.check(["save/2"])
+        meet(store, "next", args(2), None)
+        lost = meet(store, "next", args(0), None, timeout_seconds=0.05)
+        assert "2 of 3" in str(lost)
+
+    def test_the_processes_of_each_node_meet(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+        store = torch.distributed.HashStore()
+
+        def args(rank: int) -> Any:
+            return SimpleNamespace(process_index=rank, should_save=rank % 2 == 0, world_size=4, save_on_each_node=True)
+
+        meet(store, "save", args(3), None)
+        assert meet(store, "save", args(2), None) is None
+        assert "1 of 2" in str(meet(store, "save", args(0), None, timeout_seconds=0.05))
 
 
 class TestResolve:
@@ -408,6 +422,13 @@ class TestErrors:
     def test_a_failed_emergency_save_is_not_called_saved(self, caplog: pytest.LogCaptureFixture) -> None:
         manager.emergency_save(lambda: "no space", ValueError("x"), consistent=True)
         assert caplog.messages == ["The emergency checkpoint after ValueError failed too: no space"]
+
+    def test_no_emergency_save_among_several_processes(
+        self, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(ranks, "world_size", lambda: 2)
+        manager.emergency_save(lambda: pytest.fail("waits for the others"), ValueError("x"), consistent=True)
+        assert caplog.messages[0].startswith("No emergency checkpoint after ValueError: `save_on_exception` needs a")
 
     def test_emergency_save(self, caplog: pytest.LogCaptureFixture) -> None:
         saved: list[int] = []

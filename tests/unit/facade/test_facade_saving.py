@@ -1,5 +1,7 @@
 """When checkpoints are written in the background, and what happens to training when one cannot be written."""
 
+import os
+import signal
 import threading
 import time
 from pathlib import Path
@@ -144,6 +146,48 @@ def test_nobody_is_told_of_a_checkpoint_that_is_not_there(
         hub_model_id="me/it",
     ).train()  # fmt: skip
     assert told.steps == [1, 3] and pushed == ["checkpoint-1", "checkpoint-3"]
+
+
+class Worsens(finetune.Trainer):
+    """The first checkpoint is the best."""
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        return {"eval_loss": float(self.state.global_step)}
+
+
+class Preempted(finetune.TrainerCallback):
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("is_preempted", [True, False])
+def test_a_preempted_run_keeps_the_checkpoint_it_goes_on_from(
+    is_preempted: bool, tiny_bert: Any, tmp_path: Path
+) -> None:
+    trainer = make(
+        tiny_bert, tmp_path, cls=Worsens, callbacks=[Preempted()] if is_preempted else [], save_total_limit=1,
+        load_best_model_at_end=True, eval_strategy="steps", eval_steps=1, enable_jit_checkpoint=True,
+    )  # fmt: skip
+    loaded: list[str] = []
+    trainer._load_best_model = lambda: loaded.append("best")
+    trainer.train()
+    assert trainer.was_preempted is is_preempted
+    kept = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
+    assert kept == (["checkpoint-1", "checkpoint-2"] if is_preempted else ["checkpoint-1"])
+    assert loaded == ([] if is_preempted else ["best"])
+
+
+def test_a_push_has_whole_weights_and_a_checkpoint_may_have_shards(
+    tiny_bert: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr(manager, "save_model", lambda *_, for_checkpoint, **__: asked.append(for_checkpoint))
+    trainer = make(tiny_bert, tmp_path)
+    trainer.save_model(str(tmp_path / "checkpoint-1"), _internal_call=True)
+    trainer.save_model(_internal_call=True)  # as `push_to_hub` does
+    trainer.save_model(str(tmp_path / "model"))
+    assert asked == [True, False, False]
 
 
 @pytest.mark.parametrize("background", [True, False])

@@ -96,6 +96,22 @@ def set_patience(monkeypatch, seconds):
     monkeypatch.setattr(uploads, "DEFAULT_PATIENCE", patience)
 
 
+def test_checkpoints_in_shards_are_said_once_to_have_no_weights(hub, folder, caplog):
+    trainer = FakeTrainer(folder)
+    for step in (1, 2):
+        path = Path(trainer.checkpoint(step))
+        (path / "pytorch_model_fsdp_0").mkdir()
+        trainer._push_from_checkpoint(str(path))
+    assert "in shards" not in caplog.text, "whole weights are beside them"
+    for step in (3, 4):
+        path = Path(trainer.checkpoint(step))
+        (path / "pytorch_model_fsdp_0").mkdir()
+        (path / "model.safetensors").unlink()
+        trainer._push_from_checkpoint(str(path))
+    trainer._finish_current_push()
+    assert caplog.text.count("hold the model in shards") == 1 and "FULL_STATE_DICT" in caplog.text
+
+
 def test_push_to_hub_saves_writes_the_card_and_uploads(hub, folder):
     trainer = FakeTrainer(folder)
     for name in ("_private", "data_preview.html", "data_audit.json"):

@@ -114,6 +114,26 @@ def test_who_speaks(capsys, first, level, trial, speaks):
     assert shown.out == "" and (("Training\n" in shown.err) and ("Trained\n" in shown.err)) is speaks
 
 
+def test_a_full_disk_at_the_end_is_a_warning(monkeypatch, capsys, caplog):
+    model = model_with_frozen_part()
+    trainer = SimpleNamespace(
+        model=model,
+        args=arguments(get_process_log_level=lambda: logging.WARNING, should_save=True),
+        state=TrainerState(),
+        is_world_process_zero=lambda: True,
+    )
+    run = SimpleNamespace(trial=None, optimizer=torch.optim.AdamW(model.parameters()), plan=PLAN)
+    header.log_start(trainer, run)
+
+    def write(self, folder):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(run.ledger), "write", write)
+    header.log_end(trainer, run, {"train_runtime": 1.0})
+    assert "was not written" in caplog.text and "No space left on device" in caplog.text
+    assert "Trained\n" in capsys.readouterr().err
+
+
 def test_zero3_parameters_count_at_their_true_size():
     model = nn.Linear(1, 1, bias=False)
     model.weight.ds_numel = 2_000_000
