@@ -1,5 +1,6 @@
 """The optimizer half of the facade: optimizer, schedule, and what they say about themselves."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,6 +43,38 @@ class OptimizerMethods(TrainerBase):
             )
             self._created_lr_scheduler = True
         return self.lr_scheduler
+
+    def _optimizer_factory(self, max_steps: int) -> Callable[..., Any]:
+        """Returns what makes the optimizer: `create_optimizer`, or an overridden `create_optimizer_and_scheduler`.
+
+        An override may set `self.optimizer` and return nothing.
+        """
+        makes_both = type(self).create_optimizer_and_scheduler is not OptimizerMethods.create_optimizer_and_scheduler
+
+        def create(*wrapped: nn.Module) -> Any:
+            made: Any = None
+            if makes_both:
+                self.create_optimizer_and_scheduler(num_training_steps=max_steps)
+            else:
+                made = self.create_optimizer(*wrapped)
+            made = self.optimizer if made is None else made
+            if made is None:
+                raise ArgumentError(
+                    f"`{type(self).__name__}.create_optimizer` made no optimizer: return it, or set `self.optimizer`."
+                )
+            return made
+
+        return create
+
+    def _schedule_for(self, num_training_steps: int, **optimizer: Any) -> Any:
+        """Returns what `create_scheduler` returns, or else has set as `self.lr_scheduler`."""
+        made: Any = self.create_scheduler(num_training_steps=num_training_steps, **optimizer)
+        made = self.lr_scheduler if made is None else made
+        if made is None:
+            raise ArgumentError(
+                f"`{type(self).__name__}.create_scheduler` made no schedule: return it, or set `self.lr_scheduler`."
+            )
+        return made
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: Any, model: nn.Module | None = None) -> tuple[Any, Any]:
