@@ -461,6 +461,8 @@ class Trainer(EvaluationMethods, OptimizerMethods, SavingMethods):
             is_best = self._determine_best_metric(metrics=metrics, trial=trial)
             if self.args.save_strategy == "best":
                 self.control.should_save = is_best
+            if self._guard is not None and self._guard.requested(self.accelerator):
+                self.control.should_save = self.control.should_training_stop = True
         if self.control.should_save:
             self._save_checkpoint(model, trial)
             self.control.should_save = False

@@ -1,7 +1,9 @@
 """Stopping on a signal without losing steps.
 
-The first SIGTERM, SIGINT or SIGUSR1 only sets a flag; the loop asks for it after each step, saves, and leaves. The
-second one leaves at once: nothing is lost that was saved, because a checkpoint is complete or absent.
+The first SIGTERM, SIGINT or SIGUSR1 only sets a flag; the loop asks for it after each step and each evaluation, saves,
+and leaves. An evaluation is not cut short: a run that is resumed would miss its result, on which early stopping, the
+best model and some schedules depend. The second signal leaves at once: nothing is lost that was saved, because a
+checkpoint is complete or absent.
 
 Exit codes, for schedulers that requeue: 75 (`EX_TEMPFAIL`: saved, start me again) after the first signal,
 128 + signal number after the second.
