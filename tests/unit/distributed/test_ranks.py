@@ -23,6 +23,9 @@ PROGRAM = textwrap.dedent(
     assert ranks.is_world_process_zero() is (rank == 0)
     assert ranks.broadcast_object({"from": rank}) == {"from": 0}
     assert ranks.highest(torch.tensor([rank, -rank])).tolist() == [1, 0]
+    ranks.store().set(f"said/{rank}", "yes")
+    assert ranks.store().get(f"said/{1 - rank}") == b"yes"
+    dist.barrier()
     # Gloo's thread may still be at work when the interpreter ends, and then it aborts.
     dist.destroy_process_group()
     """
