@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests: tiny models, a chat tokenizer and a small data set, made in the process."""
+"""Fixtures shared by all tests: tiny models, a chat tokenizer and a small dataset, made in the process."""
 
 import logging
 import os

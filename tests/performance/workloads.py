@@ -53,7 +53,7 @@ def lengths(count: int, seed: int = 0, median: float = 90.0, sigma: float = 0.7,
 def token_rows(
     count: int, *, vocab_size: int, seed: int = 0, prompt_share: float = 0.6, length: int | None = None
 ) -> Any:
-    """Returns a data set of token ids with a completion mask: the first 60 % of each row are the prompt."""
+    """Returns a dataset of token ids with a completion mask: the first 60 % of each row are the prompt."""
     from datasets import Dataset
 
     generator = np.random.default_rng(seed)

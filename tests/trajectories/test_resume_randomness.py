@@ -137,7 +137,7 @@ def test_masked_language_model(at: int, chat_tokenizer: Any, tmp_path: Path) -> 
 
 
 class OwnGenerator(Dataset):
-    """Rows drawn by a generator of the data set's own, which nobody seeds."""
+    """Rows drawn by a generator of the dataset's own, which nobody seeds."""
 
     def __init__(self, shift: int = 0) -> None:
         self.own, self.shift, self.num_read = random.Random(), shift, 0

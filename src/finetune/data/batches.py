@@ -33,7 +33,7 @@ _PART = 250
 
 
 class BatchProcessor:
-    """Turns batches of raw rows of one data set into `LabelledBatch`es. Built once per split from its first row.
+    """Turns batches of raw rows of one dataset into `LabelledBatch`es. Built once per split from its first row.
 
     `weighted` gives every token a weight (`token_weights`), for conversations whose turns have weights other than 0 and
     1; None: if the first row has any `weight`. Tokenized rows bring theirs.
@@ -106,7 +106,7 @@ class BatchProcessor:
                 json.dumps(values, ensure_ascii=False, default=str).encode()
             except UnicodeEncodeError as found:
                 raise DataFormatError(
-                    f"Row {row} of the {self.name} data set holds text that is not Unicode (half of a surrogate pair): "
+                    f"Row {row} of the {self.name} dataset holds text that is not Unicode (half of a surrogate pair): "
                     f"{found.reason}. Repair or remove it."
                 ) from error
 
@@ -169,7 +169,7 @@ class BatchProcessor:
         flagged = next((row for row, train in zip(rows, chats.train, strict=True) if train is not None), None)
         if flagged is not None and not self.assistant_only:
             raise DataFormatError(
-                f"Row {flagged} of the {self.name} data set sets `train`/`weight` in its messages, and the first row "
+                f"Row {flagged} of the {self.name} dataset sets `train`/`weight` in its messages, and the first row "
                 "does not. Set `assistant_only_loss=True`, or give every row these keys."
             )
         ends = [
@@ -184,7 +184,7 @@ class BatchProcessor:
         for row, weights in zip(rows, rendered.weights, strict=True):
             if any(weight != 1 for weight in weights):
                 raise DataFormatError(
-                    f"Row {row} of the {self.name} data set has a `weight` other than 0 and 1, and the rows before it "
+                    f"Row {row} of the {self.name} dataset has a `weight` other than 0 and 1, and the rows before it "
                     "gave no sign of that. Put a row with such a weight first."
                 )
         return None
@@ -210,13 +210,13 @@ class BatchProcessor:
         settings, found = self.settings, self.format.describe(list(row))
         if settings.assistant_only_loss and not self.format.can_mask_turns(row):
             raise DataFormatError(
-                f"`assistant_only_loss=True` needs conversations, but the {self.name} data set has {found}. Set "
+                f"`assistant_only_loss=True` needs conversations, but the {self.name} dataset has {found}. Set "
                 "`assistant_only_loss=False`, or give the rows `messages`."
             )
         if settings.completion_only_loss and not self.format.can_mask_prompt(row):
             raise DataFormatError(
                 f"`completion_only_loss=True` needs `prompt` and `completion` (or a `completion_mask`), but the "
-                f"{self.name} data set has {found}. Set `completion_only_loss=None`, or use `assistant_only_loss=True` "
+                f"{self.name} dataset has {found}. Set `completion_only_loss=None`, or use `assistant_only_loss=True` "
                 "for conversations."
             )
 
@@ -225,7 +225,7 @@ class BatchProcessor:
         if not self.format.is_chat:
             return False
         columns = ("prompt", "completion") if self.format.has_completion else (self.format.column,)
-        chats = [parse_json_column(row[c], c, f"row 0 of the {self.name} data set") for c in columns]
+        chats = [parse_json_column(row[c], c, f"row 0 of the {self.name} dataset") for c in columns]
         messages = [message for chat in chats if isinstance(chat, (list, tuple)) for message in chat]
         return any(isinstance(message, Mapping) and any(flag in message for flag in flags) for message in messages)
 

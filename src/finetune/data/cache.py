@@ -55,7 +55,7 @@ def version() -> str:
 
 
 def key_parts(dataset: Any, processing_class: Any, settings: DataSettings, templates: Iterable[str]) -> KeyParts:
-    """Returns what decides the prepared rows of a data set, by name; `templates` are those that may render a row."""
+    """Returns what decides the prepared rows of a dataset, by name; `templates` are those that may render a row."""
     tokenizer = tokenizer_of(processing_class)
     return {
         "data": dataset._fingerprint,
@@ -115,7 +115,7 @@ def kept_nowhere(dataset: Any) -> str | None:
 
 
 def shuffled(dataset: Any, seed: int) -> Any:
-    """Returns the rows of a data set or stream in random order, also where nothing can be written beside its files."""
+    """Returns the rows of a dataset or stream in random order, also where nothing can be written beside its files."""
     files = getattr(dataset, "cache_files", None)
     if files and not os.access(os.path.dirname(files[0]["filename"]), os.W_OK):
         return dataset.shuffle(seed=seed, keep_in_memory=True)

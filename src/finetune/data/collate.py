@@ -147,7 +147,7 @@ def _flat(rows: Sequence[Mapping[str, Any]], name: str) -> _Flat:
         found = sorted({key for row in rows for key in row})
         raise DataFormatError(
             f"A row has no `{name}`; the batch has these columns: {', '.join(map(str, found)) or 'none'}. "
-            "Every row of a data set must have the same columns; text must be tokenised before collation."
+            "Every row of a dataset must have the same columns; text must be tokenised before collation."
         ) from None
     except (TypeError, ValueError) as error:
         raise DataFormatError(f"`{name}` must be a list of integers in every row: {error}.") from error

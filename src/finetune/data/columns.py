@@ -1,4 +1,4 @@
-"""Which columns of a data set the model's `forward` takes, and dropping the others."""
+"""Which columns of a dataset the model's `forward` takes, and dropping the others."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def collator_with_columns(
 ) -> Collator:
     """Returns a collator that drops, from each mapping it is given, the keys not in `columns`.
 
-    For data sets without column names (torch data sets, streams of dictionaries). Features that are no mappings
+    For datasets without column names (torch datasets, streams of dictionaries). Features that are no mappings
     pass through untouched. Picklable, so worker processes can receive it.
     """
     return ColumnFilter(collator, columns, description=description, model_name=model_name)

@@ -1,4 +1,4 @@
-"""Recognise what kind of rows a data set has, and read a batch of them into clean Python values.
+"""Recognise what kind of rows a dataset has, and read a batch of them into clean Python values.
 
 Every error names the row, the column and what was found there, so that a bad row among a million can be repaired.
 """
@@ -21,7 +21,7 @@ _CUSTOM_PAIRS = (("instruction", "output"), ("instruction", "response"), ("quest
 
 
 class Kind(str, Enum):
-    """What one row of a data set is."""
+    """What one row of a dataset is."""
 
     TEXT = "text"
     PROMPT_COMPLETION = "prompt-completion"
@@ -87,7 +87,7 @@ class Conversations:
 
 
 def detect_format(row: Mapping[str, Any], dataset_text_field: str = "text", name: str = "train") -> RowFormat:
-    """Returns the format of a data set whose first row is `row`.
+    """Returns the format of a dataset whose first row is `row`.
 
     Tokenized rows win over prompt-completion, which wins over messages, which win over text. Raises `DataFormatError`
     naming the columns found, the columns expected and the nearest match.
@@ -105,7 +105,7 @@ def detect_format(row: Mapping[str, Any], dataset_text_field: str = "text", name
         are_texts = all(isinstance(value, str) for value in pair)
         if chat[0] != chat[1] and not are_texts and None not in pair:
             raise DataFormatError(
-                f"The {name} data set mixes text and messages: `prompt` is {type_name(row['prompt'])} and "
+                f"The {name} dataset mixes text and messages: `prompt` is {type_name(row['prompt'])} and "
                 f"`completion` is {type_name(row['completion'])}. Give both as text or both as lists of messages."
             )
         is_chat = all(chat) if are_texts else chat[0]
@@ -121,7 +121,7 @@ def detect_format(row: Mapping[str, Any], dataset_text_field: str = "text", name
 
 def _unknown_columns(columns: list[str], text_field: str, name: str) -> str:
     message = (
-        f"The {name} data set has the columns {ticked(columns)}. Expected one of: `{text_field}` (the column named by "
+        f"The {name} dataset has the columns {ticked(columns)}. Expected one of: `{text_field}` (the column named by "
         "`dataset_text_field`), `prompt` and `completion`, `messages`, `conversations`, or `input_ids`."
     )
     if "prompt" in columns or "completion" in columns:
@@ -144,7 +144,7 @@ def _unknown_columns(columns: list[str], text_field: str, name: str) -> str:
 def read_texts(batch: Columns, column: str, rows: Sequence[int], name: str = "train") -> list[str]:
     """Returns the texts of a column. Raises `DataFormatError` with the row index for anything that is not `str`."""
     if column not in batch:
-        raise DataFormatError(f"The {name} data set has no column `{column}` from row {rows[0]} on.")
+        raise DataFormatError(f"The {name} dataset has no column `{column}` from row {rows[0]} on.")
     texts = list(batch[column])
     for row, text in zip(rows, texts, strict=True):
         if type(text) is not str:
@@ -164,14 +164,14 @@ def read_conversations(
     columns = (columns,) if isinstance(columns, str) else columns
     for column in columns:
         if column not in batch:
-            raise DataFormatError(f"The {name} data set has no column `{column}` from row {rows[0]} on.")
+            raise DataFormatError(f"The {name} dataset has no column `{column}` from row {rows[0]} on.")
     read = Conversations([], [], [], [])
     tools = batch.get("tools") or [None] * len(rows)
     kwargs = batch.get("chat_template_kwargs") or [None] * len(rows)
     values = zip(*(batch[column] for column in columns), strict=True)
     for row, row_values, row_tools, row_kwargs in zip(rows, values, tools, kwargs, strict=True):
         messages, train = _read_messages(dict(zip(columns, row_values, strict=True)), row, name)
-        where = f"row {row} of the {name} data set"
+        where = f"row {row} of the {name} dataset"
         read.messages.append(messages)
         read.train.append(train)
         read.tools.append(_read_tools(row_tools, where))
@@ -183,7 +183,7 @@ def read_conversations(
 def _read_messages(values: Mapping[str, Any], row: int, name: str) -> tuple[list[dict[str, Any]], list[float] | None]:
     found: list[tuple[Any, bool]] = []  # each message, and whether it stood in JSON text
     for column, value in values.items():
-        chat = parse_json_column(value, column, f"row {row} of the {name} data set")
+        chat = parse_json_column(value, column, f"row {row} of the {name} dataset")
         if not isinstance(chat, (list, tuple)):
             fail(row, name, f"`{column}` is {type_name(chat)}, expected a list of messages", "Repair the row.")
         found += [(message, isinstance(value, str)) for message in chat]

@@ -1,6 +1,6 @@
 """Data loaders as `transformers.Trainer` builds them. Where a loader stands is the business of `position`.
 
-A map-style data set goes through `accelerator.prepare`, so sharding, device placement and the use of the global
+A map-style dataset goes through `accelerator.prepare`, so sharding, device placement and the use of the global
 random generator (one draw per iteration) are those of transformers. A stream goes through `StreamLoader`, whose
 position can be saved.
 """
@@ -35,7 +35,7 @@ def seed_worker(worker_id: int, num_workers: int, rank: int) -> None:
 
 
 def train_sampler(dataset: Any, args: Any, input_name: str | None = None) -> Sampler[Any] | None:
-    """Returns the sampler that `args.train_sampling_strategy` asks for; None for a data set without length.
+    """Returns the sampler that `args.train_sampling_strategy` asks for; None for a dataset without length.
 
     `input_name` is the column whose lengths are grouped when there is no `args.length_column_name`. Every order is a
     function of (`data_seed`, else `seed`) and the epoch.
@@ -71,7 +71,7 @@ def warn_of_stream_order(args: Any) -> None:
     if strategy in ("group_by_length", "batch_rebalance"):
         logger.warning(
             "`train_sampling_strategy='%s'` has no effect: the training data is a stream, which is read in its own "
-            "order. Pass a data set with a length, or leave the argument out.",
+            "order. Pass a dataset with a length, or leave the argument out.",
             strategy,
         )
 
@@ -177,7 +177,7 @@ def _stream_loader(
 
 
 def num_examples(loader: Any, batch_size: int = 1) -> int:
-    """Returns the rows of the loader's data set; without one, its batches times `batch_size`."""
+    """Returns the rows of the loader's dataset; without one, its batches times `batch_size`."""
     try:
         dataset = loader.dataset
         inner = getattr(dataset, "dataset", None) if type(dataset).__name__ == "IterableDatasetShard" else None

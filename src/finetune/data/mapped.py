@@ -135,5 +135,5 @@ def _other_weights(weights: Any) -> bool:
 
     if not (pa.types.is_integer(weights.type) or pa.types.is_floating(weights.type)):
         return False  # none at all, or no numbers, which reading the rows will say
-    known = set(weights.unique().to_pylist())  # a data set has a handful of different weights
+    known = set(weights.unique().to_pylist())  # a dataset has a handful of different weights
     return bool(known - {0, 1, None})

@@ -1,4 +1,4 @@
-"""One data set out of several, with weights, drawn anew in every epoch.
+"""One dataset out of several, with weights, drawn anew in every epoch.
 
 Worked example: sizes 4 and 2, weights 1 and 1, 4 rows per epoch give 2 rows of each. The first set shows rows of a
 fixed random order, say 2 0 | 3 1: epoch 0 takes 2 and 0, epoch 1 takes 3 and 1, epoch 2 begins a new random order. So
@@ -34,11 +34,11 @@ def mix_datasets(
     seed: int = 0,
     epoch: int = 0,
 ) -> Any:
-    """Returns the rows of one epoch of a mixture, shuffled; a pure function of the data sets, `seed` and `epoch`.
+    """Returns the rows of one epoch of a mixture, shuffled; a pure function of the datasets, `seed` and `epoch`.
 
     `weights` are shares of rows (any positive scale); None weights by size. `num_rows` defaults to the total size.
-    The data sets must be map-style with the same columns, so prepare them first. Rows are selected, not copied.
-    Raises `ArgumentError` for weights that do not fit the data sets.
+    The datasets must be map-style with the same columns, so prepare them first. Rows are selected, not copied.
+    Raises `ArgumentError` for weights that do not fit the datasets.
     """
     from datasets import concatenate_datasets
 
@@ -61,7 +61,7 @@ def mix_datasets(
 def _draw(size: int, start: int, count: int, seed: int, part: int) -> np.ndarray:
     """Returns `count` row numbers from position `start` of an endless run of permutations of a set."""
     if size == 0:
-        raise ArgumentError(f"Data set {part} of the mixture is empty. Leave it out, or give it weight 0.")
+        raise ArgumentError(f"Dataset {part} of the mixture is empty. Leave it out, or give it weight 0.")
     first, last = start // size, (start + count - 1) // size
     orders = [np.random.default_rng([seed, part, number]).permutation(size) for number in range(first, last + 1)]
     return np.concatenate(orders)[start - first * size :][:count]
@@ -72,9 +72,9 @@ def _weights(weights: Any, names: list[str], sizes: list[int]) -> list[float]:
         return [float(size) for size in sizes]
     if isinstance(weights, Mapping):
         if set(weights) != set(names):
-            raise ArgumentError(f"The mixture has the data sets {names}, but weights for {sorted(weights)}.")
+            raise ArgumentError(f"The mixture has the datasets {names}, but weights for {sorted(weights)}.")
         weights = [weights[name] for name in names]
     shares = [float(weight) for weight in weights]
     if len(shares) != len(names) or min(shares, default=0) < 0 or sum(shares) <= 0:
-        raise ArgumentError(f"The mixture has {len(names)} data sets and the weights {shares}. Give each a share >= 0.")
+        raise ArgumentError(f"The mixture has {len(names)} datasets and the weights {shares}. Give each a share >= 0.")
     return shares

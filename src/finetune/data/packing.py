@@ -186,7 +186,7 @@ def pack_dataset(
     *,
     keep: Callable[[pa.Table], np.ndarray] | None = None,
 ) -> DatasetT:
-    """Returns the data set with its rows packed into rows of at most `seq_length` tokens.
+    """Returns the dataset with its rows packed into rows of at most `seq_length` tokens.
 
     Every column must hold lists of equal length per row; an integer column `length` is made anew. Rows are packed
     within batches of 1000 (`map_kwargs={"batch_size": n}` changes it; larger batches pack tighter). The number of
@@ -228,7 +228,7 @@ def pack_dataset(
 
 
 def truncate_dataset(dataset: DatasetT, max_length: int, map_kwargs: dict[str, Any] | None = None) -> DatasetT:
-    """Returns the data set with every list column cut to its first `max_length` items; others stay as they are.
+    """Returns the dataset with every list column cut to its first `max_length` items; others stay as they are.
 
     >>> from datasets import Dataset
     >>> ds = Dataset.from_dict({"input_ids": [[1, 2, 3], [4, 5, 6, 7], [8]], "id": ["a", "b", "c"]})
@@ -266,7 +266,7 @@ def _splits(dataset: Any, packed: Any) -> list[tuple[str, Any, Any]]:
 def _map_arrow(
     dataset: Any, function: Any, fn_kwargs: dict[str, Any], map_kwargs: dict[str, Any] | None, new_columns: list[str]
 ) -> Any:
-    """Returns `dataset.map(function)` over Arrow tables, with the format that the data set had before."""
+    """Returns `dataset.map(function)` over Arrow tables, with the format that the dataset had before."""
     import datasets
 
     one = next(iter(dataset.values())) if hasattr(dataset, "values") else dataset  # a dictionary of splits

@@ -1,4 +1,4 @@
-"""What packing did to a data set: how full its rows are, and which tokens were lost."""
+"""What packing did to a dataset: how full its rows are, and which tokens were lost."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +9,7 @@ from finetune.data.samplers import list_lengths
 
 @dataclass(frozen=True)
 class PackingReport:
-    """What packing did to one data set; tokens are counted in the first list column."""
+    """What packing did to one dataset; tokens are counted in the first list column."""
 
     num_rows_before: int
     num_rows_after: int

@@ -1,6 +1,6 @@
 """Raw rows -> `input_ids`, `labels` and `length`, in one batched map per split.
 
-Map-style data sets and streams take the same path (`batches.BatchProcessor`); a stream is prepared while it is read.
+Map-style datasets and streams take the same path (`batches.BatchProcessor`); a stream is prepared while it is read.
 Prepared rows are cached under a key of their own (`cache.py`). Processes that start together do not wait at a
 barrier: one takes a file lock and works, the others find the rows in the cache when they get the lock.
 
@@ -46,7 +46,7 @@ _STREAM_AUDIT_ROWS = 64
 
 @dataclass(frozen=True)
 class PreparedSplit:
-    """A prepared data set, what is known about it, and where it came from.
+    """A prepared dataset, what is known about it, and where it came from.
 
     `cache` is the line that was printed: a hit, a miss with its reason, or why nothing is cached.
     """
@@ -59,13 +59,13 @@ class PreparedSplit:
 def prepare_split(
     dataset: Any, processing_class: Any, settings: DataSettings, *, name: str = "train", say: Say | None = None
 ) -> PreparedSplit:
-    """Returns the data set prepared for training, with its audit.
+    """Returns the dataset prepared for training, with its audit.
 
     `dataset` is a `datasets.Dataset` or `IterableDataset`; what is already prepared comes back unchanged. Rows that
     would train nothing are left out and counted in the audit. The audit is not checked here (`audit.check`). `say`
     gets one line about format and cache; by default the main process prints it.
 
-    Raises `DataFormatError` for an empty data set, unknown columns, and bad rows, naming the row.
+    Raises `DataFormatError` for an empty dataset, unknown columns, and bad rows, naming the row.
     """
     say = say or say_on_main_process
     row = first_row(dataset, name)
@@ -87,40 +87,38 @@ def prepare_split(
 
 
 def first_row(dataset: Any, name: str = "train") -> dict[str, Any]:
-    """Returns the first row of a data set or stream without consuming it. Raises `DataFormatError` if there is none."""
+    """Returns the first row of a dataset or stream without consuming it. Raises `DataFormatError` if there is none."""
     if isinstance(dataset, Mapping):
         splits = ", ".join(map(repr, dataset))
-        raise DataFormatError(
-            f"The {name} data set is a dictionary of {splits}. Pass the rows under one of these keys."
-        )
+        raise DataFormatError(f"The {name} dataset is a dictionary of {splits}. Pass the rows under one of these keys.")
     if isinstance(dataset, str | os.PathLike):
         raise DataFormatError(
-            f"The {name} data set is {os.fspath(dataset)!r}, a name. Load it first: `datasets.load_dataset(...)`."
+            f"The {name} dataset is {os.fspath(dataset)!r}, a name. Load it first: `datasets.load_dataset(...)`."
         )
     try:
         row = next(iter(dataset), None)
     except UnicodeDecodeError as error:
-        raise DataFormatError(f"Row 0 of the {name} data set holds text that is not UTF-8: {error}.") from error
+        raise DataFormatError(f"Row 0 of the {name} dataset holds text that is not UTF-8: {error}.") from error
     if row is None:
-        raise DataFormatError(f"The {name} data set is empty. Give it at least one row.")
+        raise DataFormatError(f"The {name} dataset is empty. Give it at least one row.")
     if not isinstance(row, Mapping):
-        raise DataFormatError(f"The rows of the {name} data set are `{type(row).__name__}`, expected dictionaries.")
+        raise DataFormatError(f"The rows of the {name} dataset are `{type(row).__name__}`, expected dictionaries.")
     return dict(row)
 
 
 def plain_rows(dataset: Any, name: str) -> Any:
-    """Returns a map-style data set whose rows are Python values, whatever format it was set to."""
+    """Returns a map-style dataset whose rows are Python values, whatever format it was set to."""
     from datasets import Dataset
 
     if not isinstance(dataset, Dataset):
         raise DataFormatError(
-            f"The {name} data set is a `{type(dataset).__name__}`, expected a `datasets.Dataset`, `IterableDataset` or "
+            f"The {name} dataset is a `{type(dataset).__name__}`, expected a `datasets.Dataset`, `IterableDataset` or "
             "a list of rows. Convert it (`Dataset.from_list(list(rows))`), or give rows with `input_ids` and `labels` "
             "and set `dataset_kwargs={'skip_prepare_dataset': True}`."
         )
     if dataset.format["type"] == "custom":
         raise DataFormatError(
-            f"The {name} data set uses `set_transform`, which would be run once and frozen into the tokens. Apply it "
+            f"The {name} dataset uses `set_transform`, which would be run once and frozen into the tokens. Apply it "
             "with `map` first, or pass `dataset_kwargs={'skip_prepare_dataset': True}`."
         )
     return dataset if dataset.format["type"] is None else dataset.with_format(None)
@@ -199,7 +197,7 @@ def _run(run: Callable[..., Any], function: Any, workers: int | None, settings: 
 
 
 def _finish(prepared: Any, processor: BatchProcessor) -> tuple[Any, SupervisionAudit]:
-    """Returns the data set without its dropped rows and counts, and the audit made of the counts."""
+    """Returns the dataset without its dropped rows and counts, and the audit made of the counts."""
 
     def column(key: str) -> np.ndarray:
         return prepared.data.column(key).to_numpy()
@@ -220,7 +218,7 @@ def _finish(prepared: Any, processor: BatchProcessor) -> tuple[Any, SupervisionA
 
 
 def _already_prepared(dataset: Any, columns: Sequence[str], settings: DataSettings, name: str) -> PreparedSplit | None:
-    """Returns the data set as it is if it has labels and needs neither truncation nor dropping, or is packed.
+    """Returns the dataset as it is if it has labels and needs neither truncation nor dropping, or is packed.
 
     Of packed rows those that train nothing are left out.
     """
@@ -228,13 +226,13 @@ def _already_prepared(dataset: Any, columns: Sequence[str], settings: DataSettin
         return None
     if "labels" not in columns:
         raise DataFormatError(
-            f"The {name} data set is packed (`seq_lengths`) but has no `labels`. Pack rows that have them."
+            f"The {name} dataset is packed (`seq_lengths`) but has no `labels`. Pack rows that have them."
         )
     packed = "seq_lengths" in columns
     odd = [key for key in ("input_ids", "labels") if key in columns and not holds_integers(dataset, key)]
     if odd and packed:
         raise DataFormatError(
-            f"The {name} data set is packed (`seq_lengths`), but {' and '.join(map(repr, odd))} do not hold a list of "
+            f"The {name} dataset is packed (`seq_lengths`), but {' and '.join(map(repr, odd))} do not hold a list of "
             "integers in every row. Pack rows that have them."
         )
     if odd:
@@ -258,7 +256,7 @@ def _not_utf8(dataset: Any, name: str, error: UnicodeDecodeError) -> str:
             row += 1
     except UnicodeDecodeError as again:
         found = again
-    return f"Row {row} of the {name} data set holds text that is not UTF-8: {found}. Repair or remove it."
+    return f"Row {row} of the {name} dataset holds text that is not UTF-8: {found}. Repair or remove it."
 
 
 def _prepare_stream(
@@ -288,7 +286,7 @@ def _prepare_stream(
     try:
         sample = list(dataset.take(_STREAM_AUDIT_ROWS))
     except UnicodeDecodeError as error:
-        raise DataFormatError(f"The {name} data set holds text that is not UTF-8: {error}.") from error
+        raise DataFormatError(f"The {name} dataset holds text that is not UTF-8: {error}.") from error
     batch = {column: [example.get(column) for example in sample] for column in columns}
     labelled = processor.process(batch, range(len(sample)))
     audit = audit_rows(

@@ -230,7 +230,7 @@ def fetches_of(loader: Any) -> FetchRandomness | None:
 def loader_state(loader: Any) -> dict[str, Any]:
     """Returns what must be the same, or restored, for the order to continue; plain values.
 
-    For a stream its position; for a map-style data set its number of rows, the kind of sampler and its seed.
+    For a stream its position; for a map-style dataset its number of rows, the kind of sampler and its seed.
     """
     if isinstance(loader, StreamLoader):
         return {"kind": "stream", **loader.state_dict()}
@@ -266,14 +266,14 @@ def load_loader_state(loader: Any, state: Mapping[str, Any], *, verify: bool = T
     if verify and (changed or now["kind"] != state.get("kind")):
         raise CheckpointError(
             f"The training data is not what it was when the checkpoint was written: {'; '.join(changed)}. Restore it "
-            "(data set, `seed`, `data_seed`, `train_sampling_strategy`), or use `ignore_data_skip=True`."
+            "(dataset, `seed`, `data_seed`, `train_sampling_strategy`), or use `ignore_data_skip=True`."
         )
 
 
 def batch_rows(
     loader: Any, number: int, epoch: int | None = None, *, process_index: int | None = None
 ) -> list[int] | None:
-    """Returns which rows of the data set are in micro-batch `number` (from 0) of one process; reads no row.
+    """Returns which rows of the dataset are in micro-batch `number` (from 0) of one process; reads no row.
 
     Of `epoch`, or of the one the loader is in; of this process by default. None when the order cannot be known in
     advance (a stream, a sampler of one's own) or there is no such batch.

@@ -110,7 +110,7 @@ def holds_integers(dataset: Any, column: str) -> bool:
 
 
 def highest_token_id(dataset: Any) -> int:
-    """Returns the largest value of `input_ids` in a map-style data set; -1 for one that cannot be read by column."""
+    """Returns the largest value of `input_ids` in a map-style dataset; -1 for one that cannot be read by column."""
     if "input_ids" not in (getattr(dataset, "column_names", None) or ()) or not hasattr(dataset, "data"):
         return -1
     columns = dataset.with_format("arrow", columns=["input_ids"])

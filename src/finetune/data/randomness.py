@@ -1,6 +1,6 @@
 """The random generators of this process, and what a batch drew from them when it was fetched.
 
-Collators and data sets may draw random numbers: masks of a masked language model, augmented rows. Loaders fetch one
+Collators and datasets may draw random numbers: masks of a masked language model, augmented rows. Loaders fetch one
 batch ahead, so the next batch of a checkpoint has been drawn before the checkpoint's own random state was taken.
 `FetchRandomness` keeps the state from before each fetch, and a resumed run draws that batch from it again.
 """

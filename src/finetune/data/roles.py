@@ -37,7 +37,7 @@ def known_role(role: str, *, alias: bool) -> str:
 
 @cache
 def _warn_of(role: str) -> None:
-    # The cache is what makes it once per process: a data set may have the role in every row.
+    # The cache is what makes it once per process: a dataset may have the role in every row.
     logger.warning(
         "Messages have the role `%s`, which is none of %s. It goes to the chat template as it is, and only what the "
         "role `assistant` says counts as an answer.%s",

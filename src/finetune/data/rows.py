@@ -1,4 +1,4 @@
-"""The shapes a row takes on its way from the user's data set to the model, and the names of its columns.
+"""The shapes a row takes on its way from the user's dataset to the model, and the names of its columns.
 
 - text: `text`, or the column that `dataset_text_field` names. Every token is trained, the end-of-text token included.
 - messages: `messages` (and `tools`, `chat_template_kwargs`). Every token is trained, or with `assistant_only_loss` the
@@ -32,8 +32,8 @@ WEIGHTS = "token_weights"
 
 
 def fail(row: int, name: str, found: str, remedy: str) -> NoReturn:
-    """Raises `DataFormatError` that names a row of the data set `name`, what was found there, and what to do."""
-    raise DataFormatError(f"Row {row} of the {name} data set: {found}. {remedy}".rstrip())
+    """Raises `DataFormatError` that names a row of the dataset `name`, what was found there, and what to do."""
+    raise DataFormatError(f"Row {row} of the {name} dataset: {found}. {remedy}".rstrip())
 
 
 def type_name(value: Any) -> str:

@@ -168,8 +168,8 @@ def rank_batches(
 def row_lengths(dataset: Any, length_column: str = "length", input_name: str = "input_ids") -> np.ndarray:
     """Returns the number of tokens of each row, (rows,) int64.
 
-    From `length_column` when the data set has it, else from the Arrow offsets of `input_name`, which takes no time
-    however long the rows are; a data set of another kind is read row by row.
+    From `length_column` when the dataset has it, else from the Arrow offsets of `input_name`, which takes no time
+    however long the rows are; a dataset of another kind is read row by row.
     Raises `DataFormatError` when no length can be known.
     """
     names = getattr(dataset, "column_names", None)
@@ -182,7 +182,7 @@ def row_lengths(dataset: Any, length_column: str = "length", input_name: str = "
         return list_lengths(dataset, input_name)
     raise DataFormatError(
         f"Grouping by length needs the column `{length_column}` (`length_column_name`) or lists in `{input_name}`; "
-        f"the data set has: {', '.join(names)}."
+        f"the dataset has: {', '.join(names)}."
     )
 
 

@@ -30,10 +30,10 @@ class DataSettings:
         formatting_func: makes text, messages or a row from each row before anything else.
         keep_columns: columns passed on beside the tokens, or "all".
         keep_untrained: rows without a supervised token stay, if they have tokens: for predictions.
-        num_proc: worker processes for map-style data sets. Tokenizers use several threads in one process already,
+        num_proc: worker processes for map-style datasets. Tokenizers use several threads in one process already,
             so this pays only where rendering chat templates dominates.
         batch_size: rows per call of the tokenizer.
-        cache_dir: folder for the prepared rows of data sets that live in memory (others are cached beside their files).
+        cache_dir: folder for the prepared rows of datasets that live in memory (others are cached beside their files).
         stall_seconds: a worker without progress for so long is reported with its stack, and the work is done again in
             this process. 0: wait for ever.
     """

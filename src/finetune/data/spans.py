@@ -111,13 +111,13 @@ class ChatRenderer:
         turns = sum(message["role"] == "assistant" for message in batch.messages[i])
         if turns and not spans:
             raise DataFormatError(
-                f"Row {row} of the {self.name} data set has {turns} assistant messages, but the chat template marks "
+                f"Row {row} of the {self.name} dataset has {turns} assistant messages, but the chat template marks "
                 "none of their text with `{% generation %}`. Correct the template (`chat_template_path`), or set "
                 "`assistant_only_loss=False`."
             )
         if batch.train[i] is not None and len(spans) != turns:
             raise DataFormatError(
-                f"Row {row} of the {self.name} data set sets `train`/`weight` per message, but its {turns} assistant "
+                f"Row {row} of the {self.name} dataset sets `train`/`weight` per message, but its {turns} assistant "
                 f"messages have {len(spans)} `{{% generation %}}` blocks, so they cannot be told apart. Give the "
                 "template (`chat_template_path`) one block per assistant message."
             )
@@ -134,7 +134,7 @@ class ChatRenderer:
             found = isinstance(error, TurnsNotFoundError)
             problem = str(error) if found else f"the template refuses a part of it alone: {error}"
             raise DataFormatError(
-                f"Row {row} of the {self.name} data set: the assistant turns cannot be told from the rest of the "
+                f"Row {row} of the {self.name} dataset: the assistant turns cannot be told from the rest of the "
                 f"conversation ({problem}). The chat template has no `{{% generation %}}` markers and writes earlier "
                 "turns differently once later ones follow. Pass a template with markers (`chat_template_path`), or "
                 "set `assistant_only_loss=False`."
@@ -149,7 +149,7 @@ class ChatRenderer:
     ) -> tuple[list[str], list[list[Span]]]:
         def refuse(i: int, error: Exception) -> tuple[str, list[Span]]:
             raise DataFormatError(
-                f"Row {rows[i]} of the {self.name} data set: the chat template refuses the conversation with the "
+                f"Row {rows[i]} of the {self.name} dataset: the chat template refuses the conversation with the "
                 f"roles {[m['role'] for m in batch.messages[i]]}: {type(error).__name__}: {error}. Repair the "
                 "row, or pass another template (`chat_template_path`)."
             ) from error

@@ -62,9 +62,7 @@ def stream_error(stream: Any, error: Exception) -> DataFormatError | None:
     try:
         for row, value in enumerate(islice(function.source, function.num_read + _SEARCHED_ROWS)):
             if not isinstance(value, Mapping):
-                return DataFormatError(
-                    f"Row {row} of the {name} data set is {type_name(value)}, expected a dictionary."
-                )
+                return DataFormatError(f"Row {row} of the {name} dataset is {type_name(value)}, expected a dictionary.")
     except UnicodeDecodeError:
         pass
     except Exception:
@@ -76,9 +74,7 @@ def stream_error(stream: Any, error: Exception) -> DataFormatError | None:
         where = f"Row {row}"
     except Exception:
         where = f"A row from {row + 1} on"
-    return DataFormatError(
-        f"{where} of the {name} data set holds text that is not UTF-8: {error}. Repair or remove it."
-    )
+    return DataFormatError(f"{where} of the {name} dataset holds text that is not UTF-8: {error}. Repair or remove it.")
 
 
 def _undecodable_row(source: Any, row: int) -> int:

@@ -33,7 +33,7 @@ def resolve_template(processing_class: Any, template: str | None = None, *, tool
         own = (own.get("tool_use") if tools else None) or own.get("default")
     if not own:
         raise DataFormatError(
-            "The data set has conversations, but the tokenizer has no chat template. Set `chat_template_path` to a "
+            "The dataset has conversations, but the tokenizer has no chat template. Set `chat_template_path` to a "
             "`.jinja` file or to a model that has one."
         )
     return own

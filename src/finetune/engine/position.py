@@ -130,7 +130,7 @@ class DataPosition:
 
     @contextlib.contextmanager
     def _rows_of(self, epoch: int) -> Iterator[None]:
-        """Makes a data set whose rows depend on the epoch give those of `epoch`, and afterwards those of the run's."""
+        """Makes a dataset whose rows depend on the epoch give those of `epoch`, and afterwards those of the run's."""
         run = self.run
         tell = getattr(run.loader.dataset, "set_epoch", None)
         if not callable(tell) or not callable(getattr(run.loader, "set_epoch", None)):

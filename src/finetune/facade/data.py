@@ -30,7 +30,7 @@ class DataMethods(TrainerBase):
         )
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        """Returns the loader of `eval_dataset`: a data set, a key of `self.eval_dataset`, or None for the latter."""
+        """Returns the loader of `eval_dataset`: a dataset, a key of `self.eval_dataset`, or None for the latter."""
         own = eval_dataset is None or eval_dataset is self.eval_dataset
         key = eval_dataset if isinstance(eval_dataset, str) else "eval" if own else None
         if self.args.dataloader_persistent_workers and key in self._eval_loaders:

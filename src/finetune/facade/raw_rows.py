@@ -19,7 +19,7 @@ class RawRowMethods(EvaluationMethods):
         raise NotImplementedError
 
     def _prepared_rows(self) -> list[Any]:
-        """Returns the trainer's own data sets, which are prepared."""
+        """Returns the trainer's own datasets, which are prepared."""
         evaluated = self.eval_dataset
         return [self.train_dataset, *(evaluated.values() if isinstance(evaluated, Mapping) else [evaluated])]
 
@@ -45,7 +45,7 @@ class RawRowMethods(EvaluationMethods):
 
 
 def prepare_each(eval_dataset: Any, prepare: Callable[[Any, str], Any]) -> Any:
-    """Returns `prepare(data set, name)` of one data set (named "eval") or of each in a dictionary; None stays None.
+    """Returns `prepare(dataset, name)` of one dataset (named "eval") or of each in a dictionary; None stays None.
 
     One under the key "train" is named "eval[train]": by the name "train", trainers know the rows to train on.
     """

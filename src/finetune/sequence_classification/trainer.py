@@ -213,7 +213,7 @@ class SequenceClassificationTrainer(RawRowMethods, Trainer):
         """Returns whether the rows have tokens, and no labels that still stand for the ids of classes."""
         if "input_ids" not in row:
             return False
-        # A part of a prepared data set has lengths, too.
+        # A part of a prepared dataset has lengths, too.
         is_part = "length" in row and not self._has_lengths
         return is_part or self._columns.label not in row or any(dataset is own for own in self._prepared_rows())
 

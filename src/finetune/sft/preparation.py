@@ -152,7 +152,7 @@ def _packed(rows: Any, args: Any, audit: SupervisionAudit) -> tuple[Any, Supervi
     trained = np.flatnonzero(count_rows(packed)[1])
     if not len(trained):
         raise DataFormatError(
-            f"The {audit.name} data set cannot be trained on. Packed into rows of `max_length={length}` tokens, none "
+            f"The {audit.name} dataset cannot be trained on. Packed into rows of `max_length={length}` tokens, none "
             "of its tokens is predicted from one before it. Raise `max_length`."
         )
     num_packed, num_dropped = len(packed), len(packed) - len(trained)

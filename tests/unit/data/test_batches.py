@@ -30,7 +30,7 @@ def test_prompt_and_completion_may_be_json_text_or_tuples(chat_tokenizer: Any) -
     for pair in ({"prompt": (USER,), "completion": (ANSWER,)}, {"prompt": text["prompt"], "completion": [ANSWER]}):
         assert trained([{"x": 1}], chat_tokenizer, formatting_func=lambda row, pair=pair: pair) == expected
     for bad in (None, "no json", '"text"'):
-        with pytest.raises(DataFormatError, match=r"ow 1 of the train data set: `completion` is"):
+        with pytest.raises(DataFormatError, match=r"ow 1 of the train dataset: `completion` is"):
             trained([text, {**text, "completion": bad}], chat_tokenizer)
 
 
@@ -43,7 +43,7 @@ def test_flags_that_the_first_row_lacks_are_never_ignored(flag: dict[str, Any], 
     pairs = [{"prompt": [USER], "completion": [answer]} for answer in (ANSWER, {**ANSWER, **flag})]
     chats = [{"messages": row["prompt"] + row["completion"]} for row in pairs]
     for rows in (pairs, chats):
-        with pytest.raises(DataFormatError, match="Row 1 of the train data set sets `train`/`weight`"):
+        with pytest.raises(DataFormatError, match="Row 1 of the train dataset sets `train`/`weight`"):
             trained(_streamed(rows), chat_tokenizer)
         expected = trained(rows, chat_tokenizer, assistant_only_loss=True)
         assert [part for _, part in expected] == ["the cat<|im_end|>"], "the row without a trained answer is left out"

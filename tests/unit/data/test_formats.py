@@ -66,7 +66,7 @@ def test_unknown_columns_name_what_was_found_and_what_to_do(row: dict[str, Any],
 
 @pytest.mark.parametrize("bad", [None, 3, b"bytes", ["a"], {"a": 1}])
 def test_a_text_that_is_none_is_an_error_with_its_row(bad: Any) -> None:
-    with pytest.raises(DataFormatError, match=r"Row 12 of the eval data set: `text` is"):
+    with pytest.raises(DataFormatError, match=r"Row 12 of the eval dataset: `text` is"):
         read_texts({"text": ["a", bad]}, "text", [11, 12], "eval")
 
 
@@ -93,7 +93,7 @@ def test_a_text_that_is_none_is_an_error_with_its_row(bad: Any) -> None:
 def test_bad_conversations_are_errors_with_their_row(bad: Any, said: str) -> None:
     with pytest.raises(DataFormatError) as error:
         read_conversations({"messages": [[USER, ASSISTANT], bad]}, "messages", [4, 5])
-    assert "ow 5 of the train data set" in str(error.value)
+    assert "ow 5 of the train dataset" in str(error.value)
     assert said in str(error.value)
 
 
@@ -226,7 +226,7 @@ def test_no_data_set_ends_in_a_bare_traceback(
     try:
         data: Any = Dataset.from_list(made)
         data = data.to_iterable_dataset() if stream else data
-    except Exception:  # what Arrow cannot hold never becomes a data set
+    except Exception:  # what Arrow cannot hold never becomes a dataset
         assume(False)
         return
     try:
@@ -289,7 +289,7 @@ def test_bytes_that_are_no_text_are_named_by_their_row(chat_tokenizer: Any) -> N
 
     column = pa.Array.from_buffers(pa.string(), 2, pa.array([b"the cat", b"\x80"]).buffers())
     data = Dataset(pa.table({"text": column}))
-    with pytest.raises(DataFormatError, match="Row 1 of the train data set holds text that is not UTF-8"):
+    with pytest.raises(DataFormatError, match="Row 1 of the train dataset holds text that is not UTF-8"):
         prepare_split(data, chat_tokenizer, DataSettings(), say=lambda line: None)
     with pytest.raises(DataFormatError, match="Row 0"):
         prepare_split(data.select([1]), chat_tokenizer, DataSettings(), say=lambda line: None)

@@ -99,7 +99,7 @@ def test_shuffled_and_formatted_data_sets(on_disk: Any, chat_tokenizer: Any) -> 
 
 def test_empty_data_sets_are_an_error(chat_tokenizer: Any) -> None:
     for empty in (Dataset.from_dict({"text": []}), Dataset.from_dict({"text": ["a"]}).to_iterable_dataset().take(0)):
-        with pytest.raises(DataFormatError, match="The eval data set is empty"):
+        with pytest.raises(DataFormatError, match="The eval dataset is empty"):
             prepare_split(empty, chat_tokenizer, DataSettings(), name="eval", say=silent)
     with pytest.raises(DataFormatError, match="expected dictionaries"):
         first_row([1])
@@ -108,7 +108,7 @@ def test_empty_data_sets_are_an_error(chat_tokenizer: Any) -> None:
 @pytest.mark.parametrize("num_proc", [None, 2])
 def test_a_bad_row_is_named_by_its_place_in_the_data_set(num_proc: int | None, chat_tokenizer: Any) -> None:
     rows = Dataset.from_dict({"text": ["a"] * 7 + [None]})
-    with pytest.raises(DataFormatError, match="Row 7 of the train data set: `text` is None"):
+    with pytest.raises(DataFormatError, match="Row 7 of the train dataset: `text` is None"):
         prepared(rows, chat_tokenizer, batch_size=2, num_proc=num_proc)
 
 

@@ -158,7 +158,7 @@ def test_lengths_come_from_the_column_the_offsets_or_the_rows():
     assert row_lengths(dataset.select([2, 0])).tolist() == [30, 10]
     assert row_lengths(dataset, "missing").tolist() == [1, 2, 3]
     assert row_lengths([{"input_ids": [1, 1]}, {"input_ids": [1]}]).tolist() == [2, 1]
-    with pytest.raises(DataFormatError, match="the data set has: text"):
+    with pytest.raises(DataFormatError, match="the dataset has: text"):
         row_lengths(Dataset.from_dict({"text": ["a"]}))
     with pytest.raises(DataFormatError, match="mappings with `input_ids`"):
         row_lengths([(1, 2)])

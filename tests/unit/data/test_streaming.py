@@ -358,7 +358,7 @@ def _late_not_utf8() -> Any:
 )
 def test_a_bad_row_far_into_a_stream_is_named(chat_tokenizer: Any, stream: Any, found: str) -> None:
     split = prepare_split(stream(), chat_tokenizer, DataSettings(max_length=16), say=lambda line: None)
-    with pytest.raises(DataFormatError, match=f"Row 100 of the train data set.*{found}"):
+    with pytest.raises(DataFormatError, match=f"Row 100 of the train dataset.*{found}"):
         list(StreamLoader(split.dataset, batch_size=4, collate_fn=list))
 
 

@@ -129,7 +129,7 @@ def test_train_flags_choose_turns(marked: bool, chat_tokenizer: Any) -> None:
 
 def test_a_template_that_hides_where_answers_are_is_an_error(chat_tokenizer: Any) -> None:
     shuffled = "{% for m in messages[::-1] %}{{ m.role + m.content }}{% endfor %}"
-    with pytest.raises(DataFormatError, match=r"Row 3 of the eval data set.*chat_template_path"):
+    with pytest.raises(DataFormatError, match=r"Row 3 of the eval dataset.*chat_template_path"):
         ChatRenderer(chat_tokenizer, shuffled, name="eval").render_with_spans(batch(CHAT), [3])
 
 
