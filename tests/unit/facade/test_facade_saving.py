@@ -398,11 +398,11 @@ def pool_that_waits(trainer: Any) -> Any:
         started.set()
         return loss
 
-    def waits(finish: Any) -> None:
+    def waits(*given: Any, **more: Any) -> None:
         pool, complete = trainer._writer._pool, trainer._writer._pool.complete
         started.clear()
         pool.complete = lambda: (started.wait(10), complete())
-        launch(finish)
+        launch(*given, **more)
 
     trainer.training_step, trainer._writer.launch = signals, waits
     return trainer
