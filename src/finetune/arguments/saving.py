@@ -59,7 +59,9 @@ class SavingArguments(ArgumentGroup):
         "stop", "When a checkpoint cannot be written, `stop` the training or `continue` without it (finetune only)."
     )
     save_on_exception: bool = arg(
-        False, "Save a checkpoint when training stops with an error or Ctrl-C (finetune only)."
+        False,
+        "Save a checkpoint when training stops with an error or Ctrl-C, with one process: of several, the others might "
+        "never join the save (finetune only).",
     )
     overwrite_output_dir: bool = arg(
         False, "Programs may write into a folder that holds a finished run (finetune only; from older transformers)."
