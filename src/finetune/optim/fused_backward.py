@@ -183,6 +183,12 @@ def release_optimizer(optimizer: Any) -> None:
     inner = unwrap_optimizer(optimizer)
     if isinstance(inner, (GaLoreOptimizer, ApolloAdamW)):
         inner.release()
+    elif _is_lomo(inner):
+        # The package keeps no handles, but registers one and the same function on every parameter.
+        for p in inner.model.parameters():
+            hooks = p._backward_hooks or {}
+            for key in [key for key, hook in hooks.items() if hook is inner.grad_func]:
+                del hooks[key]
 
 
 def works_in_backward(optimizer: Any) -> bool:
@@ -195,6 +201,10 @@ def works_in_backward(optimizer: Any) -> bool:
         return inner.backward is not None
     if isinstance(inner, ApolloAdamW):
         return inner.works_in_backward
+    return _is_lomo(inner)
+
+
+def _is_lomo(inner: Any) -> bool:
     return type(inner).__module__.partition(".")[0] == "lomo_optim"
 
 
