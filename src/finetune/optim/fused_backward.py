@@ -204,6 +204,30 @@ def works_in_backward(optimizer: Any) -> bool:
     return _is_lomo(inner)
 
 
+def require_update_in_backward(args: Any, optim: str, *, clips: bool, instead_of_clipping: str, advice: str) -> None:
+    """Raises `ArgumentError` for settings that need the whole gradient of a step to exist before any weight moves.
+
+    `clips` says whether `max_grad_norm` is one of them; the two texts complete the message.
+    """
+    # transformers' own arguments have no such policy, and act like "log".
+    policy = getattr(args, "nonfinite_policy", "log")
+    broken = [
+        text
+        for wrong, text in (
+            (args.gradient_accumulation_steps != 1, "`gradient_accumulation_steps=1`"),
+            (clips, f"`max_grad_norm=0` ({instead_of_clipping})"),
+            (policy == "skip_step", "`nonfinite_policy='raise'` or `'log'` (the weights have moved when a step ends)"),
+            (args.fp16, "`fp16=False`"),
+            (world_size() > 1, "one process"),
+        )
+        if wrong
+    ]
+    if broken:
+        raise ArgumentError(
+            f"`optim={optim}` updates weights inside backward, which needs {' and '.join(broken)}. {advice}"
+        )
+
+
 def _is_lomo(inner: Any) -> bool:
     return type(inner).__module__.partition(".")[0] == "lomo_optim"
 

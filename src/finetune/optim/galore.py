@@ -19,7 +19,16 @@ from torch.optim import Optimizer
 
 from finetune.errors import ArgumentError, CheckpointError
 from finetune.optim.fused_backward import ProjectInBackward
-from finetune.optim.galore_basis import Basis, Side, exact_basis, project, project_back, randomized_basis, side_of
+from finetune.optim.galore_basis import (
+    Basis,
+    Side,
+    coordinate_basis,
+    exact_basis,
+    project,
+    project_back,
+    randomized_basis,
+    side_of,
+)
 from finetune.optim.groups import ParameterGroup, partition
 
 _FIXED_BY_CHECKPOINT = ("rank", "proj_type")
@@ -139,10 +148,10 @@ class GaLoreOptimizer(Optimizer):
     def _due(self, p: Tensor, group: ParameterGroup, step: int) -> bool:
         gap = group["update_proj_gap"]
         offset = self._index[p] * gap // len(self._index) if group.get("stagger") else 0
-        missing = "basis_left" not in self.state[p] and "basis_right" not in self.state[p]
-        return missing or (step - offset) % gap == 0
+        return "refreshes" not in self.state[p] or (step - offset) % gap == 0
 
     def _refresh(self, p: Tensor, group: ParameterGroup, state: dict[str, Any], gradient: Tensor) -> None:
+        """Renews the basis in `state`. A gradient with NaN or infinite values leaves the basis as it is."""
         if gradient.dim() != 2 or getattr(p, "device_mesh", None) is not None:
             raise ArgumentError(
                 "GaLore needs whole weight matrices, and this run shards them (FSDP or tensor parallelism). Use data "
@@ -152,6 +161,12 @@ class GaLoreOptimizer(Optimizer):
         side, rank = side_of(gradient.shape, group["proj_type"]), group["rank"]
         old = _basis_in(state)
         sync = self.backward.average if self.backward is not None else None
+        finite = torch.isfinite(gradient).all().float()
+        if (finite if sync is None else sync(finite)) < 1:
+            if old == Basis(None, None):
+                # Without `refreshes` it counts as missing, so the next gradient brings a basis of its own.
+                _put(state, coordinate_basis(gradient, rank, side))
+            return
         if group.get("svd", "exact") == "exact":
             basis, energy = exact_basis(gradient if sync is None else sync(gradient), rank, side)
         else:
@@ -159,15 +174,15 @@ class GaLoreOptimizer(Optimizer):
                 gradient,
                 rank,
                 side,
-                previous=None if old == Basis(None, None) else old,
+                previous=old if "refreshes" in state else None,
                 generator=self._generator(p, int(state["step"].item())),
                 **({} if sync is None else {"reduce": sync}),
             )
         if self.backward is not None:
             self.backward.broadcast(basis)
-        if group.get("rotate_moments") and old != Basis(None, None):
+        if group.get("rotate_moments") and "refreshes" in state:
             self.rotate(state, old, basis)
-        state.update({f"basis_{name}": t for name, t in basis._asdict().items() if t is not None})
+        _put(state, basis)
         # In the state, so that a resumed run logs the numbers of an uninterrupted one.
         state["captured_energy"] = energy
         state["refreshes"] = state.get("refreshes", torch.zeros(())) + 1
@@ -273,3 +288,7 @@ class GaLoreOptimizer(Optimizer):
 
 def _basis_in(state: Mapping[str, Any]) -> Basis:
     return Basis(state.get("basis_left"), state.get("basis_right"))
+
+
+def _put(state: dict[str, Any], basis: Basis) -> None:
+    state.update({f"basis_{name}": t for name, t in basis._asdict().items() if t is not None})

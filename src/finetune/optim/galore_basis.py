@@ -56,6 +56,17 @@ def project_back(low: Tensor, basis: Basis) -> Tensor:
     return full
 
 
+def coordinate_basis(gradient: Tensor, rank: int, side: Side) -> Basis:
+    """Returns the basis of the first coordinates, for a gradient with NaN or infinite values, which has no best one."""
+    rows, columns = gradient.shape
+    rank = min(rank, rows, columns)
+    options = {"dtype": gradient.dtype, "device": gradient.device}
+    return Basis(
+        None if side == "right" else torch.eye(rows, rank, **options),
+        None if side == "left" else torch.eye(rank, columns, **options),
+    )
+
+
 def exact_basis(gradient: Tensor, rank: int, side: Side) -> tuple[Basis, Tensor]:
     """Returns the leading singular vectors of G and the share of its energy they hold (a 0-d tensor).
 

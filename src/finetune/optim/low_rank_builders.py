@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from finetune.errors import ArgumentError
 from finetune.optim.builders import import_or_explain
-from finetune.optim.fused_backward import world_size
+from finetune.optim.fused_backward import require_update_in_backward, world_size
 from finetune.optim.galore_basis import PROJECTION_TYPES
 from finetune.optim.groups import partition, target_weight_names
 from finetune.optim.registry import ClassAndArguments, OptimizerRequest, register_optimizer
@@ -132,7 +132,13 @@ def apollo(request: OptimizerRequest) -> ClassAndArguments:
     model, options = request.require_model(), request.options
     in_backward = request.name.endswith("_layerwise")
     if in_backward:
-        _require_update_in_backward(request)
+        require_update_in_backward(
+            request.args,
+            request.name,
+            instead_of_clipping="APOLLO limits the growth of its updates by itself",
+            advice="`optim=apollo_adamw` has no such limits.",
+            clips=bool(request.args.max_grad_norm),
+        )
     options.choice("proj", ("random",), "random")
     settings = ApolloSettings(
         rank=positive(options.take("rank", int, 128), "rank"),
@@ -144,26 +150,6 @@ def apollo(request: OptimizerRequest) -> ClassAndArguments:
     targets = target_parameters(request, model)
     shared = {"targets": targets, "settings": settings, "in_backward": in_backward, "seed": int(request.args.seed)}
     return ApolloAdamW, {**request.adam, **shared}
-
-
-def _require_update_in_backward(request: OptimizerRequest) -> None:
-    """Raises `ArgumentError` for settings that need the whole gradient of a step to exist at once."""
-    args = request.args
-    broken = [
-        text
-        for wrong, text in (
-            (args.gradient_accumulation_steps != 1, "`gradient_accumulation_steps=1`"),
-            (bool(args.max_grad_norm), "`max_grad_norm=0` (APOLLO limits the growth of its updates by itself)"),
-            (args.fp16, "`fp16=False`"),
-            (world_size() > 1, "one process"),
-        )
-        if wrong
-    ]
-    if broken:
-        raise ArgumentError(
-            f"`optim={request.name}` updates weights inside backward, which needs {' and '.join(broken)}. "
-            f"`optim=apollo_adamw` has no such limits."
-        )
 
 
 def target_parameters(request: OptimizerRequest, model: nn.Module) -> list[Tensor]:
