@@ -6,10 +6,11 @@ exists.
 """
 
 import weakref
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from finetune.errors import ArgumentError
 from finetune.wrappers import unwrap_optimizer
@@ -17,6 +18,8 @@ from finetune.wrappers import unwrap_optimizer
 if TYPE_CHECKING:
     from finetune.optim.galore import GaLoreOptimizer
     from finetune.optim.galore_basis import Basis
+
+_IGNORED = "_ddp_params_and_buffers_to_ignore"
 
 
 class ProjectInBackward:
@@ -189,6 +192,26 @@ def release_optimizer(optimizer: Any) -> None:
             hooks = p._backward_hooks or {}
             for key in [key for key, hook in hooks.items() if hook is inner.grad_func]:
                 del hooks[key]
+
+
+def hide_from_ddp(model: nn.Module, parameters: Sequence[Tensor]) -> Callable[[], None]:
+    """Makes DistributedDataParallel leave `parameters` of `model` alone. Returns a function that undoes it."""
+    wanted = {id(p) for p in parameters}
+    names = {name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in wanted}
+    attributes = vars(model)
+    before = attributes.get(_IGNORED)
+    marked = [p for p in parameters if not hasattr(p, "_ddp_ignored")]
+    hide = nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
+    hide(model, sorted({*names, *(before or ())}))
+
+    def show() -> None:
+        attributes.pop(_IGNORED, None)
+        if before is not None:
+            attributes[_IGNORED] = before
+        for p in marked:
+            vars(p).pop("_ddp_ignored", None)
+
+    return show
 
 
 def works_in_backward(optimizer: Any) -> bool:

@@ -8,7 +8,7 @@ reference: with `svd="exact"` the trajectories agree to 1e-6. Source: Zhao et al
 
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import Any
@@ -58,7 +58,7 @@ class GaLoreOptimizer(Optimizer):
     """Projection, basis refresh, state and bookkeeping; subclasses turn a gradient into an update.
 
     `targets` are the parameters to project, `settings` how; a group that already has a `rank` is projected as well.
-    With `in_backward` the projection happens inside backward (see `ProjectInBackward`).
+    With `in_backward` the projection happens inside backward (see `ProjectInBackward`). `release` calls `on_release`.
     """
 
     wide_gradients = False
@@ -72,10 +72,12 @@ class GaLoreOptimizer(Optimizer):
         settings: GaLoreSettings,
         in_backward: bool = False,
         seed: int = 0,
+        on_release: Callable[[], None] | None = None,
     ):
         groups = partition(list(params), [(targets, asdict(settings))])
         super().__init__(groups, defaults)
         self.seed = seed
+        self._on_release = on_release
         self._index = {p: i for i, p in enumerate(self.targets())}
         self._refresh_seconds = 0.0
         self.backward = ProjectInBackward(self) if in_backward else None
@@ -263,6 +265,9 @@ class GaLoreOptimizer(Optimizer):
         """Removes the hooks of `in_backward` from the parameters; the run is over."""
         if self.backward is not None:
             self.backward.close()
+        if self._on_release is not None:
+            self._on_release()
+            self._on_release = None
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Loads what `state_dict` returned, every tensor in the type it was saved in.

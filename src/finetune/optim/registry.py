@@ -141,15 +141,15 @@ def build_optimizer(
     cls, given = optimizer_cls_and_kwargs(args, model) if cls_and_kwargs is None else cls_and_kwargs
     kwargs = dict(given)
     rates: Mapping[str, float] = OptimOptions(args.optim_args).learning_rates
-    is_factory = not (isinstance(cls, type) and issubclass(cls, Optimizer))
-    over = None if is_factory else _replaced_groups(kwargs)
-    if rates and (is_factory or over is not None):
+    factory = None if isinstance(cls, type) and issubclass(cls, Optimizer) else cls
+    over = None if factory is not None else _replaced_groups(kwargs)
+    if rates and (factory is not None or over is not None):
         raise ArgumentError(
             f"`optim_args` has `lr@{next(iter(rates))}`, and this `optim={optimizer_name(args.optim)}` makes its own "
             "parameter groups, with one learning rate. Remove the `lr@` keys, or set the rates in those groups."
         )
-    if is_factory:
-        return cls()(model, **kwargs)
+    if factory is not None:
+        return factory()(model, **kwargs)
     if over is None:
         over = parameter_groups(model, args.weight_decay, decay_names=decay_names, learning_rates=rates)
     optimizer = cls(over, **kwargs)
