@@ -467,3 +467,13 @@ def test_a_step_that_is_not_finite_is_no_error_of_the_decomposition(svd):
         ((model(x) - y).square().mean() * factor).backward()
         optimizer.step()
     assert not torch.isfinite(model.hidden_wide.weight).all()
+
+
+@pytest.mark.parametrize("svd", ["exact", "randomized"])
+def test_a_gradient_of_zeros_holds_no_energy(svd):
+    model = Net()
+    optimizer = build_optimizer(arguments("galore_adamw", f"rank=4, svd={svd}"), model)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert optimizer.stats()["galore_captured_energy"] == 0.0

@@ -1,6 +1,7 @@
 """`SFTConfig`: the rule that chooses the precision, derived values and refused combinations."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 
@@ -91,3 +92,22 @@ def test_vocabulary_tokens_survive_a_rebuild():
 def test_what_cannot_be_honoured_is_refused(given, message):
     with pytest.raises(ArgumentError, match=message):
         SFTConfig("out", **given)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"activation_offloading": True}, "`activation_offloading=True` has no effect on a CPU"),
+        ({"activation_offloading": True, "torch_compile": True}, "no effect on compiled layers"),
+        ({"use_cache": True}, "`use_cache=True` has no effect in `SFTTrainer`"),
+        ({"gradient_checkpointing": False, "gradient_checkpointing_kwargs": {"every_n_layers": 2}}, "has no effect"),
+    ],
+)
+def test_what_has_no_effect_is_said(given: dict[str, Any], message: str) -> None:
+    with pytest.warns(UserWarning, match=message):
+        SFTConfig("out", use_cpu=True, **given)
+
+
+def test_settings_of_an_unset_recomputation_have_an_effect(recwarn: Any) -> None:
+    SFTConfig("out", use_cpu=True, gradient_checkpointing_kwargs={"every_n_layers": 2})
+    assert not [w for w in recwarn if "no effect" in str(w.message)]
