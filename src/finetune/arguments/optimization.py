@@ -131,5 +131,5 @@ class OptimizerArguments(ArgumentGroup):
         require_positive("max_grad_norm", self.max_grad_norm, zero=True)
         require(
             0 <= self.label_smoothing_factor < 1,
-            f"`label_smoothing_factor={self.label_smoothing_factor}` must be in [0, 1): 1 leaves nothing of the labels.",
+            f"`label_smoothing_factor={self.label_smoothing_factor}` must be in [0, 1): at 1 no label counts.",
         )
