@@ -36,9 +36,8 @@ from finetune.facade.evaluation import EvaluationMethods
 from finetune.facade.optimization import OptimizerMethods
 from finetune.facade.saving import SavingMethods
 from finetune.models.traits import check_trainable
-from finetune.optim.fused_backward import optimizer_logs, release_optimizer
+from finetune.optim.fused_backward import optimizer_logs, release_optimizer, works_in_backward
 from finetune.reporting import flops, header, speed
-from finetune.wrappers import clips_its_own_gradients
 
 
 class Trainer(EvaluationMethods, OptimizerMethods, SavingMethods):
@@ -244,8 +243,8 @@ class Trainer(EvaluationMethods, OptimizerMethods, SavingMethods):
         return self._guard is not None and self._guard.agreed
 
     def _release_optimizer(self) -> None:
-        """Takes the optimizer's hooks off the model (layerwise GaLore); the next `train` then makes a new one."""
-        if clips_its_own_gradients(self.optimizer):
+        """Takes the hooks of an optimizer that works in backward off the model; the next `train` makes a new one."""
+        if works_in_backward(self.optimizer):
             release_optimizer(self.optimizer)
             self._optimizer_is_released = True
 

@@ -246,7 +246,7 @@ def test_layerwise_accumulation_adds_projections():
             for p in optimizer.targets():
                 eye = torch.eye(12)
                 side = "basis_right" if p.shape[0] >= p.shape[1] else "basis_left"
-                optimizer.state[p].update({"step": torch.ones(()), side: eye})
+                optimizer.state[p].update({"step": torch.ones(()), "refreshes": torch.ones(()), side: eye})
         optimizer._index = dict.fromkeys(optimizer._index, 0)
         train(model, optimizer, batches(6), accumulate=accumulate)
         runs.append(weights(model))
@@ -437,3 +437,43 @@ def test_squares_of_unseen_directions_start_at_the_average():
     square = torch.tensor([[2.0, 20.0], [4.0, 40.0]])
     assert turn_squares(turn, square).tolist() == [[4.0, 40.0], [3.0, 30.0]]
     assert turn_squares(turn, square[:, 0]).tolist() == [4.0, 3.0]
+
+
+@pytest.mark.parametrize("svd", ["exact", "randomized"])
+@pytest.mark.parametrize("proj_type", ["std", "reverse_std", "full"])
+def test_a_dropped_step_that_was_not_finite_leaves_no_trace(proj_type, svd):
+    """As with `nonfinite_policy=skip_step`, in a step that renews the bases: the first one, and a later one."""
+    runs = []
+    for bad_steps in ((), (0, 3)):
+        model = Net()
+        options = f"rank=4, update_proj_gap=3, proj_type={proj_type}, svd={svd}, stagger=false"
+        optimizer = build_optimizer(arguments("galore_adamw_layerwise", options), model)
+        for step, (x, y) in enumerate(batches(6)):
+            if step in bad_steps:
+                ((model(x) - y).square().mean() * float("inf")).backward()
+                optimizer.zero_grad()
+            train(model, optimizer, [(x, y)])
+        runs.append(weights(model))
+    assert_close(*runs, 0)
+
+
+@pytest.mark.parametrize("svd", ["exact", "randomized"])
+def test_a_step_that_is_not_finite_is_no_error_of_the_decomposition(svd):
+    """As with `nonfinite_policy=log`."""
+    model = Net()
+    optimizer = build_optimizer(arguments("galore_adamw", f"rank=4, update_proj_gap=1, svd={svd}"), model)
+    for factor in (1.0, float("inf")):
+        x, y = next(batches(1))
+        ((model(x) - y).square().mean() * factor).backward()
+        optimizer.step()
+    assert not torch.isfinite(model.hidden_wide.weight).all()
+
+
+@pytest.mark.parametrize("svd", ["exact", "randomized"])
+def test_a_gradient_of_zeros_holds_no_energy(svd):
+    model = Net()
+    optimizer = build_optimizer(arguments("galore_adamw", f"rank=4, svd={svd}"), model)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert optimizer.stats()["galore_captured_energy"] == 0.0

@@ -141,6 +141,7 @@ def test_converges():
         ({"max_grad_norm": 1.0}, "`max_grad_norm=0`"),
         ({"gradient_accumulation_steps": 2}, "`gradient_accumulation_steps=1`"),
         ({"fp16": True}, "`fp16=False`"),
+        ({"nonfinite_policy": "skip_step"}, "`nonfinite_policy='raise'`"),
     ],
 )
 def test_layerwise_refuses_what_it_cannot_do(changes, word):

@@ -37,7 +37,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "schedule_free_adamw": {**SCHEDULE_FREE, "warmup_steps": 3},
     "schedule_free_radam": SCHEDULE_FREE,
     "schedule_free_sgd": {**SCHEDULE_FREE, "warmup_steps": 3},
-    "lomo": IN_BACKWARD,
+    "lomo": {**IN_BACKWARD, "weight_decay": 0.0},
     "sgd": {"optim_args": "momentum=0.9, nesterov=true"},
     "rmsprop": {"optim_args": "momentum=0.9, centered=true"},
 }

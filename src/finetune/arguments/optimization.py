@@ -3,6 +3,7 @@
 # ruff: noqa: RUF009
 
 import math
+import warnings
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -112,13 +113,23 @@ class OptimizerArguments(ArgumentGroup):
             raise ArgumentError(
                 f"`optim={str(self.optim)!r}` is unknown.{nearest(str(self.optim), known)} Known: {sorted(known)}."
             )
+        name = str(getattr(self.optim, "value", self.optim))
+        # An optimizer that somebody registered may well look at them.
+        ours = name == "muon" or isinstance(self.optim, OptimizerNames)
+        if self.optim_target_modules and ours and not name.startswith(("galore", "apollo")):
+            warnings.warn(
+                f"`optim_target_modules` has no effect with `optim={name}`: only GaLore and APOLLO project.",
+                stacklevel=2,
+            )
         for name in ("adam_beta1", "adam_beta2"):
             value = getattr(self, name)
             require(0 <= value < 1, f"`{name}={value}` must be in [0, 1).")
         require_positive("adam_epsilon", self.adam_epsilon, zero=True)
         require_positive("weight_decay", self.weight_decay, zero=True)
+        if self.max_grad_norm is None:
+            self.max_grad_norm = 0.0  # transformers takes None as no clipping
         require_positive("max_grad_norm", self.max_grad_norm, zero=True)
         require(
-            0 <= self.label_smoothing_factor <= 1,
-            f"`label_smoothing_factor={self.label_smoothing_factor}` must be in [0, 1].",
+            0 <= self.label_smoothing_factor < 1,
+            f"`label_smoothing_factor={self.label_smoothing_factor}` must be in [0, 1): at 1 no label counts.",
         )

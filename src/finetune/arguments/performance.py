@@ -2,6 +2,7 @@
 
 # ruff: noqa: RUF009
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,6 +89,12 @@ class MemoryArguments(ArgumentGroup):
                 "`gradient_checkpointing_kwargs` has `selective` and `use_reentrant=True`, which exclude each other. "
                 "Drop one of them.",
             )
+        if given and self.activation_checkpointing is False:
+            warnings.warn(
+                "`gradient_checkpointing_kwargs` has no effect while `gradient_checkpointing` is off. Set it to True, "
+                "or drop the settings.",
+                stacklevel=2,
+            )
         require(
             not self.offload_optimizer_state or (accelerator_present() and not getattr(self, "use_cpu", False)),
             "`offload_optimizer_state=True` needs an accelerator; on a CPU run the state is in host memory already. Set"
@@ -111,6 +118,11 @@ class KernelArguments(ArgumentGroup):
     def _validate(self) -> None:
         alpha = self.neftune_noise_alpha
         require(alpha is None or alpha >= 0, f"`neftune_noise_alpha={alpha!r}` must be at least 0, or None.")
+        if self.liger_kernel_config and not self.use_liger_kernel:
+            warnings.warn(
+                "`liger_kernel_config` has no effect without `use_liger_kernel=True`. Set that, or drop the settings.",
+                stacklevel=2,
+            )
 
 
 @dataclass(kw_only=True, repr=False)

@@ -27,22 +27,26 @@ def import_or_explain(module: str, install: str, request: OptimizerRequest) -> A
         ) from problem
 
 
-def _with_options(cls: type, kwargs: dict[str, Any], request: OptimizerRequest) -> ClassAndArguments:
-    """Returns `cls` and `kwargs`, overlaid with the keys of `optim_args` that `cls` takes."""
-    extra = request.options.for_signature(cls, except_for={"betas": None, "optim_bits": None, "is_paged": None})
+def with_options(
+    cls: type, kwargs: dict[str, Any], request: OptimizerRequest, *, except_for: tuple[str, ...] = ()
+) -> ClassAndArguments:
+    """Returns `cls` and `kwargs`, overlaid with the keys of `optim_args` that `cls` takes, but for `except_for`."""
+    extra = request.options.for_signature(
+        cls, except_for=dict.fromkeys(("betas", "optim_bits", "is_paged", *except_for))
+    )
     return cls, {**kwargs, **extra}
 
 
 @register_optimizer("adamw_torch")
 def adamw_torch(request: OptimizerRequest) -> ClassAndArguments:
     """Returns `torch.optim.AdamW`."""
-    return _with_options(torch.optim.AdamW, request.adam, request)
+    return with_options(torch.optim.AdamW, request.adam, request)
 
 
 @register_optimizer("adamw_torch_fused")
 def adamw_torch_fused(request: OptimizerRequest) -> ClassAndArguments:
     """Returns `torch.optim.AdamW` with its fused kernel, the default of transformers."""
-    return _with_options(torch.optim.AdamW, {**request.adam, "fused": True}, request)
+    return with_options(torch.optim.AdamW, {**request.adam, "fused": True}, request)
 
 
 @register_optimizer("adamw_torch_xla")
@@ -78,7 +82,7 @@ def adafactor(request: OptimizerRequest) -> ClassAndArguments:
     from transformers.optimization import Adafactor
 
     fixed = {"lr": request.args.learning_rate, "scale_parameter": False, "relative_step": False}
-    return _with_options(Adafactor, fixed, request)
+    return with_options(Adafactor, fixed, request)
 
 
 _PLAIN_TORCH = {
@@ -100,13 +104,13 @@ _ADAM_LIKE_TORCH = {
 @register_optimizer(*_PLAIN_TORCH)
 def plain_torch(request: OptimizerRequest) -> ClassAndArguments:
     """Returns one of torch's optimizers without Adam's betas."""
-    return _with_options(_PLAIN_TORCH[request.name], {"lr": request.args.learning_rate}, request)
+    return with_options(_PLAIN_TORCH[request.name], {"lr": request.args.learning_rate}, request)
 
 
 @register_optimizer(*_ADAM_LIKE_TORCH)
 def adam_like_torch(request: OptimizerRequest) -> ClassAndArguments:
     """Returns one of torch's relatives of Adam."""
-    return _with_options(_ADAM_LIKE_TORCH[request.name], request.adam, request)
+    return with_options(_ADAM_LIKE_TORCH[request.name], request.adam, request)
 
 
 @register_optimizer("muon", refuses=["deepspeed"])  # ZeRO steps flat pieces, in which no matrix is left
@@ -167,7 +171,7 @@ def bitsandbytes(request: OptimizerRequest) -> ClassAndArguments:
         )
         kwargs["eps"] = options.take("eps", float, args.adam_epsilon)
         kwargs["alpha"] = options.take("alpha", float, 5.0)
-    return _with_options(cls, kwargs, request)
+    return with_options(cls, kwargs, request)
 
 
 def override_embedding_bits(model: nn.Module) -> None:
@@ -184,7 +188,7 @@ def torchao(request: OptimizerRequest) -> ClassAndArguments:
     module = import_or_explain("torchao.optim", "pip install torchao", request)
     cls = module.AdamW4bit if request.name == "adamw_torch_4bit" else module.AdamW8bit
     defaults = {"block_size": 256, "bf16_stochastic_round": False}
-    return _with_options(cls, {**request.adam, **defaults}, request)
+    return with_options(cls, {**request.adam, **defaults}, request)
 
 
 @register_optimizer("schedule_free_radam", "schedule_free_adamw", "schedule_free_sgd")
@@ -210,17 +214,7 @@ def schedule_free(request: OptimizerRequest) -> ClassAndArguments:
         "schedule_free_adamw": "AdamWScheduleFree",
         "schedule_free_sgd": "SGDScheduleFree",
     }
-    return _with_options(getattr(module, names[request.name]), kwargs, request)
-
-
-@register_optimizer("lomo", "adalomo")
-def lomo(request: OptimizerRequest) -> ClassAndArguments:
-    """Returns LOMO or AdaLOMO, which update inside backward: the trainer passes `learning_rate` to it."""
-    module = import_or_explain("lomo_optim", "pip install lomo-optim", request)
-    cls = module.AdaLomo if request.name == "adalomo" else module.Lomo
-    if request.name == "adalomo" and not torch.cuda.is_available():
-        raise ArgumentError("`optim=adalomo` needs a CUDA device: the package allocates there. Use `optim=lomo`.")
-    return _with_options(cls, {"lr": request.args.learning_rate, "model": request.require_model()}, request)
+    return with_options(getattr(module, names[request.name]), kwargs, request)
 
 
 @register_optimizer("grokadamw")
@@ -282,4 +276,4 @@ def stable_adamw(request: OptimizerRequest) -> ClassAndArguments:
     if not torch.cuda.is_available():
         # The package prefers Triton wherever it is installed, also where there is no driver for it.
         kwargs["triton"] = False
-    return _with_options(cls, kwargs, request)
+    return with_options(cls, kwargs, request)

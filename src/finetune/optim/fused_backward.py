@@ -6,10 +6,11 @@ exists.
 """
 
 import weakref
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from finetune.errors import ArgumentError
 from finetune.wrappers import unwrap_optimizer
@@ -17,6 +18,8 @@ from finetune.wrappers import unwrap_optimizer
 if TYPE_CHECKING:
     from finetune.optim.galore import GaLoreOptimizer
     from finetune.optim.galore_basis import Basis
+
+_IGNORED = "_ddp_params_and_buffers_to_ignore"
 
 
 class ProjectInBackward:
@@ -183,6 +186,32 @@ def release_optimizer(optimizer: Any) -> None:
     inner = unwrap_optimizer(optimizer)
     if isinstance(inner, (GaLoreOptimizer, ApolloAdamW)):
         inner.release()
+    elif _is_lomo(inner):
+        # The package keeps no handles, but registers one and the same function on every parameter.
+        for p in inner.model.parameters():
+            hooks = p._backward_hooks or {}
+            for key in [key for key, hook in hooks.items() if hook is inner.grad_func]:
+                del hooks[key]
+
+
+def hide_from_ddp(model: nn.Module, parameters: Sequence[Tensor]) -> Callable[[], None]:
+    """Makes DistributedDataParallel leave `parameters` of `model` alone. Returns a function that undoes it."""
+    wanted = {id(p) for p in parameters}
+    names = {name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in wanted}
+    attributes = vars(model)
+    before = attributes.get(_IGNORED)
+    marked = [p for p in parameters if not hasattr(p, "_ddp_ignored")]
+    hide = nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
+    hide(model, sorted({*names, *(before or ())}))
+
+    def show() -> None:
+        attributes.pop(_IGNORED, None)
+        if before is not None:
+            attributes[_IGNORED] = before
+        for p in marked:
+            vars(p).pop("_ddp_ignored", None)
+
+    return show
 
 
 def works_in_backward(optimizer: Any) -> bool:
@@ -195,6 +224,34 @@ def works_in_backward(optimizer: Any) -> bool:
         return inner.backward is not None
     if isinstance(inner, ApolloAdamW):
         return inner.works_in_backward
+    return _is_lomo(inner)
+
+
+def require_update_in_backward(args: Any, optim: str, *, clips: bool, instead_of_clipping: str, advice: str) -> None:
+    """Raises `ArgumentError` for settings that need the whole gradient of a step to exist before any weight moves.
+
+    `clips` says whether `max_grad_norm` is one of them; the two texts complete the message.
+    """
+    # transformers' own arguments have no such policy, and act like "log".
+    policy = getattr(args, "nonfinite_policy", "log")
+    broken = [
+        text
+        for wrong, text in (
+            (args.gradient_accumulation_steps != 1, "`gradient_accumulation_steps=1`"),
+            (clips, f"`max_grad_norm=0` ({instead_of_clipping})"),
+            (policy == "skip_step", "`nonfinite_policy='raise'` or `'log'` (the weights have moved when a step ends)"),
+            (args.fp16, "`fp16=False`"),
+            (world_size() > 1, "one process"),
+        )
+        if wrong
+    ]
+    if broken:
+        raise ArgumentError(
+            f"`optim={optim}` updates weights inside backward, which needs {' and '.join(broken)}. {advice}"
+        )
+
+
+def _is_lomo(inner: Any) -> bool:
     return type(inner).__module__.partition(".")[0] == "lomo_optim"
 
 

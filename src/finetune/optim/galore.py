@@ -8,7 +8,7 @@ reference: with `svd="exact"` the trajectories agree to 1e-6. Source: Zhao et al
 
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import Any
@@ -19,7 +19,16 @@ from torch.optim import Optimizer
 
 from finetune.errors import ArgumentError, CheckpointError
 from finetune.optim.fused_backward import ProjectInBackward
-from finetune.optim.galore_basis import Basis, Side, exact_basis, project, project_back, randomized_basis, side_of
+from finetune.optim.galore_basis import (
+    Basis,
+    Side,
+    coordinate_basis,
+    exact_basis,
+    project,
+    project_back,
+    randomized_basis,
+    side_of,
+)
 from finetune.optim.groups import ParameterGroup, partition
 
 _FIXED_BY_CHECKPOINT = ("rank", "proj_type")
@@ -49,7 +58,7 @@ class GaLoreOptimizer(Optimizer):
     """Projection, basis refresh, state and bookkeeping; subclasses turn a gradient into an update.
 
     `targets` are the parameters to project, `settings` how; a group that already has a `rank` is projected as well.
-    With `in_backward` the projection happens inside backward (see `ProjectInBackward`).
+    With `in_backward` the projection happens inside backward (see `ProjectInBackward`). `release` calls `on_release`.
     """
 
     wide_gradients = False
@@ -63,10 +72,12 @@ class GaLoreOptimizer(Optimizer):
         settings: GaLoreSettings,
         in_backward: bool = False,
         seed: int = 0,
+        on_release: Callable[[], None] | None = None,
     ):
         groups = partition(list(params), [(targets, asdict(settings))])
         super().__init__(groups, defaults)
         self.seed = seed
+        self._on_release = on_release
         self._index = {p: i for i, p in enumerate(self.targets())}
         self._refresh_seconds = 0.0
         self.backward = ProjectInBackward(self) if in_backward else None
@@ -139,10 +150,10 @@ class GaLoreOptimizer(Optimizer):
     def _due(self, p: Tensor, group: ParameterGroup, step: int) -> bool:
         gap = group["update_proj_gap"]
         offset = self._index[p] * gap // len(self._index) if group.get("stagger") else 0
-        missing = "basis_left" not in self.state[p] and "basis_right" not in self.state[p]
-        return missing or (step - offset) % gap == 0
+        return "refreshes" not in self.state[p] or (step - offset) % gap == 0
 
     def _refresh(self, p: Tensor, group: ParameterGroup, state: dict[str, Any], gradient: Tensor) -> None:
+        """Renews the basis in `state`. A gradient with NaN or infinite values leaves the basis as it is."""
         if gradient.dim() != 2 or getattr(p, "device_mesh", None) is not None:
             raise ArgumentError(
                 "GaLore needs whole weight matrices, and this run shards them (FSDP or tensor parallelism). Use data "
@@ -152,6 +163,12 @@ class GaLoreOptimizer(Optimizer):
         side, rank = side_of(gradient.shape, group["proj_type"]), group["rank"]
         old = _basis_in(state)
         sync = self.backward.average if self.backward is not None else None
+        finite = torch.isfinite(gradient).all().float()
+        if (finite if sync is None else sync(finite)) < 1:
+            if old == Basis(None, None):
+                # Without `refreshes` it counts as missing, so the next gradient brings a basis of its own.
+                _put(state, coordinate_basis(gradient, rank, side))
+            return
         if group.get("svd", "exact") == "exact":
             basis, energy = exact_basis(gradient if sync is None else sync(gradient), rank, side)
         else:
@@ -159,15 +176,15 @@ class GaLoreOptimizer(Optimizer):
                 gradient,
                 rank,
                 side,
-                previous=None if old == Basis(None, None) else old,
+                previous=old if "refreshes" in state else None,
                 generator=self._generator(p, int(state["step"].item())),
                 **({} if sync is None else {"reduce": sync}),
             )
         if self.backward is not None:
             self.backward.broadcast(basis)
-        if group.get("rotate_moments") and old != Basis(None, None):
+        if group.get("rotate_moments") and "refreshes" in state:
             self.rotate(state, old, basis)
-        state.update({f"basis_{name}": t for name, t in basis._asdict().items() if t is not None})
+        _put(state, basis)
         # In the state, so that a resumed run logs the numbers of an uninterrupted one.
         state["captured_energy"] = energy
         state["refreshes"] = state.get("refreshes", torch.zeros(())) + 1
@@ -248,6 +265,9 @@ class GaLoreOptimizer(Optimizer):
         """Removes the hooks of `in_backward` from the parameters; the run is over."""
         if self.backward is not None:
             self.backward.close()
+        if self._on_release is not None:
+            self._on_release()
+            self._on_release = None
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Loads what `state_dict` returned, every tensor in the type it was saved in.
@@ -273,3 +293,7 @@ class GaLoreOptimizer(Optimizer):
 
 def _basis_in(state: Mapping[str, Any]) -> Basis:
     return Basis(state.get("basis_left"), state.get("basis_right"))
+
+
+def _put(state: dict[str, Any], basis: Basis) -> None:
+    state.update({f"basis_{name}": t for name, t in basis._asdict().items() if t is not None})

@@ -56,6 +56,17 @@ def project_back(low: Tensor, basis: Basis) -> Tensor:
     return full
 
 
+def coordinate_basis(gradient: Tensor, rank: int, side: Side) -> Basis:
+    """Returns the basis of the first coordinates, for a gradient with NaN or infinite values, which has no best one."""
+    rows, columns = gradient.shape
+    rank = min(rank, rows, columns)
+    options = {"dtype": gradient.dtype, "device": gradient.device}
+    return Basis(
+        None if side == "right" else torch.eye(rows, rank, **options),
+        None if side == "left" else torch.eye(rank, columns, **options),
+    )
+
+
 def exact_basis(gradient: Tensor, rank: int, side: Side) -> tuple[Basis, Tensor]:
     """Returns the leading singular vectors of G and the share of its energy they hold (a 0-d tensor).
 
@@ -63,7 +74,7 @@ def exact_basis(gradient: Tensor, rank: int, side: Side) -> tuple[Basis, Tensor]
     """
     matrix = gradient.float()
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-    energy = values[:rank].square().sum() / values.square().sum()
+    energy = _share(values[:rank].square().sum(), values.square().sum())
     basis = Basis(
         None if side == "right" else left[:, :rank].to(gradient.dtype).contiguous(),
         None if side == "left" else right[:rank].to(gradient.dtype).contiguous(),
@@ -130,7 +141,12 @@ def _leading(
     energies, rotation = torch.linalg.eigh(small @ small.t())  # ascending
     found = _with_settled_signs(trial @ rotation.flip(1)[:, :rank], previous)
     total = reduce(matrix.square().sum())
-    return found, energies.flip(0)[:rank].sum() / total
+    return found, _share(energies.flip(0)[:rank].sum(), total)
+
+
+def _share(part: Tensor, total: Tensor) -> Tensor:
+    """Returns `part / total`, and 0 for a gradient of zeros."""
+    return part / total.clamp_min(torch.finfo(total.dtype).tiny)
 
 
 def _with_settled_signs(found: Tensor, previous: Tensor | None) -> Tensor:

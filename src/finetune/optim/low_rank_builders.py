@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from finetune.errors import ArgumentError
 from finetune.optim.builders import import_or_explain
-from finetune.optim.fused_backward import world_size
+from finetune.optim.fused_backward import hide_from_ddp, require_update_in_backward, world_size
 from finetune.optim.galore_basis import PROJECTION_TYPES
 from finetune.optim.groups import partition, target_weight_names
 from finetune.optim.registry import ClassAndArguments, OptimizerRequest, register_optimizer
@@ -53,13 +53,15 @@ def _own_galore(request: OptimizerRequest, model: nn.Module, targets: list[Tenso
 
     in_backward = request.name.endswith("_layerwise")
     if in_backward:
-        _prepare_projection_in_backward(request, model)
+        _require_projection_in_backward(request, model)
     rule = request.name.removesuffix("_layerwise")
     kwargs: dict[str, Any] = {
         "targets": targets,
         "settings": settings,
         "in_backward": in_backward,
         "seed": int(request.args.seed),
+        # DDP would send, and allocate, the gradients this optimizer frees; the optimizer averages projections itself.
+        "on_release": hide_from_ddp(model, targets) if in_backward and world_size() > 1 else None,
     }
     if rule == "galore_adafactor":
         options = request.options
@@ -107,7 +109,7 @@ def _galore_torch(request: OptimizerRequest, targets: list[Tensor], shared: dict
     return Reference, kwargs
 
 
-def _prepare_projection_in_backward(request: OptimizerRequest, model: nn.Module) -> None:
+def _require_projection_in_backward(request: OptimizerRequest, model: nn.Module) -> None:
     if request.args.fp16:
         raise ArgumentError(
             f"`optim={request.name}` does not work with `fp16=True`: the loss scaler never sees the projections. "
@@ -118,10 +120,6 @@ def _prepare_projection_in_backward(request: OptimizerRequest, model: nn.Module)
             f"`optim={request.name}` must be created before the model is wrapped in DistributedDataParallel, which "
             f"would reserve room for every full gradient."
         )
-    if world_size() > 1:
-        # DDP would send, and allocate, the gradients this optimizer frees; the optimizer averages projections itself.
-        names = set(target_weight_names(model, request.args.optim_target_modules, request.name))
-        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, sorted(names))
 
 
 @register_optimizer("apollo_adamw", "apollo_adamw_layerwise", refuses=["deepspeed", "fsdp"])
@@ -132,7 +130,13 @@ def apollo(request: OptimizerRequest) -> ClassAndArguments:
     model, options = request.require_model(), request.options
     in_backward = request.name.endswith("_layerwise")
     if in_backward:
-        _require_update_in_backward(request)
+        require_update_in_backward(
+            request.args,
+            request.name,
+            instead_of_clipping="APOLLO limits the growth of its updates by itself",
+            advice="`optim=apollo_adamw` has no such limits.",
+            clips=bool(request.args.max_grad_norm),
+        )
     options.choice("proj", ("random",), "random")
     settings = ApolloSettings(
         rank=positive(options.take("rank", int, 128), "rank"),
@@ -146,26 +150,6 @@ def apollo(request: OptimizerRequest) -> ClassAndArguments:
     return ApolloAdamW, {**request.adam, **shared}
 
 
-def _require_update_in_backward(request: OptimizerRequest) -> None:
-    """Raises `ArgumentError` for settings that need the whole gradient of a step to exist at once."""
-    args = request.args
-    broken = [
-        text
-        for wrong, text in (
-            (args.gradient_accumulation_steps != 1, "`gradient_accumulation_steps=1`"),
-            (bool(args.max_grad_norm), "`max_grad_norm=0` (APOLLO limits the growth of its updates by itself)"),
-            (args.fp16, "`fp16=False`"),
-            (world_size() > 1, "one process"),
-        )
-        if wrong
-    ]
-    if broken:
-        raise ArgumentError(
-            f"`optim={request.name}` updates weights inside backward, which needs {' and '.join(broken)}. "
-            f"`optim=apollo_adamw` has no such limits."
-        )
-
-
 def target_parameters(request: OptimizerRequest, model: nn.Module) -> list[Tensor]:
     """Returns the weights `optim_target_modules` selects. Raises `ArgumentError`, also for a LoRA model."""
     if any("lora_" in name for name, _ in model.named_parameters()):
@@ -174,7 +158,9 @@ def target_parameters(request: OptimizerRequest, model: nn.Module) -> list[Tenso
             f"which are low-rank already. Remove `use_peft`/`peft_config`, or use `optim=adamw_torch`."
         )
     names = set(target_weight_names(model, request.args.optim_target_modules, request.name))
-    return [p for name, p in model.named_parameters() if name in names]
+    # A tied weight has several names, and any of them may have been selected.
+    chosen = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if name in names}
+    return [p for p in model.parameters() if id(p) in chosen]
 
 
 def positive(value: int, key: str) -> int:

@@ -65,8 +65,19 @@ class MuonAdamW(Optimizer):
         if adam:
             # First, so that the learning rate of group 0 is an ordinary one.
             self._halves.insert(0, torch.optim.AdamW(adam, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+        self._complete = False
         super().__init__([group for half in self._halves for group in half.param_groups], {"lr": lr})
+        self._complete = True
         self._share()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group while the object is made. Raises `ArgumentError` later: neither half would step the group."""
+        if self._complete:
+            raise ArgumentError(
+                "`optim=muon` takes no parameter groups after it was made. Make the parameters trainable before, or "
+                "make a new optimizer."
+            )
+        super().add_param_group(param_group)
 
     def _share(self) -> None:
         """Makes both halves work on this object's groups and state."""

@@ -92,7 +92,8 @@ def register_optimizer(*names: str, refuses: Sequence[Backend] = ()) -> Callable
 
 
 def _registered() -> dict[str, _Registered]:
-    # Imported late because builders.py itself registers through this module.
+    # Imported late because the builders themselves register through this module.
+    from finetune.optim import lomo as _lomo  # noqa: F401
     from finetune.optim import low_rank_builders as _low_rank_builders  # noqa: F401
 
     return _REGISTERED
@@ -139,14 +140,23 @@ def build_optimizer(
     methods returned. As in transformers, `cls_and_kwargs` may carry `params`, `model` or `optimizer_dict` in place of
     the usual groups, and may name a factory that is called as `factory()(model, **kwargs)`. The given dictionary is not
     changed.
+
+    Raises:
+        ArgumentError: `optim_args` gives parameters their own learning rates (`lr@`) where the groups are replaced.
     """
     cls, given = optimizer_cls_and_kwargs(args, model) if cls_and_kwargs is None else cls_and_kwargs
     kwargs = dict(given)
-    if not (isinstance(cls, type) and issubclass(cls, Optimizer)):
-        return cls()(model, **kwargs)
-    over = _replaced_groups(kwargs)
+    rates: Mapping[str, float] = OptimOptions(args.optim_args).learning_rates
+    factory = None if isinstance(cls, type) and issubclass(cls, Optimizer) else cls
+    over = None if factory is not None else _replaced_groups(kwargs)
+    if rates and (factory is not None or over is not None):
+        raise ArgumentError(
+            f"`optim_args` has `lr@{next(iter(rates))}`, and this `optim={optimizer_name(args.optim)}` makes its own "
+            "parameter groups, with one learning rate. Remove the `lr@` keys, or set the rates in those groups."
+        )
+    if factory is not None:
+        return factory()(model, **kwargs)
     if over is None:
-        rates: Mapping[str, float] = OptimOptions(args.optim_args).learning_rates
         over = parameter_groups(model, args.weight_decay, decay_names=decay_names, learning_rates=rates)
     optimizer = cls(over, **kwargs)
     _keep_embeddings_wide(cls, kwargs, model)

@@ -1,5 +1,6 @@
 """Floating-point operations: how many a batch costs, and what share of the device's peak they reach."""
 
+import re
 import weakref
 from typing import Any
 
@@ -8,9 +9,11 @@ import torch
 from finetune.distributed import ranks
 
 # Dense bf16/fp16 tensor-core peaks in operations per second, from the vendors' data sheets (SXM variants where
-# there are several). Matched as substrings of `torch.cuda.get_device_name()`, the first hit counts.
+# there are several). Matched as whole words of `torch.cuda.get_device_name()`, the first hit counts.
 _PEAKS: tuple[tuple[str, float], ...] = (
+    ("GB200", 2500e12),
     ("B200", 2250e12),
+    ("GH200", 989e12),
     ("H200", 989e12),
     ("H100 PCIe", 756e12),
     ("H100", 989e12),
@@ -20,6 +23,7 @@ _PEAKS: tuple[tuple[str, float], ...] = (
     ("MI300X", 1307e12),
     ("MI250X", 383e12),
     ("L40S", 362e12),
+    ("L40", 181e12),
     ("L4", 121e12),
     ("A40", 150e12),
     ("A10G", 70e12),
@@ -68,7 +72,7 @@ def peak_flops_per_second(device: torch.device | str) -> float | None:
     if torch.device(device).type != "cuda" or not torch.cuda.is_available():
         return None
     name = torch.cuda.get_device_name(torch.device(device))
-    return next((peak for part, peak in _PEAKS if part in name), None)
+    return next((peak for words, peak in _PEAKS if re.search(rf"\b{words}\b", name)), None)
 
 
 def model_flops_utilization(

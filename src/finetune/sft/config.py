@@ -10,7 +10,7 @@ from finetune import environment
 from finetune.arguments import ArgumentGroup, TrainingArguments, arg
 from finetune.arguments.base import Translation, require, require_choice, require_positive
 from finetune.arguments.old_names import without_effect
-from finetune.arguments.performance import best_precision
+from finetune.arguments.performance import accelerator_present, best_precision
 
 PACKING_STRATEGIES = ["bfd", "bfd_split", "wrapped"]
 LOSS_TYPES = ["nll", "dft", "chunked_nll"]
@@ -105,6 +105,20 @@ class SFTArguments(ArgumentGroup):
             require_choice("dataset_kwargs", key, DATASET_OPTIONS)
             value = (self.dataset_kwargs or {})[key]  # pyright: ignore
             require(isinstance(value, bool), f"`dataset_kwargs['{key}']` is {value!r}; allowed are True and False.")
+        self._warn_of_what_has_no_effect()
+
+    def _warn_of_what_has_no_effect(self) -> None:
+        cpu = getattr(self, "use_cpu", False) or not accelerator_present()
+        for idle, text in (
+            (self.activation_offloading and cpu, "`activation_offloading=True` has no effect on a CPU"),
+            (
+                self.activation_offloading and getattr(self, "torch_compile", False),
+                "`activation_offloading=True` has no effect on compiled layers (`torch_compile`)",
+            ),
+            (getattr(self, "use_cache", False), "`use_cache=True` has no effect in `SFTTrainer`, which keeps no cache"),
+        ):
+            if idle:
+                warnings.warn(f"{text}. Drop it.", stacklevel=2)
 
 
 @dataclass(kw_only=True, repr=False)

@@ -1,6 +1,7 @@
 """`SFTConfig`: the rule that chooses the precision, derived values and refused combinations."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -127,7 +128,7 @@ def test_a_wrong_output_dir_by_position_is_refused():
         ("per_device_train_batch_size", 2.0, 2),
         ("per_device_train_batch_size", np.int64(4), 4),
         ("learning_rate", np.float32(0.5), 0.5),
-        ("max_grad_norm", None, None),
+        ("max_grad_norm", None, 0.0),
         ("eval_steps", 0.1, 0.1),
         ("packing", 1, True),
         ("packing", np.bool_(True), True),
@@ -148,3 +149,22 @@ def test_fields_of_a_users_class_are_not_checked():
 
     args = Mine("out", ratio=0.5)  # pyright: ignore[reportArgumentType]
     assert (args.ratio, dataclasses.replace(args, seed=1).learning_rate) == (0.5, None)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"activation_offloading": True}, "`activation_offloading=True` has no effect on a CPU"),
+        ({"activation_offloading": True, "torch_compile": True}, "no effect on compiled layers"),
+        ({"use_cache": True}, "`use_cache=True` has no effect in `SFTTrainer`"),
+        ({"gradient_checkpointing": False, "gradient_checkpointing_kwargs": {"every_n_layers": 2}}, "has no effect"),
+    ],
+)
+def test_what_has_no_effect_is_said(given: dict[str, Any], message: str) -> None:
+    with pytest.warns(UserWarning, match=message):
+        SFTConfig("out", use_cpu=True, **given)
+
+
+def test_settings_of_an_unset_recomputation_have_an_effect(recwarn: Any) -> None:
+    SFTConfig("out", use_cpu=True, gradient_checkpointing_kwargs={"every_n_layers": 2})
+    assert not [w for w in recwarn if "no effect" in str(w.message)]

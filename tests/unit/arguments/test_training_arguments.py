@@ -6,6 +6,7 @@ import logging
 import warnings
 from dataclasses import dataclass, field, fields, replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -182,6 +183,7 @@ def test_json_texts_become_dicts():
         ({"per_device_train_batch_size": 0}, "must be above 0"),
         ({"gradient_accumulation_steps": 0}, "must be above 0"),
         ({"label_smoothing_factor": 1.5}, "must be in"),
+        ({"label_smoothing_factor": 1.0}, "must be in"),
         ({"adam_beta2": 1.0}, "must be in"),
         ({"include_for_metrics": ["input"]}, "Did you mean `inputs`"),
         ({"include_num_input_tokens_seen": "some"}, "is not one of"),
@@ -353,6 +355,10 @@ def test_the_word_no_of_yaml_is_no_strategy(name, tmp_path):
     assert getattr(args, name) == "no"
 
 
+def test_no_norm_is_no_clipping() -> None:
+    assert TrainingArguments("out", max_grad_norm=None, use_cpu=True).max_grad_norm == 0.0  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -374,3 +380,30 @@ def test_a_wrong_member_of_an_enumeration_is_named_with_its_argument(given, mess
 def test_two_strategies_of_no_are_told_apart_from_unequal_ones():
     with pytest.raises(ArgumentError, match="Set both to 'steps' or both to 'epoch'"):
         TrainingArguments("out", load_best_model_at_end=True, save_strategy="no")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"liger_kernel_config": {"rope": True}}, "`liger_kernel_config` has no effect without"),
+        ({"optim_target_modules": "all-linear"}, "`optim_target_modules` has no effect with `optim=adamw"),
+        ({"optim_target_modules": "all-linear", "optim": "muon"}, "`optim_target_modules` has no effect with"),
+        ({"gradient_checkpointing_kwargs": {"use_reentrant": False}}, "`gradient_checkpointing_kwargs` has no effect"),
+    ],
+)
+def test_what_has_no_effect_is_said(given: dict[str, Any], message: str) -> None:
+    with pytest.warns(UserWarning, match=message):
+        TrainingArguments("out", use_cpu=True, **given)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"liger_kernel_config": {"rope": True}, "use_liger_kernel": True},
+        {"optim_target_modules": "all-linear", "optim": "galore_adamw"},
+        {"gradient_checkpointing_kwargs": {"use_reentrant": False}, "gradient_checkpointing": True},
+    ],
+)
+def test_what_has_an_effect_is_not(given: dict[str, Any], recwarn: Any) -> None:
+    TrainingArguments("out", use_cpu=True, **given)
+    assert not [w for w in recwarn if "no effect" in str(w.message)]

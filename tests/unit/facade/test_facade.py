@@ -342,3 +342,24 @@ def test_the_precision_that_a_launcher_chose_is_told(tmp_path: Path, monkeypatch
     assert args.bf16 is False and mixed_dtype(args) is torch.bfloat16
     assert hyperparameters(args)["mixed_precision_training"] == "bf16"
     assert "computed in bfloat16" in _dtype_text(model, args)
+
+
+@pytest.mark.parametrize("optim", ["galore_adamw_layerwise", "apollo_adamw_layerwise", "lomo"])
+def test_an_optimizer_that_works_in_backward_leaves_the_model_after_training(
+    optim: str, tiny_bert: Any, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"max_steps": 1, "learning_rate": 0.01, "max_grad_norm": 0.0, "save_strategy": "no"}
+    if optim == "lomo":
+        pytest.importorskip("lomo_optim")
+    else:
+        options |= {"optim_target_modules": "all-linear", "optim_args": "rank=4"}
+    model = tiny_bert()
+    args = finetune.TrainingArguments(str(tmp_path), optim=optim, **options, **COMMON)
+    trainer = finetune.Trainer(model=model, args=args, train_dataset=rows())
+    trainer.train()
+    weights = [p.detach().clone() for p in model.parameters()]
+    model(input_ids=torch.arange(3, 9).unsqueeze(0), labels=torch.tensor([1])).loss.backward()
+    assert all(map(torch.equal, model.parameters(), weights))
+    assert all(p.grad is not None for p in model.parameters())
+    trainer.train()
+    assert not all(map(torch.equal, model.parameters(), weights)), "the next run trains again"

@@ -28,10 +28,13 @@ def liger(model: Any):
 
 
 @contextmanager
-def layerwise(model: Any, optim: str):
+def in_backward(model: Any, optim: str):
     import finetune
 
-    lowrank = {"optim_target_modules": [r".*mlp.*"], "optim_args": "rank=4, update_proj_gap=3"}
+    lowrank: dict[str, Any] = {"optim_target_modules": [r".*mlp.*"], "optim_args": "rank=4, update_proj_gap=3"}
+    if optim == "lomo":
+        pytest.importorskip("lomo_optim")
+        lowrank = {}
     alone = {"max_grad_norm": 0.0, "gradient_accumulation_steps": 1}
     args = finetune.TrainingArguments("unused", optim=optim, use_cpu=True, report_to="none", **lowrank, **alone)
     optimizer = build_optimizer(args, model)
@@ -50,8 +53,9 @@ FEATURES: dict[str, Any] = {
     "no cache": lambda model: use_cache(model, False),
     "fused head": lambda model: fuse_head(model, entropy=True),
     "packed attention": use_packed_attention,
-    "layerwise galore": lambda model: layerwise(model, "galore_adamw_layerwise"),
-    "layerwise apollo": lambda model: layerwise(model, "apollo_adamw_layerwise"),
+    "layerwise galore": lambda model: in_backward(model, "galore_adamw_layerwise"),
+    "layerwise apollo": lambda model: in_backward(model, "apollo_adamw_layerwise"),
+    "lomo": lambda model: in_backward(model, "lomo"),
     "rare collections": lambda _: garbage_control(),
 }
 HOOKS = [name for name in nn.Module().__dict__ if name.endswith("_hooks") or "_hooks_" in name]
@@ -95,7 +99,7 @@ def test_nothing_is_left(name: str, end: Any, tiny_llama: Any, monkeypatch: Any)
             pass_through(model)
         if end:
             raise end
-    if name == "layerwise apollo":  # it updates weights in backward, as it should
+    if name in ("layerwise apollo", "lomo"):  # they update weights in backward, as they should
         for parameter, value in zip(model.parameters(), weights, strict=True):
             parameter.data.copy_(value)
     model.zero_grad()

@@ -51,3 +51,10 @@ def test_a_model_without_hidden_matrices_is_refused():
     model = nn.LayerNorm(4)
     with pytest.raises(ArgumentError, match="adamw_torch"):
         MuonAdamW(parameter_groups(model, 0.1), 0.01, muon_params=[])
+
+
+def test_a_group_that_nobody_would_step_is_refused():
+    model = nn.Linear(4, 4)
+    optimizer = MuonAdamW(parameter_groups(model, 0.1), 0.01, muon_params=[model.weight])
+    with pytest.raises(ArgumentError, match="takes no parameter groups"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))]})

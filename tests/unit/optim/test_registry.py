@@ -123,6 +123,9 @@ def test_transformers_substitutes_for_the_groups_are_understood(model):
             return torch.optim.SGD(opt_model.parameters(), lr=lr)
 
     assert build_optimizer(arguments("sgd"), model, cls_and_kwargs=(Factory, {"lr": 0.2})).defaults["lr"] == 0.2
+    for substitute in (given, (Factory, {"lr": 0.2})):
+        with pytest.raises(ArgumentError, match=r"`lr@weight`.*own parameter groups"):
+            build_optimizer(arguments("sgd", "lr@weight=0.1"), model, cls_and_kwargs=substitute)
 
 
 def test_learning_rate_groups_follow_the_schedule(model):

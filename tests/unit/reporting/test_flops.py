@@ -77,6 +77,12 @@ def test_utilisation(monkeypatch):
         ("NVIDIA L4", 121e12),
         ("NVIDIA L40S", 362e12),
         ("Tesla T4", 65e12),
+        ("NVIDIA GH200 480GB", 989e12),
+        ("NVIDIA GB200", 2500e12),
+        ("NVIDIA L40", 181e12),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA RTX A4000", None),
+        ("NVIDIA T400 4GB", None),
         ("?", None),
     ],
 )
