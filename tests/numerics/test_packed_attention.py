@@ -284,6 +284,34 @@ def test_the_probe_sees_a_leak() -> None:
     assert not probe_isolation(model).isolated
 
 
+def test_the_probe_sees_positions_that_do_not_start_at_zero() -> None:
+    """RoBERTa counts them from behind the index of its padding, so a packed row would get other embeddings."""
+    torch.manual_seed(0)
+    config = hf.RobertaConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+                              intermediate_size=64, max_position_embeddings=64, pad_token_id=1,
+                              is_decoder=True)  # fmt: skip
+    for dtype in (torch.float32, torch.bfloat16):
+        model = hf.RobertaForCausalLM(config).to(dtype)
+        with use_packed_attention(model):
+            found = probe_isolation(model)
+            assert not found.isolated and found.influence <= found.limit < found.position_error
+            with pytest.raises(ArgumentError, match=r"count positions from 0.*padding_free=False"):
+                require_isolation(model)
+
+
+def test_the_probe_sees_samples_that_are_not_what_they_are_alone() -> None:
+    """A model that ignores `position_ids` counts positions through the whole row: nothing leaks, yet all is moved."""
+    model = make("gpt2, learned positions")
+    with use_packed_attention(model):
+        assert probe_isolation(model).packed_error < 1e-5
+        original = model.transformer.forward
+        model.transformer.forward = lambda position_ids=None, **given: original(**given)
+        found = probe_isolation(model)
+        assert not found.isolated and found.influence <= found.limit and found.position_error == 0.0
+        with pytest.raises(ArgumentError, match=r"sample [12] are .* away from those of the sample alone"):
+            require_isolation(model)
+
+
 def test_the_probe_does_not_pass_a_model_that_reacts_to_nothing() -> None:
     model = make()
     nn.init.zeros_(model.get_input_embeddings().weight)
