@@ -19,6 +19,7 @@ from finetune.kernels.attention import (
 from finetune.kernels.isolation import probe_isolation, require_isolation
 from finetune.kernels.packed_buckets import plan_of
 from finetune.kernels.packed_scores import packed_attention
+from finetune.sft.build import can_be_padding_free
 from finetune.wrappers import unwrap_peft
 
 LENGTHS = (9, 1, 14, 3, 8, 40, 6)
@@ -230,6 +231,30 @@ def test_an_exception_inside_a_row_does_not_leak_into_the_next_batch() -> None:
     torch.testing.assert_close(found, make()(**padded()).loss.detach(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("removed", [False, True])
+def test_an_interrupt_inside_a_row_does_not_leak_either(removed: bool) -> None:
+    """Ctrl-C skips the hooks after a forward pass."""
+    model, handles = make(), []
+
+    def press(*_) -> None:
+        raise KeyboardInterrupt
+
+    handles.append(use_packed_attention(model))
+    interrupt = model.model.layers[0].register_forward_pre_hook(press)
+    with pytest.raises(KeyboardInterrupt):
+        model(**packed())
+    interrupt.remove()
+    if removed:
+        handles.pop().remove()
+        handles.append(use_packed_attention(model))
+    with torch.no_grad():
+        model.generate(packed()["input_ids"][:, :4], max_new_tokens=2)
+        found = model(**padded()).loss
+    handles.pop().remove()
+    assert packed_scores.RowsUnderWay.count == 0
+    torch.testing.assert_close(found, make()(**padded()).loss.detach(), rtol=1e-5, atol=1e-6)
+
+
 def test_masks_and_rows_do_not_mix() -> None:
     model = make()
     with use_packed_attention(model), pytest.raises(ArgumentError, match="attention_mask"):
@@ -327,6 +352,17 @@ def test_models_that_cannot() -> None:
     mamba = hf.MambaForCausalLM(hf.MambaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, state_size=4))
     with pytest.raises(ArgumentError, match="padding_free=False"):
         use_packed_attention(mamba)
+
+
+def test_an_attention_of_the_users_own_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make()
+    for name in ("sdpa", "eager", "flash_attention_2", None):
+        monkeypatch.setattr(model.config, "_attn_implementation_internal", name)
+        assert packed_unsupported_reason(model) is None, name
+    monkeypatch.setattr(model.config, "_attn_implementation_internal", "my_attention")
+    with pytest.raises(ArgumentError, match=r"its attention is 'my_attention'.*padding_free=False"):
+        use_packed_attention(model)
+    assert not can_be_padding_free(model)
 
 
 def test_short_samples_in_bfloat16_are_attended_in_float32() -> None:
