@@ -436,6 +436,25 @@ def test_widths_that_the_kernel_does_not_take_go_into_buckets(fake_cuda: list, w
     assert packed_scores.choose_backend(row, row, scores) == backend
 
 
+def test_a_compiled_model_is_not_compiled_again_for_other_samples() -> None:
+    model = make()
+    lengths = [(9, 1, 14), (5, 5, 6), (2, 20, 3), (8, 8, 8), (12, 4, 7), (1, 3, 17)]
+    graphs = []
+    with use_packed_attention(model), torch.no_grad():
+        compiled = torch.compile(model, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+        for each in lengths:
+            rows = {
+                "input_ids": torch.randint(3, 96, (1, sum(each))),
+                "position_ids": torch.cat([torch.arange(n) for n in each])[None],
+                "cu_seq_lens_q": torch.tensor([0, *each]).cumsum(0).int(),
+                "max_length_q": max(each),
+            }
+            torch.testing.assert_close(compiled(**rows).logits, model(**rows).logits, rtol=1e-5, atol=1e-5)
+            if each is lengths[2]:  # until then, sizes become symbols
+                before = len(graphs)
+    assert len(graphs) == before
+
+
 def test_places_are_copied_to_a_device_once() -> None:
     plan = plan_of((0, 3, 4, 6))
     first, second = plan.on(torch.device("meta")), plan.on(torch.device("meta"))
