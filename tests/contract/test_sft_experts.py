@@ -1,6 +1,7 @@
 """The load-balancing loss of mixtures of experts: weighted, divided and logged as by TRL 1.16."""
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import trl
 from datasets import Dataset
 
 import finetune
+from finetune.sft.experts import own_weight_is_zero
 
 TEXTS = ["the cat sat on a mat", "the red sun went down over hills", "birds sang to rivers that ran past"]
 OPTIONS: dict[str, Any] = {
@@ -38,10 +40,27 @@ def mixture(family: str) -> Any:
     own: dict[str, Any] = {
         "Mixtral": {"intermediate_size": 48, "num_local_experts": 4},
         "Qwen3Moe": {"intermediate_size": 48, "moe_intermediate_size": 48, "num_experts": 4, "head_dim": 8},
+        "JetMoe": {"intermediate_size": 48, "kv_channels": 8, "num_local_experts": 4, "aux_loss_coef": 0.5},
     }[family]
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(**shared, **own)
     return getattr(transformers, f"{family}ForCausalLM")(config)
+
+
+def mixture_with_images() -> Any:
+    """Its forward reads the weight of the auxiliary loss from the config of its text part."""
+    import transformers
+
+    text = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "router_aux_loss_coef": 1.0}
+    text |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "max_position_embeddings": 64}
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+    vision = {"hidden_size": 32, "intermediate_size": 32, "depth": 1, "num_heads": 2, "out_hidden_size": 32}
+    vision |= {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
+    special = {"image_token_id": 508, "video_token_id": 509, "vision_start_token_id": 510, "vision_end_token_id": 511}
+    torch.manual_seed(0)
+    config = transformers.Qwen3VLMoeConfig(text_config=text, vision_config=vision, **special)
+    return transformers.Qwen3VLMoeForConditionalGeneration(config)
 
 
 def run(library: Any, model: Any, tokenizer: Any, out: Path, **options: Any) -> Any:
@@ -64,6 +83,54 @@ def test_the_auxiliary_loss_is_trls(family: str, coefficient: Any, chat_tokenize
             assert mine[name] == pytest.approx(trls[name], rel=2e-5, abs=1e-5), (name, mine, trls)
     assert (ours.router_aux_loss_coef, ours.aux_loss_enabled) == (theirs.router_aux_loss_coef, theirs.aux_loss_enabled)
     assert model.router_aux_loss_coef == before
+
+
+@pytest.mark.parametrize("coefficient", [None, 0.5])
+def test_the_auxiliary_loss_of_a_model_that_takes_images_too_is_trls(
+    coefficient: float | None, chat_tokenizer: Any, tmp_path: Path
+) -> None:
+    model, options = mixture_with_images(), {"router_aux_loss_coef": coefficient, "save_strategy": "steps"}
+    other = copy.deepcopy(model)
+    theirs = run(trl, other, copy.deepcopy(chat_tokenizer), tmp_path / "a", router_aux_loss_coef=coefficient)
+    ours = run(finetune, model, chat_tokenizer, tmp_path / "b", **options, save_steps=2)
+    for mine, trls in zip(ours.state.log_history[:-1], theirs.state.log_history[:-1], strict=True):
+        for name in ("loss", "grad_norm", "aux_loss"):
+            assert mine[name] == pytest.approx(trls[name], rel=2e-5, abs=1e-5), (name, mine, trls)
+    assert model.config.text_config.router_aux_loss_coef == 1.0
+    saved = json.loads((tmp_path / "b" / "checkpoint-2" / "config.json").read_text())
+    assert saved["text_config"]["router_aux_loss_coef"] == 1.0
+
+
+def test_a_config_that_is_saved_in_training_holds_its_weight() -> None:
+    """Checkpoints are written by another thread while the next step runs, compiled or not."""
+    model = mixture_with_images()
+    config, ids = model.config.text_config, torch.arange(12)[None]
+    options = {"input_ids": ids, "labels": ids, "output_router_logits": True, "use_cache": False}
+    weighted = model(**options)
+    with own_weight_is_zero(model):
+        losses = [run_model(**options).loss for run_model in (model, torch.compile(model, backend="eager"))]
+        assert config.to_dict()["router_aux_loss_coef"] == 1.0
+        assert json.loads(model.config.to_json_string())["text_config"]["router_aux_loss_coef"] == 1.0
+        assert copy.deepcopy(model.config).text_config.router_aux_loss_coef == 1.0
+    assert type(config.router_aux_loss_coef) is float
+    for loss in losses:
+        torch.testing.assert_close(loss, weighted.loss - weighted.aux_loss)
+
+
+def test_a_weight_by_another_name_is_divided_as_well(chat_tokenizer: Any, tmp_path: Path) -> None:
+    """JetMoE's, which TRL neither reads nor divides by the micro-batches."""
+    model, logs = mixture("JetMoe"), []
+    model.config.output_router_logits = True
+    for coefficient in (0.0, None, 0.25):
+        tokenizer, out = copy.deepcopy(chat_tokenizer), tmp_path / str(coefficient)
+        trainer = run(
+            finetune, copy.deepcopy(model), tokenizer, out, max_steps=1, router_aux_loss_coef=coefficient,
+            gradient_accumulation_steps=4,
+        )  # fmt: skip
+        logs.append(trainer.state.log_history[0])
+    assert logs[1]["loss"] - logs[0]["loss"] == pytest.approx(0.5 * logs[1]["aux_loss"], abs=1e-3)
+    assert logs[2]["loss"] - logs[0]["loss"] == pytest.approx(0.25 * logs[2]["aux_loss"], abs=1e-3)
+    assert model.aux_loss_coef == 0.5
 
 
 def test_zero_switches_it_off(chat_tokenizer: Any, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from finetune.errors import ArgumentError
-from finetune.kernels import head_support
+from finetune.kernels import fused_head, head_support
 from finetune.kernels.fused_head import fuse_head
 from finetune.kernels.head_support import unsupported_reason
 from finetune.kernels.logit_transform import LogitTransform, logit_transform
@@ -302,17 +302,46 @@ def classes_with_other_logits() -> tuple[type, type]:
     return Halved, Sorted
 
 
-def test_an_unknown_convention_is_a_reason_not_to_fuse() -> None:
+def test_an_unknown_convention_is_followed_or_is_a_reason_not_to_fuse() -> None:
     halved, sorting = (build(each, hf.LlamaConfig) for each in classes_with_other_logits())
     before = [(name, sorted(module.__dict__)) for name, module in halved.named_modules()]
-    assert "scale=0.5" in (unsupported_reason(halved) or "") and "`sort`" in (unsupported_reason(sorting) or "")
+    assert unsupported_reason(halved) is None and "`sort`" in (unsupported_reason(sorting) or "")
     assert [(name, sorted(module.__dict__)) for name, module in halved.named_modules()] == before
-    for model in (halved, sorting):
-        with pytest.raises(ArgumentError, match=r"plain loss.*`compute_loss_func`"):
-            fuse_head(model)
+    with pytest.raises(ArgumentError, match=r"plain loss.*`compute_loss_func`"):
+        fuse_head(sorting)
     expected = halved(**batch()).loss
-    with fuse_head(halved, transform=LogitTransform(0.5)):
-        torch.testing.assert_close(halved(**batch()).loss, expected, rtol=1e-6, atol=1e-6)
+    for transform in (None, LogitTransform(0.5)):
+        with fuse_head(halved, transform=transform):
+            torch.testing.assert_close(halved(**batch()).loss, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_scale_in_the_config_that_the_logits_do_not_get_is_not_assumed() -> None:
+    """MiniCPM3 divides its hidden states by `logits_scaling`, so its logits are plain."""
+    model = build(hf.LlamaForCausalLM, hf.LlamaConfig)
+    expected = model(**batch()).loss
+    model.config.logits_scaling = 8.0
+    assert unsupported_reason(model) is None
+    with fuse_head(model) as handle:
+        assert handle.transform == LogitTransform()
+        torch.testing.assert_close(model(**batch()).loss, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("only_in_evaluation", [False, True])
+def test_a_forward_that_asks_for_the_shape_of_its_logits_is_not_fused(only_in_evaluation: bool) -> None:
+    """Inkling cuts padding off the vocabulary; xLSTM caps its logits in pieces, in evaluation alone."""
+
+    class Cut(hf.LlamaForCausalLM):
+        def forward(self, input_ids=None, labels=None, **kwargs):
+            logits = self.lm_head(self.model(input_ids).last_hidden_state)
+            if not (only_in_evaluation and self.training) and logits.shape[-1] > 90:
+                logits = logits[..., :90]
+            return hf.modeling_outputs.CausalLMOutputWithPast(
+                loss=self.loss_function(logits, labels, logits.shape[-1]), logits=logits
+            )
+
+    model = build(Cut, hf.LlamaConfig)
+    assert "needs real logits before its loss (" in (unsupported_reason(model) or "")
+    assert model.training
 
 
 def test_the_trial_runs_no_layer_and_needs_no_weights() -> None:
@@ -323,13 +352,14 @@ def test_the_trial_runs_no_layer_and_needs_no_weights() -> None:
                 module.register_forward_pre_hook(lambda *_: pytest.fail("a module was called"))
         model.to("meta")
         assert unsupported_reason(model) is None
-        assert "its config says" in (unsupported_reason(model, LogitTransform(0.123)) or ""), "the trial found nothing"
+        assert "`transform` says" in (unsupported_reason(model, LogitTransform(0.123)) or ""), "the trial found nothing"
 
 
 def test_a_convention_that_the_trial_missed_stops_instead_of_training_on_other_logits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(head_support, "_reason_of_its_logits", lambda *_: None)
+    monkeypatch.setattr(fused_head, "transform_of", logit_transform)
     halved, sorting = (build(each, hf.LlamaConfig) for each in classes_with_other_logits())
     with fuse_head(halved), pytest.raises(ArgumentError, match=r"scale=0\.5.*plain loss"):
         halved(**batch())

@@ -19,6 +19,7 @@ from finetune.kernels.attention import (
 from finetune.kernels.isolation import probe_isolation, require_isolation
 from finetune.kernels.packed_buckets import plan_of
 from finetune.kernels.packed_scores import packed_attention
+from finetune.sft.build import can_be_padding_free
 from finetune.wrappers import unwrap_peft
 
 LENGTHS = (9, 1, 14, 3, 8, 40, 6)
@@ -230,6 +231,30 @@ def test_an_exception_inside_a_row_does_not_leak_into_the_next_batch() -> None:
     torch.testing.assert_close(found, make()(**padded()).loss.detach(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("removed", [False, True])
+def test_an_interrupt_inside_a_row_does_not_leak_either(removed: bool) -> None:
+    """Ctrl-C skips the hooks after a forward pass."""
+    model, handles = make(), []
+
+    def press(*_) -> None:
+        raise KeyboardInterrupt
+
+    handles.append(use_packed_attention(model))
+    interrupt = model.model.layers[0].register_forward_pre_hook(press)
+    with pytest.raises(KeyboardInterrupt):
+        model(**packed())
+    interrupt.remove()
+    if removed:
+        handles.pop().remove()
+        handles.append(use_packed_attention(model))
+    with torch.no_grad():
+        model.generate(packed()["input_ids"][:, :4], max_new_tokens=2)
+        found = model(**padded()).loss
+    handles.pop().remove()
+    assert packed_scores.RowsUnderWay.count == 0
+    torch.testing.assert_close(found, make()(**padded()).loss.detach(), rtol=1e-5, atol=1e-6)
+
+
 def test_masks_and_rows_do_not_mix() -> None:
     model = make()
     with use_packed_attention(model), pytest.raises(ArgumentError, match="attention_mask"):
@@ -284,6 +309,34 @@ def test_the_probe_sees_a_leak() -> None:
     assert not probe_isolation(model).isolated
 
 
+def test_the_probe_sees_positions_that_do_not_start_at_zero() -> None:
+    """RoBERTa counts them from behind the index of its padding, so a packed row would get other embeddings."""
+    torch.manual_seed(0)
+    config = hf.RobertaConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+                              intermediate_size=64, max_position_embeddings=64, pad_token_id=1,
+                              is_decoder=True)  # fmt: skip
+    for dtype in (torch.float32, torch.bfloat16):
+        model = hf.RobertaForCausalLM(config).to(dtype)
+        with use_packed_attention(model):
+            found = probe_isolation(model)
+            assert not found.isolated and found.influence <= found.limit < found.position_error
+            with pytest.raises(ArgumentError, match=r"count positions from 0.*padding_free=False"):
+                require_isolation(model)
+
+
+def test_the_probe_sees_samples_that_are_not_what_they_are_alone() -> None:
+    """A model that ignores `position_ids` counts positions through the whole row: nothing leaks, yet all is moved."""
+    model = make("gpt2, learned positions")
+    with use_packed_attention(model):
+        assert probe_isolation(model).packed_error < 1e-5
+        original = model.transformer.forward
+        model.transformer.forward = lambda position_ids=None, **given: original(**given)
+        found = probe_isolation(model)
+        assert not found.isolated and found.influence <= found.limit and found.position_error == 0.0
+        with pytest.raises(ArgumentError, match=r"sample [12] are .* away from those of the sample alone"):
+            require_isolation(model)
+
+
 def test_the_probe_does_not_pass_a_model_that_reacts_to_nothing() -> None:
     model = make()
     nn.init.zeros_(model.get_input_embeddings().weight)
@@ -299,6 +352,17 @@ def test_models_that_cannot() -> None:
     mamba = hf.MambaForCausalLM(hf.MambaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, state_size=4))
     with pytest.raises(ArgumentError, match="padding_free=False"):
         use_packed_attention(mamba)
+
+
+def test_an_attention_of_the_users_own_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make()
+    for name in ("sdpa", "eager", "flash_attention_2", None):
+        monkeypatch.setattr(model.config, "_attn_implementation_internal", name)
+        assert packed_unsupported_reason(model) is None, name
+    monkeypatch.setattr(model.config, "_attn_implementation_internal", "my_attention")
+    with pytest.raises(ArgumentError, match=r"its attention is 'my_attention'.*padding_free=False"):
+        use_packed_attention(model)
+    assert not can_be_padding_free(model)
 
 
 def test_short_samples_in_bfloat16_are_attended_in_float32() -> None:
@@ -370,6 +434,25 @@ def test_widths_that_the_kernel_does_not_take_go_into_buckets(fake_cuda: list, w
     row = on_cuda(10, 2, width, dtype=torch.bfloat16)
     scores = packed_scores.Scores(1.0, None, None, None, causal=True, dropout=0.0)
     assert packed_scores.choose_backend(row, row, scores) == backend
+
+
+def test_a_compiled_model_is_not_compiled_again_for_other_samples() -> None:
+    model = make()
+    lengths = [(9, 1, 14), (5, 5, 6), (2, 20, 3), (8, 8, 8), (12, 4, 7), (1, 3, 17)]
+    graphs = []
+    with use_packed_attention(model), torch.no_grad():
+        compiled = torch.compile(model, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+        for each in lengths:
+            rows = {
+                "input_ids": torch.randint(3, 96, (1, sum(each))),
+                "position_ids": torch.cat([torch.arange(n) for n in each])[None],
+                "cu_seq_lens_q": torch.tensor([0, *each]).cumsum(0).int(),
+                "max_length_q": max(each),
+            }
+            torch.testing.assert_close(compiled(**rows).logits, model(**rows).logits, rtol=1e-5, atol=1e-5)
+            if each is lengths[2]:  # until then, sizes become symbols
+                before = len(graphs)
+    assert len(graphs) == before
 
 
 def test_places_are_copied_to_a_device_once() -> None:

@@ -10,6 +10,7 @@ import transformers as hf
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from finetune.kernels.packed_scores import RowsUnderWay
 from finetune.kernels.unpadded import use_unpadded_trunk, why_not_unpadded
 
 LENGTHS = (9, 1, 14, 3, 40, 6)
@@ -135,6 +136,29 @@ def test_the_layers_see_real_tokens_only(name: str) -> None:
         model(**inputs)
         model(input_ids=inputs["input_ids"])  # no mask: nothing says what is padding
     assert seen == [(1, sum(LENGTHS))] * 2 + [(len(LENGTHS), max(LENGTHS))] * 2
+
+
+def test_an_interrupt_between_the_layers_does_not_leak_into_the_next_batch() -> None:
+    """Ctrl-C skips the hooks after a forward pass."""
+    model = make("bert")
+    inputs = batch(model)
+
+    def press(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    handle = use_unpadded_trunk(model)
+    interrupt = find_layers(model)[0].register_forward_pre_hook(press)
+    with pytest.raises(KeyboardInterrupt):
+        model(**inputs)
+    interrupt.remove()
+    model(input_ids=inputs["input_ids"])
+    assert RowsUnderWay.count == 0
+    interrupt = find_layers(model)[0].register_forward_pre_hook(press)
+    with pytest.raises(KeyboardInterrupt):
+        model(**inputs)
+    interrupt.remove()
+    handle.remove()
+    assert RowsUnderWay.count == 0
 
 
 def find_layers(model: Any) -> Any:

@@ -21,6 +21,8 @@ from finetune.kernels.packed_scores import REMEDY, RowsUnderWay, packed_attentio
 from finetune.wrappers import unwrap_peft
 
 ATTENTION_NAME = "finetune_packed"
+# Same scores by other kernels, so packed attention may stand for them. Whatever else a user registers it may not.
+_REPLACEABLE = frozenset({"eager", "sdpa", "flex_attention", ATTENTION_NAME})
 
 
 class PackedAttention:
@@ -37,7 +39,8 @@ class PackedAttention:
         ]
 
     def remove(self) -> None:
-        """Restores the attention implementation. Safe to call twice."""
+        """Restores the attention implementation, also in the middle of a forward pass. Safe to call twice."""
+        self._leave()
         hooks, self._hooks = self._hooks, []
         before, self._before = self._before, []
         for hook in hooks:
@@ -53,6 +56,7 @@ class PackedAttention:
         self.remove()
 
     def _enter(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        self._leave()
         if kwargs.get("cu_seq_lens_q") is None:
             return None
         for name in ("attention_mask", "past_key_values"):
@@ -66,6 +70,7 @@ class PackedAttention:
         return args, {**kwargs, "use_cache": False}
 
     def _leave(self, *_: Any) -> None:
+        # Ctrl-C skips all hooks after a forward pass, so the next pass and `remove` call this too.
         if self._entered:
             self._entered = False
             RowsUnderWay.count -= 1
@@ -93,6 +98,10 @@ def packed_unsupported_reason(model: nn.Module) -> str | None:
         return f"{name} is no transformers model"
     if getattr(base.config, "is_encoder_decoder", False):
         return f"{name} is an encoder-decoder"
+    implementations = {getattr(config, "_attn_implementation", None) or "eager" for config in configs_of(base)}
+    own = {each for each in implementations - _REPLACEABLE if "flash" not in each}
+    if own:
+        return f"its attention is {', '.join(map(repr, sorted(own)))}, which packed attention would replace"
     kinds = {kind for config in configs_of(base) for kind in getattr(config, "layer_types", None) or ()}
     other = kinds - {"full_attention", "sliding_attention", "attention"}
     if other:

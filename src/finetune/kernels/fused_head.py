@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from finetune.errors import ArgumentError
-from finetune.kernels.head_support import head_of, unsupported_reason
+from finetune.kernels.head_support import head_of, transform_of, unsupported_reason
 from finetune.kernels.linear_cross_entropy import IGNORE_INDEX, HeadLoss, linear_cross_entropy
-from finetune.kernels.logit_transform import REMEDY, DisguisedLoss, LogitTransform, Recorder, logit_transform
+from finetune.kernels.logit_transform import REMEDY, DisguisedLoss, LogitTransform, Recorder
 from finetune.wrappers import unwrap_peft
 
 
@@ -159,8 +159,8 @@ class FusedHead:
             applied = call.recorder.transform()
             if not applied.agrees_with(self.transform):
                 raise ArgumentError(
-                    f"{type(self._model).__name__} applies {applied} to its logits, but its config says "
-                    f"{self.transform}. {REMEDY} Or pass `transform=` to `fuse_head`."
+                    f"{type(self._model).__name__} applies {applied} to its logits, but {self.transform} "
+                    f"was expected. {REMEDY} Or pass `transform=` to `fuse_head`."
                 )
             # The tensor that came back, not the one that was handed out: backward hooks hang on it.
             loss = logits.as_subclass(Tensor)
@@ -200,7 +200,7 @@ def fuse_head(
         "label_smoothing": label_smoothing, "z_loss": z_loss, "dft": dft, "entropy": entropy,
         "chunk_tokens": chunk_tokens,
     }  # fmt: skip
-    return FusedHead(base, transform or logit_transform(base), options)
+    return FusedHead(base, transform or transform_of(base), options)
 
 
 @dataclass

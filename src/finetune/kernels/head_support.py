@@ -1,8 +1,7 @@
 """Whether the head of one model can be fused with its loss: read from the model, and tried without running its layers.
 
 The trial runs the model's own top-level `forward` with a stand-in for the layers and one for the head, so it costs
-nothing and needs no weights: what the model does to its logits between head and loss is written down and compared with
-what its config says.
+nothing and needs no weights: what the model does to its logits between head and loss is written down.
 """
 
 from __future__ import annotations
@@ -11,11 +10,13 @@ import inspect
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from finetune.errors import one_line
 from finetune.kernels.logit_transform import (
     DisguisedLoss,
     LogitTransform,
@@ -35,7 +36,7 @@ def unsupported_reason(model: nn.Module, transform: LogitTransform | None = None
     """Returns why the head of `model` cannot be fused, as the end of a sentence, or None if it can be.
 
     A reason is no error: LoRA on the head, for one, trains through the plain loss. `transform` is what the model does
-    to its logits, if that is not what its config says.
+    to its logits, if that is not what `transform_of` finds.
     """
     base = unwrap_peft(model)
     if not hasattr(base, "get_output_embeddings") or not hasattr(type(base), "loss_function"):
@@ -51,7 +52,7 @@ def unsupported_reason(model: nn.Module, transform: LogitTransform | None = None
         return "the weights of its head are quantized"
     if "forward" in head.__dict__:
         return "the forward of its head is replaced already (by `device_map` hooks or another fused head)"
-    return _reason_of_its_loss(base) or _reason_of_its_logits(base, head, transform or logit_transform(base))
+    return _reason_of_its_loss(base) or _reason_of_its_logits(base, head, transform)
 
 
 def _reason_of_its_loss(base: Any) -> str | None:
@@ -86,34 +87,65 @@ def head_of(base: Any) -> Any:
 # ---- The trial ----
 
 
-def _reason_of_its_logits(base: Any, head: nn.Linear, transform: LogitTransform) -> str | None:
-    """Returns what `base` does to its logits that the fused loss cannot follow; None if it can, or if the trial fails.
+@dataclass(frozen=True)
+class _Trial:
+    """What a trial found: a reason not to fuse, or what was done to the logits; neither if it failed before the head.
 
-    A trial that fails before the loss says nothing, as the stand-ins are no real layers: then the first batch shows it.
+    Such a failure says nothing, as the stand-ins are no real layers: then the first batch shows it.
     """
-    recorder, applied = Recorder(), []
+
+    reason: str | None = None
+    transform: LogitTransform | None = None
+
+
+def transform_of(base: Any) -> LogitTransform:
+    """Returns what the forward of `base` does to its logits, as a trial shows it; what its config says if none can."""
+    return _try(base, head_of(base), training=True).transform or logit_transform(base)
+
+
+def _reason_of_its_logits(base: Any, head: nn.Linear, transform: LogitTransform | None) -> str | None:
+    """Returns what `base` does to its logits, in training or in evaluation, that the fused loss cannot follow."""
+    expected, source = transform, "`transform` says"
+    for training in (True, False):
+        trial = _try(base, head, training=training)
+        if trial.reason is not None:
+            return trial.reason
+        if trial.transform is None:
+            continue
+        if expected is None:
+            expected, source = trial.transform, "in training"
+        if not trial.transform.agrees_with(expected):
+            return f"its forward applies {trial.transform} to its logits, and {source} {expected}"
+    return None
+
+
+def _try(base: Any, head: nn.Linear, *, training: bool) -> _Trial:
+    recorder, applied, projected = Recorder(), [], []
 
     def loss(logits: Any = None, *_: Any, **__: Any) -> Tensor:
-        if isinstance(logits, DisguisedLoss):
-            applied.append(recorder.transform())
+        applied.append(recorder.transform() if isinstance(logits, DisguisedLoss) else None)
         return torch.zeros(())
 
     def project(hidden: Tensor) -> Tensor:
+        projected.append(True)
         disguised = torch.zeros((), device=hidden.device).as_subclass(DisguisedLoss)
         disguised.recorder = recorder
         return disguised
 
     tokens = torch.zeros((1, 2), dtype=torch.long, device=head.weight.device)
+    before, base.training = base.training, training  # of this module alone: no other one runs
     try:
         with torch.no_grad(), _stand_ins(base, head, project, loss):
             base.forward(input_ids=tokens, labels=tokens)
     except UnknownOperation as unknown:
-        return f"its forward applies `{unknown.operation}` to its logits, which the fused loss cannot follow"
+        return _Trial(f"its forward applies `{unknown.operation}` to its logits, which the fused loss cannot follow")
     except Exception as problem:  # whatever the code of a model does with a stand-in
         logger.debug("The trial of the head of %s failed: %s", type(base).__name__, problem)
-    if applied and not applied[0].agrees_with(transform):
-        return f"its forward applies {applied[0]} to its logits, and its config says {transform}"
-    return None
+        if projected and not applied:
+            return _Trial(f"its forward needs real logits before its loss ({one_line(problem, 100)})")
+    finally:
+        base.training = before
+    return _Trial(transform=applied[0] if applied else None)
 
 
 @contextmanager

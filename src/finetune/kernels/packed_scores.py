@@ -74,7 +74,7 @@ def packed_attention(
     query, key, value = (each[0].transpose(0, 1) for each in _autocast((query, key, value)))  # (N, heads, D)
     backend = choose_backend(query, value, options)
     if backend == "buckets":
-        return attend_by_buckets(query, key, value, _boundaries(cu_seq_lens_q), options)[None], None
+        return _by_buckets(query, key, value, cu_seq_lens_q, options)[None], None
     longest = max_length_q if max_length_q is not None else int(cu_seq_lens_q.diff().max())
     return (_flash if backend == "flash" else _varlen)(query, key, value, cu_seq_lens_q, longest, options)[None], None
 
@@ -124,6 +124,12 @@ def choose_backend(query: Tensor, value: Tensor, scores: Scores) -> str:
     fits = scores.softcap is None and scores.dropout == 0.0 and (scores.causal or not scores.window)
     fits = fits and query.shape[-1] % 8 == 0  # flash-attn pads other widths by itself
     return "varlen" if fits and _varlen_function() is not None else "buckets"
+
+
+# Buckets are other Python numbers in every batch: a compiler would compile each layer again for each of them.
+@torch.compiler.disable(reason="the buckets of a packed row differ from batch to batch")
+def _by_buckets(query: Tensor, key: Tensor, value: Tensor, cu_seq_lens: Tensor, scores: Scores) -> Tensor:
+    return attend_by_buckets(query, key, value, _boundaries(cu_seq_lens), scores)
 
 
 def _boundaries(cu_seq_lens: Tensor) -> tuple[int, ...]:

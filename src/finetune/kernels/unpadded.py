@@ -92,7 +92,7 @@ class UnpaddedTrunk:
         for hook in hooks:
             hook.remove()
         self._attention.remove()
-        self._rows = None
+        self._forget()
 
     def __enter__(self) -> UnpaddedTrunk:
         return self
@@ -101,6 +101,7 @@ class UnpaddedTrunk:
         self.remove()
 
     def _read_mask(self, backbone: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        self._forget()
         named: dict[str, Any] = {**dict(zip(self._names, args, strict=False)), **kwargs}
         given = ("past_key_values", "encoder_hidden_states", "cu_seq_lens_q")
         if any(named.get(name) is not None for name in given):
@@ -139,6 +140,7 @@ class UnpaddedTrunk:
         return output
 
     def _forget(self, *_: Any) -> None:
+        # Ctrl-C skips all hooks after a forward pass, so the next pass and `remove` call this too.
         if self._rows is not None and not self._whole:
             RowsUnderWay.count -= 1
         self._rows = None

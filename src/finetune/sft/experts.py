@@ -11,6 +11,7 @@ Gradients are averaged over processes already, so this is the mean over all micr
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 from torch import Tensor, nn
@@ -28,15 +29,14 @@ def router_coefficient(model: nn.Module, given: float | None) -> float | None:
     Raises:
         ArgumentError: `given` is not 0, and the model has no auxiliary loss whose weight could be set.
     """
-    base: Any = unwrap(model)
-    config = getattr(base, "config", None)
-    text_config = config.get_text_config() if config is not None else None
-    if hasattr(text_config, "output_router_logits") and hasattr(base, _WEIGHT):
-        return float(getattr(base, _WEIGHT) if given is None else given)
+    places = _own_weights(model)
+    if places:
+        owner, name = places[0]
+        return float(getattr(owner, name) if given is None else given)
     if given:
         raise ArgumentError(
-            f"`router_aux_loss_coef` is {given}, but {type(base).__name__} has no load-balancing loss whose weight can "
-            "be set. Drop it: it is for mixtures of experts (Mixtral, Qwen-MoE, OLMoE, ...)."
+            f"`router_aux_loss_coef` is {given}, but {type(unwrap(model)).__name__} has no load-balancing loss whose "
+            "weight can be set. Drop it: it is for mixtures of experts (Mixtral, Qwen-MoE, OLMoE, ...)."
         )
     return None
 
@@ -45,12 +45,45 @@ def router_coefficient(model: nn.Module, given: float | None) -> float | None:
 def own_weight_is_zero(model: nn.Module) -> Iterator[None]:
     """Context manager: the model adds nothing to its loss; afterwards it weighs its auxiliary loss as it did."""
     base: Any = unwrap(model)
-    before = getattr(base, _WEIGHT)
-    setattr(base, _WEIGHT, 0.0)
+    before = [(owner, name, getattr(owner, name)) for owner, name in _own_weights(model)]
+    for owner, name, value in before:
+        # A checkpoint may be written at any time, by another thread, and has to hold the config's own value.
+        setattr(owner, name, 0.0 if owner is base else _SavedAs(value))
     try:
         yield
     finally:
-        setattr(base, _WEIGHT, before)
+        for owner, name, value in before:
+            setattr(owner, name, value)
+
+
+class _SavedAs(float):
+    """A 0 whose copies are the number it stands for: a config is copied to be written."""
+
+    saved: float
+
+    def __new__(cls, saved: float) -> "_SavedAs":
+        zero = super().__new__(cls, 0.0)
+        zero.saved = saved
+        return zero
+
+    def __reduce__(self) -> tuple[type, tuple[float]]:
+        return float, (self.saved,)
+
+
+def _own_weights(model: nn.Module) -> list[tuple[Any, str]]:
+    """Returns where the forward of `model` reads its weight, as (owner, attribute); [] for a model without experts.
+
+    An attribute of the model, which JetMoE calls otherwise, or the config of the text part (Qwen3-VL-MoE, GLM-4.5V).
+    """
+    base: Any = unwrap(model)
+    config = getattr(base, "config", None)
+    text_config = config.get_text_config() if config is not None else None
+    if not hasattr(text_config, "output_router_logits"):
+        return []
+    own = [(base, name) for name in (_WEIGHT, "aux_loss_coef") if hasattr(base, name)]
+    if own or not hasattr(text_config, _WEIGHT):
+        return own
+    return [(text_config, _WEIGHT)] if "output_router_logits" in signature(base.forward).parameters else []
 
 
 def auxiliary_loss(outputs: Any) -> Tensor | None:

@@ -123,10 +123,8 @@ class SFTTrainer(SFTRowMethods, SFTLossMethods):
             peft_config=peft_config,
             brings_optimizer=optimizers[0] is not None or optimizer_cls_and_kwargs is not None,
         )
-        reads_predictions = bool(compute_metrics or preprocess_logits_for_metrics)
-        self._plan = DataPlan.resolve(
-            args, first_row(train_dataset), formatting_func, reads_predictions=reads_predictions
-        )
+        predicts = bool(compute_metrics or preprocess_logits_for_metrics)
+        self._plan = DataPlan.resolve(args, first_row(train_dataset), formatting_func, reads_predictions=predicts)
         self._formatting_func = formatting_func
         check_model_options(args, model, quantization_config)
         refuse_loss_function(args, compute_loss_func)
@@ -141,7 +139,7 @@ class SFTTrainer(SFTRowMethods, SFTLossMethods):
         model = load_model_for_sft(args, model, tokenizer, quantization_config, peft_config)
         check_rows(model, processing_class, train_dataset, eval_dataset)
         self._router_coefficient = router_coefficient(model, args.router_aux_loss_coef)
-        wants_logits = reads_predictions or compute_loss_func is not None
+        wants_logits = predicts or compute_loss_func is not None
         self._plan = settle_padding(
             self._plan,
             args,

@@ -68,7 +68,7 @@ def test_rows_with_nothing_to_learn_are_left_out_and_counted(chat_tokenizer: Any
     stream = prepare_split(rows.to_iterable_dataset(), chat_tokenizer, DataSettings(max_length=6), say=silent)
     assert list(stream.dataset) == list(split.dataset)
     assert stream.audit.sampled
-    assert "a stream: counted are its first 2 rows" in audit_table({"train": stream.audit})
+    assert "a stream: only its first 2 rows are counted" in audit_table({"train": stream.audit})
 
 
 def test_preparing_twice_changes_nothing(on_disk: Any, chat_tokenizer: Any) -> None:

@@ -123,12 +123,12 @@ def test_a_full_disk_at_the_end_is_a_warning(monkeypatch, capsys, caplog):
         is_world_process_zero=lambda: True,
     )
     run = SimpleNamespace(trial=None, optimizer=torch.optim.AdamW(model.parameters()), plan=PLAN)
-    header.log_start(trainer, run)
+    header.start_observers(trainer, run)
 
     def write(self, folder):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(type(run.ledger), "write", write)
+    monkeypatch.setattr(type(run.memory), "write", write)
     header.log_end(trainer, run, {"train_runtime": 1.0})
     assert "was not written" in caplog.text and "No space left on device" in caplog.text
     assert "Trained\n" in capsys.readouterr().err
