@@ -261,7 +261,7 @@ class Trainer(EvaluationMethods, OptimizerMethods, SavingMethods):
         metrics = speed.speed_metrics(
             "train", run.start_time, num_samples=run.plan.num_train_samples * share, num_steps=steps
         )
-        self.store_flos()
+        self._collect_for_log()
         metrics.update(total_flos=self.state.total_flos, train_loss=loss)
         self._memory_tracker.stop(metrics)
         self.log(metrics)
@@ -429,6 +429,11 @@ class Trainer(EvaluationMethods, OptimizerMethods, SavingMethods):
         if self._run is not None and self._run.token_counter is not None:
             self.state.num_input_tokens_seen += self._run.drain_tokens()
 
+    def _collect_for_log(self) -> None:
+        """Sums over all processes what `log` will add: `log` itself may be called by one process alone."""
+        self.store_flos()
+        self.store_tokens()
+
     def _maybe_log_save_evaluate(
         self,
         tr_loss: Tensor,
@@ -453,7 +458,7 @@ class Trainer(EvaluationMethods, OptimizerMethods, SavingMethods):
             if nonfinite:
                 logs["nonfinite_losses"] = nonfinite
             logs |= optimizer_logs(self.optimizer) | self._feature_logs()
-            self.store_flos()
+            self._collect_for_log()
             self.log(logs, start_time)
         if self.control.should_evaluate:
             metrics = self._evaluate(trial, ignore_keys_for_eval)
@@ -473,7 +478,6 @@ class Trainer(EvaluationMethods, OptimizerMethods, SavingMethods):
         if self.state.epoch is not None:
             logs["epoch"] = self.state.epoch
         if self.args.include_num_input_tokens_seen != "no" and self._run is not None:
-            self.store_tokens()
             logs["num_input_tokens_seen"] = self.state.num_input_tokens_seen
             if start_time is not None:
                 tokens = self.state.num_input_tokens_seen - self._run.initial_tokens

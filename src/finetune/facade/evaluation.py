@@ -43,6 +43,7 @@ class EvaluationMethods(DataMethods):
         self._memory_tracker.start("eval")
         loader = self.get_eval_dataloader(dataset)
         output = self._timed_loop(loader, "Evaluation", ignore_keys, metric_key_prefix)
+        self.store_tokens()
         self.log(output.metrics)
         self._events.fire("on_evaluate", metrics=output.metrics)
         self._memory_tracker.stop(output.metrics)

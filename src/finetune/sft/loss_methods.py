@@ -28,6 +28,7 @@ class SFTLossMethods(Trainer):
     _router_coefficient: float | None
     _head: FusedHead | None = None
     _loss_only = False
+    _to_log: Mapping[str, float] = {}
 
     if TYPE_CHECKING:
 
@@ -147,10 +148,14 @@ class SFTLossMethods(Trainer):
         finally:
             self._loss_only = False
 
+    def _collect_for_log(self) -> None:
+        super()._collect_for_log()
+        self._to_log = self._measured("train") if self.model.training else {}
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the token metrics of training since the last log. Called as `Trainer.log`."""
-        if self.model.training:
-            logs.update(self._measured("train"))
+        logs.update(self._to_log)
+        self._to_log = {}
         super().log(logs, start_time)
 
     def evaluation_loop(

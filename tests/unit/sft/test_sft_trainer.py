@@ -9,6 +9,7 @@ from datasets import Dataset
 
 import finetune
 from finetune.distributed import ranks
+from finetune.engine.run import TrainingRun
 from finetune.errors import ArgumentError
 from finetune.kernels.attention import use_packed_attention
 from finetune.sft import build
@@ -269,3 +270,28 @@ def test_an_interrupted_evaluation_leaves_nothing_behind(
         patch.setattr(trainer.callback_handler, "on_prediction_step", stop)
         trainer.evaluate()
     assert token_metrics(trainer.evaluate()) == expected
+
+
+def test_a_log_by_one_process_waits_for_no_other(
+    tiny_llama: Any, chat_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scripts write `if trainer.is_world_process_zero(): trainer.log(...)`: sums over processes would wait for ever."""
+
+    class Logging(finetune.TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            with monkeypatch.context() as patch:
+                for owner, name in ((ranks, "sum_over_processes"), (TrainingRun, "drain_tokens")):
+                    patch.setattr(owner, name, lambda *given: pytest.fail("sums over processes"))
+                trainer.log({"mine": 1.0})
+
+    trainer = finetune.SFTTrainer(
+        model=tiny_llama(512),
+        args=config(tmp_path, max_steps=2, logging_steps=2, include_num_input_tokens_seen="all"),
+        train_dataset=Dataset.from_list(ROWS["text"]),
+        processing_class=chat_tokenizer,
+        callbacks=[Logging()],
+    )
+    trainer.train()
+    mine, _, logged = trainer.state.log_history[:3]
+    assert mine["mine"] == 1.0 and "entropy" not in mine
+    assert logged["num_tokens"] == logged["num_input_tokens_seen"] > 0 and "entropy" in logged
