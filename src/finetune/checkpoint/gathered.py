@@ -82,7 +82,7 @@ def _with_masters(engine: Any, state_dict: dict[str, Tensor] | None, *, is_write
 
 @contextlib.contextmanager
 def naming_as_unsharded(model: Any) -> Iterator[None]:
-    """Within, PEFT finds the names of an adapter's tensors in a model that FSDP1 wraps; other models stay as they are.
+    """Context manager: PEFT finds the names of an adapter's tensors in a model that FSDP1 wraps.
 
     PEFT looks for them under the names of the modules, which FSDP1 wraps one by one, and would save not a single one.
     For `modules_to_save` it asks each module for its `state_dict`, and needs only the names; under FSDP1 that gathers,

@@ -104,7 +104,7 @@ class _StopOnSignal(TrainerCallback):
 
 @contextlib.contextmanager
 def saving_on_signals(handler: CallbackHandler, accelerator: Any) -> Iterator[PreemptionGuard]:
-    """Within, a first signal ends training after a checkpoint (`enable_jit_checkpoint`); see the module."""
+    """Context manager: a first signal ends training after a checkpoint (`enable_jit_checkpoint`); see the module."""
     with PreemptionGuard() as guard:
         callback = _StopOnSignal(guard, accelerator)
         handler.add_callback(callback)

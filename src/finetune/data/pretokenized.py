@@ -82,7 +82,7 @@ def _flat(values: Sequence[Any], column: str, rows: Sequence[int], name: str) ->
     if flat is None:
         for row, value in zip(rows, values, strict=True):
             if _array(list(value)) is None:
-                fail(row, name, f"`{column}` holds values that are no integers", "Give one flat list of integers.")
+                fail(row, name, f"`{column}` holds values that are not integers", "Give one flat list of integers.")
     assert flat is not None
     return flat, offsets
 

@@ -35,7 +35,7 @@ class DataSettings:
         batch_size: rows per call of the tokenizer.
         cache_dir: folder for the prepared rows of datasets that live in memory (others are cached beside their files).
         stall_seconds: a worker without progress for so long is reported with its stack, and the work is done again in
-            this process. 0: wait for ever.
+            this process. 0: wait forever.
     """
 
     dataset_text_field: str = "text"

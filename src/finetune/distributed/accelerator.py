@@ -68,7 +68,7 @@ def accelerator_kwargs(args: Any, model: nn.Module | None = None) -> dict[str, A
 
 @contextmanager
 def processes_in_step(accelerator: Any) -> Iterator[None]:
-    """Within, loaders are prepared so that every process gets as many batches as the others, and as large ones.
+    """Context manager: prepares loaders so that every process gets the same number of batches, of the same size.
 
     `even_batches=False` would end a short round of batches with processes that wait for the others for ever. What it
     is for, that no row counts twice, holds anyway: the rows that fill up a round are neither trained on nor scored.

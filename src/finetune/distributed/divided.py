@@ -11,7 +11,7 @@ from torch import nn
 
 @contextmanager
 def whole_where_used(model: nn.Module) -> Iterator[None]:
-    """Within, weights that ZeRO-3 divided are whole for the module that computes with them; others are left alone.
+    """Context manager: each module gathers the weights that ZeRO-3 divided while it computes with them.
 
     One module at a time, as DeepSpeed itself does later: the whole model may not fit into one device. All processes
     must run the same modules in the same order.

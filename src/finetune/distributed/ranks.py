@@ -1,4 +1,4 @@
-"""Which process am I, and what do the others have. Works before and without `torch.distributed`."""
+"""Rank, world size and small collectives; usable without `torch.distributed`."""
 
 from __future__ import annotations
 

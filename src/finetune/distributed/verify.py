@@ -1,4 +1,4 @@
-"""After `prepare`: is the model shared out the way the accelerator says?"""
+"""Checks, after `prepare`, that the model is sharded as the accelerator says."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The data half of the facade: loaders, samplers, and which columns reach the model."""
+"""Mixin of `Trainer`: loaders, samplers, and which columns reach the model."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""The evaluation half of the facade: `evaluate`, `predict` and what they call."""
+"""Mixin of `Trainer`: `evaluate`, `predict` and what they call."""
 
 import math
 import time

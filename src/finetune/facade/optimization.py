@@ -1,4 +1,4 @@
-"""The optimizer half of the facade: optimizer, schedule, and what they say about themselves."""
+"""Mixin of `Trainer`: optimizer, schedule, and what they say about themselves."""
 
 from collections.abc import Callable
 from typing import Any

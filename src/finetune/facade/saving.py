@@ -1,4 +1,4 @@
-"""The saving half of the facade: checkpoints, weights, and the Hub."""
+"""Mixin of `Trainer`: checkpoints, weights, and the Hub."""
 
 import contextlib
 import gc

@@ -95,7 +95,7 @@ def packed_unsupported_reason(model: nn.Module) -> str | None:
     base = unwrap_peft(model)
     name = type(base).__name__
     if not hasattr(base, "config") or not hasattr(base, "base_model_prefix"):
-        return f"{name} is no transformers model"
+        return f"{name} is not a transformers model"
     if getattr(base.config, "is_encoder_decoder", False):
         return f"{name} is an encoder-decoder"
     implementations = {getattr(config, "_attn_implementation", None) or "eager" for config in configs_of(base)}
@@ -133,7 +133,7 @@ def register_packed_attention() -> None:
 
 @contextmanager
 def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """Within, all modules of `model` are in training or in evaluation mode; afterwards each is in its own again."""
+    """Context manager: puts all modules of `model` into one mode; afterwards each is in its own again."""
     modes = [(module, module.training) for module in model.modules()]
     model.train(training)
     try:

@@ -40,7 +40,7 @@ def unsupported_reason(model: nn.Module, transform: LogitTransform | None = None
     """
     base = unwrap_peft(model)
     if not hasattr(base, "get_output_embeddings") or not hasattr(type(base), "loss_function"):
-        return f"{type(base).__name__} is no causal language model of transformers"
+        return f"{type(base).__name__} is not a causal language model of transformers"
     if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
         return "the labels of an encoder-decoder are not shifted"
     head = head_of(base)
@@ -150,7 +150,7 @@ def _try(base: Any, head: nn.Linear, *, training: bool) -> _Trial:
 
 @contextmanager
 def _stand_ins(base: Any, head: nn.Linear, project: Any, loss: Any) -> Iterator[None]:
-    """Within, the layers of `base` give hidden states of zeros, its head is `project` and its loss function `loss`.
+    """Context manager: the layers of `base` give zeros, its head is `project` and its loss function `loss`.
 
     The modules are replaced, not their `forward`, so that no hook of theirs (of ZeRO-3, of FSDP) runs.
     """

@@ -29,13 +29,13 @@ def offload_state(optimizer: Any, *, park: Move | None = None, fetch: Move | Non
     change, checkpoints are those of the ordinary run, and a loaded state is parked after the first step.
 
     Raises:
-        ArgumentError: the optimizer is none of torch's, works inside backward, is sharded, or its parameters are in
+        ArgumentError: the optimizer is not one of torch's, works inside backward, is sharded, or its parameters are in
             host memory already.
     """
     inner = unwrap_optimizer(optimizer)
     if not isinstance(inner, Optimizer):
         raise ArgumentError(
-            f"`offload_optimizer_state` needs an optimizer of torch, and {type(inner).__name__} is none (DeepSpeed has "
+            f"`offload_optimizer_state` needs one of torch's optimizers, not {type(inner).__name__} (DeepSpeed has "
             "`offload_optimizer` in its own configuration). Set `offload_optimizer_state=False`."
         )
     if inner in _installed:

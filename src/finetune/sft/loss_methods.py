@@ -20,7 +20,7 @@ from finetune.trainer import Trainer
 
 
 class SFTLossMethods(Trainer):
-    """The half of `SFTTrainer` that computes losses. Use `SFTTrainer`."""
+    """Mixin of `SFTTrainer` that computes losses. Use `SFTTrainer`."""
 
     _token_metric_names = ("aux_loss", "entropy", "mean_token_accuracy", "num_tokens")
     _metrics: dict[str, MetricBag]

@@ -27,7 +27,7 @@ _PACKED_COLUMNS = ("input_ids", "labels", LENGTH, WEIGHTS)
 
 
 class SFTRowMethods(RawRowMethods):
-    """The half of `SFTTrainer` that prepares rows. Use `SFTTrainer`."""
+    """Mixin of `SFTTrainer` that prepares rows. Use `SFTTrainer`."""
 
     _plan: DataPlan
     _formatting_func: Callable[..., Any] | None
