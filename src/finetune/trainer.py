@@ -1,7 +1,7 @@
-"""`Trainer`: every override point of `transformers.Trainer`, each a few lines over one function of a leaf module.
+"""`Trainer`: every override point of `transformers.Trainer`, most of them a few lines that call one other module.
 
-The facade is this file (training and the loss) and, in `facade/`, the constructor (`base.py`), `attributes.py`,
-`data.py`, `optimization.py`, `evaluation.py` and `saving.py`. Nothing is decided in them. Reading order of a run:
+This file has training and the loss; the mixins in `facade/` have the constructor (`base.py`), `attributes.py`,
+`data.py`, `optimization.py`, `evaluation.py` and `saving.py`. Reading order of a run:
 `train` -> `_inner_training_loop` -> `engine/loop.py`, which calls back `get_batch_samples`, `training_step`,
 `_clip_grad_norm` and `_maybe_log_save_evaluate`.
 """
