@@ -16,15 +16,22 @@ def is_peft_model(model: object) -> bool:
 def unwrap_peft(model: Any) -> Any:
     """Returns the model inside a PEFT wrapper (its layers may hold adapters), or `model` itself.
 
-    A PEFT wrapper inside that of `torch.compile` is looked through too. A model of the user that happens to have a
-    method `get_base_model` is left alone.
+    A PEFT wrapper inside those of `torch.compile` and FSDP1 is looked through too. A model of the user that happens to
+    have a method `get_base_model` is left alone.
     """
-    inner: Any = getattr(model, "_modules", {}).get("_orig_mod", model)
+    inner: Any = model
+    while (inside := _wrapped(inner)) is not None:
+        inner = inside
     if not is_peft_model(inner):
         return model
     if hasattr(inner, "get_base_model"):
         return inner.get_base_model()
     return inner.base_model.model  # PeftMixedModel offers no accessor
+
+
+def _wrapped(model: Any) -> Any:
+    modules = getattr(model, "_modules", {})
+    return modules.get("_orig_mod", modules.get("_fsdp_wrapped_module"))
 
 
 def unwrap_optimizer(optimizer: Any) -> Any:

@@ -21,6 +21,9 @@ def test_peft_is_looked_through(model: nn.Module, mixed: bool) -> None:
     assert is_peft_model(wrapped) and not is_peft_model(model)
     assert unwrap_peft(wrapped) is model and unwrap_peft(model) is model
     assert unwrap_peft(torch.compile(wrapped, backend="eager")) is model
+    fsdp1 = nn.Module()  # which needs a process group; this is where it keeps what it wraps
+    fsdp1.add_module("_fsdp_wrapped_module", wrapped)
+    assert unwrap_peft(fsdp1) is model
 
 
 def test_other_models_are_left_alone() -> None:

@@ -239,12 +239,12 @@ class StreamLoader(DataLoader[Any]):
             packets, pending = self._begin()
         if pending is None or digest(pending[1].batch) == found:
             raise CheckpointError(
-                "The stream does not continue with the batch that was next when the checkpoint was written: the data "
-                "set, its order or its preparation changed. Restore them, or use `ignore_data_skip=True`."
+                "The stream does not continue with the batch that was next when the checkpoint was written: the "
+                "dataset, its order or its preparation changed. Restore them, or use `ignore_data_skip=True`."
             )
         logger.warning(
-            "The rows of the stream, or what the collator makes of them, come out differently each time, by a "
-            "generator that no checkpoint holds: the resumed run goes on at the same rows, but cannot compare them."
+            "The rows of the stream, or what the collator makes of them, are random (their generator is not in the "
+            "checkpoint), so a resumed run goes on at the same rows but cannot verify them."
         )
         return packets, pending
 

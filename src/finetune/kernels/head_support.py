@@ -127,9 +127,9 @@ def _try(base: Any, head: nn.Linear, *, training: bool) -> _Trial:
         return torch.zeros(())
 
     def project(hidden: Tensor) -> Tensor:
-        projected.append(True)
         disguised = torch.zeros((), device=hidden.device).as_subclass(DisguisedLoss)
         disguised.recorder = recorder
+        projected.append(True)  # not above: fake tensors cannot be disguised, which says nothing of the model
         return disguised
 
     tokens = torch.zeros((1, 2), dtype=torch.long, device=head.weight.device)
