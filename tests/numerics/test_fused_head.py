@@ -266,7 +266,7 @@ def test_reasons_not_to_fuse() -> None:
     assert "not a plain nn.Linear" in (unsupported_reason(on_head) or "")
     with pytest.raises(ArgumentError, match=r"plain nn\.Linear.*plain loss"):
         fuse_head(on_head)
-    assert "no causal language model" in (unsupported_reason(nn.Linear(2, 2)) or "")
+    assert "not a causal language model" in (unsupported_reason(nn.Linear(2, 2)) or "")
     t5 = build(hf.T5ForConditionalGeneration, hf.T5Config, False, vocab_size=32, d_model=16, d_ff=16, num_layers=1,
                num_heads=2, d_kv=8, decoder_start_token_id=0)  # fmt: skip
     assert "encoder-decoder" in (unsupported_reason(t5) or "")

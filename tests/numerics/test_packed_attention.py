@@ -345,7 +345,7 @@ def test_the_probe_does_not_pass_a_model_that_reacts_to_nothing() -> None:
 
 
 def test_models_that_cannot() -> None:
-    assert "no transformers model" in (packed_unsupported_reason(nn.Linear(1, 1)) or "")
+    assert "not a transformers model" in (packed_unsupported_reason(nn.Linear(1, 1)) or "")
     t5 = hf.T5ForConditionalGeneration(hf.T5Config(vocab_size=32, d_model=16, d_ff=16, num_layers=1, num_heads=2,
                                                    d_kv=8, decoder_start_token_id=0))  # fmt: skip
     assert "encoder-decoder" in (packed_unsupported_reason(t5) or "")

@@ -132,9 +132,9 @@ def test_an_opening_of_the_prompt_alone_takes_nothing_from_the_answer(answer: st
     ("row", "said"),
     [
         ({"input_ids": None}, "`input_ids` is None"),
-        ({"input_ids": [1, None]}, "no integers"),
-        ({"input_ids": [1.5]}, "no integers"),
-        ({"input_ids": [[1]]}, "no integers"),
+        ({"input_ids": [1, None]}, "not integers"),
+        ({"input_ids": [1.5]}, "not integers"),
+        ({"input_ids": [[1]]}, "not integers"),
         ({"input_ids": [10_000]}, "`input_ids` holds 10000"),
         ({"input_ids": [-1]}, "`input_ids` holds -1"),
         ({"input_ids": [1, 2], "labels": [1]}, "`labels` has 1 values for 2 `input_ids`"),
