@@ -68,7 +68,7 @@ def test_refusals():
     model = nn.Linear(2, 2)
     with pytest.raises(ArgumentError, match="on a CPU run moves nothing"):
         offload_state(adamw(model))
-    with pytest.raises(ArgumentError, match=r"object is none.*`offload_optimizer`"):
+    with pytest.raises(ArgumentError, match=r"not object.*`offload_optimizer`"):
         offload_state(object())
 
 
