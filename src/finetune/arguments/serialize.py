@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import fields
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from finetune.arguments.base import old_names_of
 from finetune.arguments.distributed import AcceleratorConfig
@@ -52,8 +52,7 @@ class Serialization:
         def __getattr__(self, name: str) -> Any:
             if name in READABLE_OLD_NAMES:
                 return READABLE_OLD_NAMES[name](self)
-            hint = "" if name.startswith("_") else nearest(name, [field.name for field in fields(self)])
-            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}.{hint}", name=name, obj=self)
+            raise _UnknownAttribute(name=name, obj=self)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in READABLE_OLD_NAMES:
@@ -63,6 +62,15 @@ class Serialization:
                 object.__setattr__(self, new, translated)
             return
         object.__setattr__(self, name, value)
+
+
+class _UnknownAttribute(AttributeError):
+    """Names the nearest field, but only once it is shown: the loop asks for optional attributes in every step."""
+
+    def __str__(self) -> str:
+        name, args = str(self.name), cast(Any, self.obj)
+        hint = "" if name.startswith("_") else nearest(name, [field.name for field in fields(args)])
+        return f"{type(args).__name__} has no attribute {name!r}.{hint}"
 
 
 def plain(name: str, value: Any) -> Any:

@@ -207,3 +207,9 @@ def test_a_refused_old_name_is_named(name):
 def test_a_misspelt_field_is_named_when_it_is_read():
     with pytest.raises(AttributeError, match="Did you mean `learning_rate`"):
         TrainingArguments("out").lerning_rate  # noqa: B018  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_asking_for_an_optional_attribute_searches_for_no_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop asks in every step, and a search costs more than the rest of the loop."""
+    monkeypatch.setattr("finetune.arguments.serialize.nearest", lambda *given: pytest.fail("searched"))
+    assert getattr(TrainingArguments("out"), "not_there", None) is None
