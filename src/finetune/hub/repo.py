@@ -4,51 +4,21 @@ Local files come first: a push reads a snapshot of the output folder made of har
 failures of the network touch neither the run nor a push in progress.
 """
 
-import contextlib
 import functools
 import logging
-import os
 import shutil
-import tempfile
-from collections.abc import Iterator
 from concurrent.futures import Future
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Protocol
 
 from finetune.checkpoint import layout
 from finetune.errors import ArgumentError
-from finetune.hub.uploads import PushQueue, RefusedError, Repository, Upload
+from finetune.hub.snapshots import SNAPSHOT_PREFIX, checkpoint_upload, model_upload
+from finetune.hub.uploads import PushQueue, RefusedError, Repository
 
 logger = logging.getLogger(__name__)
 
-SNAPSHOT_PREFIX = "_push-"
-# What shows rows of the training data stays here: they may be private where the model is not.
-DATA_FILES = ("data_preview*.html", "data_audit*.json")
-NOT_PUSHED = ("_*", f"{layout.CHECKPOINT_PREFIX}-*", ".*", layout.LATEST, layout.BEST, *DATA_FILES)
-WEIGHTS = ("model*.safetensors*", "pytorch_model*.bin*", "adapter_model.*")
-
-# What a checkpoint holds besides a loadable model: needed to resume, not to use it.
-TRAINING_STATE = (
-    layout.OPTIMIZER,
-    "optimizer.bin",
-    layout.SCHEDULER,
-    layout.SCALER,
-    layout.TRAINER_STATE,
-    layout.MANIFEST,
-    "rng_state*.pth",
-    "finetune_state*.pt",
-    "optimizer_layout.json",
-    "optimizer_*",
-    "global_step*",
-    "pytorch_model_fsdp*",
-    "latest",
-    "zero_to_fp32.py",
-)
-
 _NO_SNAPSHOT = "Push to the Hub left out, its snapshot cannot be made: %s"
-_LINK_FROM_BYTES = 1 << 20
-_SCAN_UP_TO_BYTES = 8 << 20
 
 
 class HubOwner(Protocol):
@@ -153,7 +123,7 @@ def push_to_hub(
         queue.repository.use_token(token)
     message = commit_message or "End of training"
     try:
-        future = queue.submit(_model_upload(queue.repository, output_dir, message, revision, link=blocking))
+        future = queue.submit(model_upload(queue.repository, output_dir, message, revision, link=blocking))
     except OSError as error:
         logger.error(_NO_SNAPSHOT, error)
         return None
@@ -190,10 +160,10 @@ def _push_from_checkpoint(self: HubOwner, checkpoint_folder: str) -> None:
     output_dir, checkpoint = Path(self.args.output_dir), Path(checkpoint_folder)
     repository = queue.repository
     try:
-        queue.submit(_model_upload(repository, output_dir, message, revision, checkpoint=checkpoint))
+        queue.submit(model_upload(repository, output_dir, message, revision, checkpoint=checkpoint))
         if self.args.hub_strategy in ("checkpoint", "all_checkpoints"):
             where = "last-checkpoint" if self.args.hub_strategy == "checkpoint" else checkpoint.name
-            queue.submit(_checkpoint_upload(repository, output_dir, checkpoint, where, message, revision))
+            queue.submit(checkpoint_upload(repository, output_dir, checkpoint, where, message, revision))
     except OSError as error:
         # A full disk, for instance. The checkpoint itself is complete, so training can go on.
         logger.error(_NO_SNAPSHOT, error)
@@ -224,90 +194,3 @@ def _warn_of_shards(output_dir: str) -> None:
 
 def _queue(trainer: Any) -> PushQueue | None:
     return getattr(trainer, "push_in_progress", None)
-
-
-def _model_upload(
-    repository: Repository,
-    output_dir: Path,
-    message: str,
-    revision: str | None,
-    checkpoint: Path | None = None,
-    link: bool = False,
-) -> Upload:
-    """Returns the upload of the output folder; with `checkpoint`, its model takes the place of the folder's own.
-
-    Large files are hard links where nothing rewrites them in place: in a checkpoint, and if `link` says so here.
-    """
-    older_model = () if checkpoint is None else WEIGHTS
-    with _new_snapshot(output_dir) as folder:
-        for path in _files(output_dir, (*NOT_PUSHED, *older_model)):
-            _place(repository, path, folder / path.relative_to(output_dir), link)
-        if checkpoint is not None:
-            for path in _files(checkpoint, TRAINING_STATE):
-                _place(repository, path, folder / path.relative_to(checkpoint), link=True)
-    return Upload(
-        folder=folder,
-        source=output_dir if checkpoint is None else checkpoint,
-        message=message,
-        revision=revision,
-        ignore=NOT_PUSHED if checkpoint is None else TRAINING_STATE,
-        done=lambda: shutil.rmtree(folder, ignore_errors=True),
-    )
-
-
-def _checkpoint_upload(
-    repository: Repository, output_dir: Path, checkpoint: Path, where: str, message: str, revision: str | None
-) -> Upload:
-    """Returns the upload of a whole checkpoint into the folder `where` of the repository."""
-    with _new_snapshot(output_dir) as folder:
-        for path in _files(checkpoint, ()):
-            _place(repository, path, folder / path.relative_to(checkpoint), link=True)
-    return Upload(
-        folder=folder,
-        source=checkpoint,
-        message=f"{message}, checkpoint",
-        path_in_repo=where,
-        revision=revision,
-        replaces_folder=where == "last-checkpoint",
-        done=lambda: shutil.rmtree(folder, ignore_errors=True),
-    )
-
-
-@contextlib.contextmanager
-def _new_snapshot(output_dir: Path) -> Iterator[Path]:
-    """Yields a new folder to fill, which is removed when that fails."""
-    output_dir.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=SNAPSHOT_PREFIX, dir=output_dir))
-    try:
-        yield folder
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-
-
-def _files(folder: Path, left_out: tuple[str, ...]) -> Iterator[Path]:
-    """Yields the files below `folder`, without entries of `folder` itself that match a pattern of `left_out`."""
-    for entry in sorted(folder.iterdir()):
-        if any(fnmatch(entry.name, pattern) for pattern in left_out):
-            continue
-        if entry.is_file():
-            yield entry
-        elif entry.is_dir() and not entry.is_symlink():
-            yield from sorted(path for path in entry.rglob("*") if path.is_file())
-
-
-def _place(repository: Repository, source: Path, target: Path, link: bool) -> None:
-    """Links or copies a file into a snapshot; a file that holds the Hub token in plain text stays out of it."""
-    size = source.stat().st_size
-    target.unlink(missing_ok=True)
-    if size <= _SCAN_UP_TO_BYTES and repository.contains_token(source):
-        logger.warning("`%s` contains the Hub token and is not pushed.", source)
-        return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if link and size >= _LINK_FROM_BYTES:
-        try:
-            os.link(source, target)
-            return
-        except OSError:
-            logger.debug("No hard links in `%s`; copying.", target.parent)
-    shutil.copy2(source, target)

@@ -11,7 +11,7 @@ import torch
 
 from finetune.control.state import TrainerState
 from finetune.errors import ArgumentError
-from finetune.hub import card, repo, uploads
+from finetune.hub import card, repo, snapshots, uploads
 
 TOKEN = "hf_" + "s3cret" * 5  # what the server in conftest.py accepts
 
@@ -351,7 +351,7 @@ def test_a_snapshot_that_cannot_be_made_is_left_out(hub, folder, caplog, monkeyp
     trainer = FakeTrainer(folder)
     trainer.init_hf_repo()
     path = trainer.checkpoint(1)
-    monkeypatch.setattr(repo.tempfile, "mkdtemp", full)
+    monkeypatch.setattr(snapshots.tempfile, "mkdtemp", full)
     trainer._push_from_checkpoint(path)
     assert trainer.push_to_hub() is None
     assert caplog.text.count("No space left") == 2
@@ -364,7 +364,7 @@ def test_a_snapshot_that_cannot_be_filled_leaves_nothing(hub, folder, caplog, mo
     trainer = FakeTrainer(folder, hub_strategy="checkpoint")
     trainer.init_hf_repo()
     path = trainer.checkpoint(1)
-    monkeypatch.setattr(repo.shutil, "copy2", full)
+    monkeypatch.setattr(snapshots.shutil, "copy2", full)
     trainer._push_from_checkpoint(path)
     assert trainer.push_to_hub() is None
     assert "No space left" in caplog.text and not list(folder.glob("_push-*"))
@@ -380,7 +380,7 @@ def test_without_hard_links_files_are_copied(hub, folder, monkeypatch):
     def refuse(*args):
         raise OSError("no links here")
 
-    monkeypatch.setattr(repo.os, "link", refuse)
+    monkeypatch.setattr(snapshots.os, "link", refuse)
     trainer = FakeTrainer(folder)
     trainer._push_from_checkpoint(trainer.checkpoint(4))
     trainer._finish_current_push()
