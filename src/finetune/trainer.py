@@ -103,12 +103,7 @@ class Trainer(EvaluationMethods, OptimizerMethods, SavingMethods):
             if not self.place_model_on_device and (args.fp16_full_eval or args.bf16_full_eval):
                 self._move_model_to_device(self.model, args.device)
             self._feature_logs = features.enter(
-                stack,
-                self.model,
-                args,
-                self.processing_class,
-                self.neftune_noise_alpha,
-                self._recomputes_activations(),
+                stack, self.model, args, self.processing_class, self.neftune_noise_alpha, self._recomputes_activations()
             )
             stack.enter_context(self.model_features())
             stack.enter_context(setup.underflow_debugger(self.model, args.debug))
