@@ -8,7 +8,6 @@ Columns of the result: `input_ids` and `labels` (lists of int32, half the memory
 (int32, so that grouping by length reads one column), and `keep_columns`. Everything else is dropped.
 """
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,8 +32,9 @@ from finetune.data.mapped import (
     output_features,
 )
 from finetune.data.pretokenized import holds_integers
-from finetune.data.rows import LENGTH, type_name
+from finetune.data.rows import LENGTH
 from finetune.data.settings import DataSettings
+from finetune.data.sources import first_row, is_iterable_dataset, plain_rows
 from finetune.data.tokenize import NOTHING_TRAINED
 from finetune.data.watchdog import map_with_workers
 from finetune.errors import DataFormatError
@@ -68,8 +68,10 @@ def prepare_split(
     Raises `DataFormatError` for an empty dataset, unknown columns, and bad rows, naming the row.
     """
     say = say or say_on_main_process
-    row = first_row(dataset, name)
-    if is_iterable_dataset(dataset):
+    streams = is_iterable_dataset(dataset)
+    # Of a stream with a format (torch, numpy), rows hold arrays instead of lists.
+    row = first_row(dataset.with_format(None) if streams else dataset, name)
+    if streams:
         return _prepare_stream(dataset, processing_class, settings, row, name, say)
     dataset = plain_rows(dataset, name)
     row = first_row(dataset, name)
@@ -86,67 +88,6 @@ def prepare_split(
     return PreparedSplit(*_finish(prepared, processor), cached)
 
 
-def first_row(dataset: Any, name: str = "train") -> dict[str, Any]:
-    """Returns the first row of a dataset or stream without consuming it. Raises `DataFormatError` if there is none."""
-    if isinstance(dataset, Mapping):
-        splits = ", ".join(map(repr, dataset))
-        raise DataFormatError(f"The {name} dataset is a dictionary of {splits}. Pass the rows under one of these keys.")
-    if isinstance(dataset, str | os.PathLike):
-        raise DataFormatError(
-            f"The {name} dataset is {os.fspath(dataset)!r}, a name. Load it first: `datasets.load_dataset(...)`."
-        )
-    try:
-        row = next(iter(dataset), None)
-    except UnicodeDecodeError as error:
-        raise DataFormatError(f"Row 0 of the {name} dataset holds text that is not UTF-8: {error}.") from error
-    if row is None:
-        raise DataFormatError(f"The {name} dataset is empty. Give it at least one row.")
-    if not isinstance(row, Mapping):
-        raise DataFormatError(f"The rows of the {name} dataset are `{type(row).__name__}`, expected dictionaries.")
-    return dict(row)
-
-
-def plain_rows(dataset: Any, name: str) -> Any:
-    """Returns a map-style dataset whose rows are Python values, whatever format it was set to."""
-    from datasets import Dataset
-
-    if not isinstance(dataset, Dataset):
-        raise DataFormatError(
-            f"The {name} dataset is a `{type(dataset).__name__}`, expected a `datasets.Dataset`, `IterableDataset` or "
-            "a list of rows. Convert it (`Dataset.from_list(list(rows))`), or give rows with `input_ids` and `labels` "
-            "and set `dataset_kwargs={'skip_prepare_dataset': True}`."
-        )
-    if dataset.format["type"] == "custom":
-        raise DataFormatError(
-            f"The {name} dataset uses `set_transform`, which would be run once and frozen into the tokens. Apply it "
-            "with `map` first, or pass `dataset_kwargs={'skip_prepare_dataset': True}`."
-        )
-    return dataset if dataset.format["type"] is None else dataset.with_format(None)
-
-
-def is_iterable_dataset(dataset: Any) -> bool:
-    """Returns whether rows come as a stream that can be mapped, a `datasets.IterableDataset`.
-
-    `position.is_stream` also holds for torch's, which give rows and nothing else.
-    """
-    from datasets import IterableDataset
-
-    return isinstance(dataset, IterableDataset)
-
-
-def as_dataset(rows: Any) -> Any:
-    """Returns a `datasets.Dataset` with the columns of all rows for a list of dictionaries; anything else as it is."""
-    if not isinstance(rows, list):
-        return rows
-    from datasets import Dataset
-
-    for number, row in enumerate(rows):
-        if not isinstance(row, Mapping):
-            raise DataFormatError(f"Row {number} of a list of rows is {type_name(row)}, expected a dictionary.")
-    columns = dict.fromkeys(key for row in rows for key in row)  # `Dataset.from_list` would take those of the first
-    return Dataset.from_dict({column: [row.get(column) for row in rows] for column in columns})
-
-
 def say_on_main_process(message: str) -> None:
     """Prints a line, in the process of rank 0 only."""
     if environment.rank() == 0:
@@ -160,7 +101,6 @@ def _map(dataset: Any, processor: BatchProcessor, processing_class: Any, name: s
     parts = cache.key_parts(dataset, processing_class, settings, templates)
     key = cache.fingerprint(parts)
     path, nowhere = cache.cache_file(dataset, key, settings.cache_dir)
-    unkept = cache.kept_nowhere(dataset)
     keep = kept_columns(settings, dataset.column_names)
     options = {
         "with_indices": True,
@@ -172,8 +112,10 @@ def _map(dataset: Any, processor: BatchProcessor, processing_class: Any, name: s
         "desc": f"Preparing {name} rows",
     }
 
+    file = path or cache.kept_nowhere(dataset)
+
     def run(function: Callable[..., Any], num_proc: int | None) -> Any:
-        return dataset.map(function, num_proc=num_proc, cache_file_name=path or unkept, **options)
+        return dataset.map(function, num_proc=num_proc, cache_file_name=file, **options)
 
     function = MapFunction(processor, keep)
     workers = settings.num_proc if settings.num_proc and settings.num_proc > 1 else None
@@ -265,9 +207,7 @@ def _prepare_stream(
     if "seq_lengths" in row:
         audit = audit_rows(*[np.zeros(0, np.int32)] * 4, name=name, format=Kind.PACKED.value, sampled=True)
         return PreparedSplit(dataset, audit, "already prepared")
-    # Of a stream with a format (torch, numpy), rows hold arrays instead of lists.
     dataset = dataset.with_format(None)
-    row = first_row(dataset, name)
     columns = list(row)
     processor = BatchProcessor(processing_class, settings, row, name)
     keep = kept_columns(settings, columns)

@@ -7,19 +7,19 @@ import html
 import itertools
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from finetune.data.audit import SupervisionAudit, audit_table
+from finetune.data.audit import SupervisionAudit
 from finetune.data.batches import BatchProcessor
 from finetune.data.labels import truncate
-from finetune.data.pipeline import first_row, is_iterable_dataset, plain_rows
 from finetune.data.rows import IGNORE_INDEX
 from finetune.data.settings import DataSettings
+from finetune.data.sources import first_row, is_iterable_dataset, plain_rows
 from finetune.data.tokenize import NOTHING_TRAINED, TokenBatch
 from finetune.files import write_atomically
 
@@ -209,3 +209,43 @@ def _in_html(piece: Piece) -> str:
 def _visible(text: str) -> str:
     # A control character of the data must not steer the terminal.
     return "".join(c if c.isprintable() or c == "\t" else repr(c)[1:-1] for c in text)
+
+
+def audit_table(audits: Mapping[str, SupervisionAudit]) -> str:
+    """Returns one table with a column per split, followed by the warnings of each, ready to print.
+
+    Defects that no split has get no row.
+    """
+    splits = list(audits.values())
+    rows: list[tuple[str, list[str]]] = [
+        ("rows", [f"{a.num_rows:,}" + (" (the first)" if a.sampled else "") for a in splits]),
+        ("read as", [a.format for a in splits]),
+        ("trained tokens chosen by", [a.mask_method for a in splits]),
+        ("tokens", [f"{a.num_tokens:,}" for a in splits]),
+        ("trained tokens", [f"{a.num_supervised:,} ({a.supervised_share:.1%})" for a in splits]),
+        ("rows left out (nothing to learn)", [f"{a.num_dropped:,}" for a in splits]),
+        ("rows truncated", [f"{a.num_truncated:,}" for a in splits]),
+        ("tokens lost", [f"{a.num_source_tokens - a.num_tokens:,} ({a.lost_share:.1%})" for a in splits]),
+        ("stop token trained", ["-" if a.stop_share is None else f"{a.stop_share:.1%} of rows" for a in splits]),
+        *_defects(splits),
+        ("packing", ["-" if a.packing_efficiency is None else f"{a.packing_efficiency:.1%} full" for a in splits]),
+    ]
+    label_width = max(len(label) for label, _ in rows)
+    widths = [max(len(name), *(len(cells[i]) for _, cells in rows)) for i, name in enumerate(audits)]
+    header = " ".join([" " * label_width, *(name.rjust(width) for name, width in zip(audits, widths, strict=True))])
+    lines = ["Data audit", header]
+    for label, cells in rows:
+        padded = [cell.rjust(width) for cell, width in zip(cells, widths, strict=True)]
+        lines.append(" ".join([label.ljust(label_width), *padded]))
+    lines += [f"{name}: {warning}" for name, split in audits.items() for warning in split.warnings()]
+    return "\n".join(lines)
+
+
+def _defects(splits: Sequence[SupervisionAudit]) -> list[tuple[str, list[str]]]:
+    """Returns the rows of the table for what hardly any dataset has; the warnings explain each."""
+    counts = [
+        ("rows with two BOS tokens", [a.num_doubled_bos for a in splits]),
+        ("prompt and completion share a token", [a.num_boundary_mismatches for a in splits]),
+        ("prompt differs without completion", [a.num_template_drift for a in splits]),
+    ]
+    return [(label, [f"{number:,}" for number in numbers]) for label, numbers in counts if any(numbers)]

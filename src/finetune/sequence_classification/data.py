@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune.data import cache
-from finetune.data.pipeline import first_row, is_iterable_dataset
 from finetune.data.rows import fail, type_name
+from finetune.data.sources import first_row, is_iterable_dataset
 from finetune.errors import DataFormatError, first_nearest, nearest, ticked
 from finetune.sequence_classification.labels import LABELS, SINGLE, Task, encode_labels, feature_of
 

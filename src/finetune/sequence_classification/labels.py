@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from finetune.data.pipeline import first_row, is_iterable_dataset
 from finetune.data.rows import IGNORE_INDEX
+from finetune.data.sources import first_row, is_iterable_dataset
 from finetune.errors import ArgumentError, DataFormatError, first_nearest, nearest, ticked
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"

@@ -14,10 +14,11 @@ from finetune.data.collate import DataCollatorForLanguageModeling
 from finetune.data.labels import count_supervised_in
 from finetune.data.packing import pack_dataset
 from finetune.data.packing_report import packing_report
-from finetune.data.pipeline import as_dataset, first_row, is_iterable_dataset, prepare_split, say_on_main_process
+from finetune.data.pipeline import prepare_split, say_on_main_process
 from finetune.data.preview import Preview, preview
 from finetune.data.rows import LENGTH, WEIGHTS
 from finetune.data.settings import DataSettings
+from finetune.data.sources import as_dataset, first_row, is_iterable_dataset
 from finetune.errors import DataFormatError
 from finetune.facade.raw_rows import RawRowMethods, prepare_each
 from finetune.sft.config import SFTConfig

@@ -15,8 +15,8 @@ from finetune.compat import EvalLoopOutput, TrainOutput
 from finetune.data import preview
 from finetune.data.audit import SupervisionAudit
 from finetune.data.collate import DataCollatorForLanguageModeling
-from finetune.data.pipeline import first_row
 from finetune.data.rows import WEIGHTS
+from finetune.data.sources import first_row
 from finetune.distributed.accelerator import fsdp_version
 from finetune.engine import setup
 from finetune.engine.before_rows import check_before_rows, check_given

@@ -4,8 +4,9 @@ import datasets
 import pytest
 from datasets import Dataset
 
-from finetune.data.audit import AuditLimits, SupervisionAudit, audit, audit_table
+from finetune.data.audit import AuditLimits, SupervisionAudit, audit
 from finetune.data.pipeline import prepare_split
+from finetune.data.preview import audit_table
 from finetune.data.settings import DataSettings
 from finetune.errors import DataFormatError
 

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 from datasets import IterableDataset
 
-from finetune.data.pipeline import as_dataset, prepare_split
+from finetune.data.pipeline import prepare_split
 from finetune.data.settings import DataSettings
+from finetune.data.sources import as_dataset
 from finetune.errors import DataFormatError
 
 USER = {"role": "user", "content": "what is your name"}

@@ -23,19 +23,7 @@ TEXTS = ["the cat sat on a mat", "sun", "stars over the hills", "a"]
 CHATS = [
     [{"role": "user", "content": "what"}, {"role": "assistant", "content": text}] for text in ("the cat", "the sun")
 ]
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Any:
-    datasets.disable_progress_bars()
-    yield
-    datasets.enable_progress_bars()
-
-
-@pytest.fixture
-def on_disk(tmp_path: Path) -> Any:
-    Dataset.from_dict({"text": TEXTS, "extra": [1, 2, 3, 4]}).save_to_disk(tmp_path / "rows")
-    return datasets.load_from_disk(str(tmp_path / "rows"))
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 def silent(line: str) -> None:

@@ -3,33 +3,18 @@ import time
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 from datasets import Dataset
 
-from finetune.data.audit import audit_table
 from finetune.data.mixtures import mix_datasets, mixture_counts
-from finetune.data.pipeline import first_row, prepare_split
+from finetune.data.pipeline import prepare_split
+from finetune.data.preview import audit_table
 from finetune.data.settings import DataSettings
+from finetune.data.sources import first_row
 from finetune.errors import ArgumentError, DataFormatError
 
 TEXTS = ["the cat sat on a mat", "sun", "stars over the hills", "a"]
-CHATS = [
-    [{"role": "user", "content": "what"}, {"role": "assistant", "content": text}] for text in ("the cat", "the sun")
-]
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Any:
-    datasets.disable_progress_bars()
-    yield
-    datasets.enable_progress_bars()
-
-
-@pytest.fixture
-def on_disk(tmp_path: Path) -> Any:
-    Dataset.from_dict({"text": TEXTS, "extra": [1, 2, 3, 4]}).save_to_disk(tmp_path / "rows")
-    return datasets.load_from_disk(str(tmp_path / "rows"))
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 def silent(line: str) -> None:
