@@ -16,7 +16,7 @@ from typing import Any
 from data_runs import encode
 from harness import Bench, Measure, Pause, clock, clocked, since, summary
 from training import Windows, arguments, classes, for_transformers, ledger_peak, library_of, padding_collator
-from workloads import chats, make_llama, token_rows, tokenizer
+from workloads import SHAPES, chats, make_llama, token_rows, tokenizer
 
 SIDES = ("trl", "transformers", "finetune", "bare loop")
 AXES: dict[str, list[int]] = {
@@ -26,7 +26,6 @@ AXES: dict[str, list[int]] = {
     "rows": [500, 2000, 6000],
 }
 USUAL = {"length": 256, "vocabulary": 8192, "batch": 2}
-MODEL = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 2, "num_attention_heads": 4}
 SUPERVISED = 0.4
 
 
@@ -105,7 +104,7 @@ def train(side: str, point: dict[str, Any], settings: dict[str, Any], pause: Pau
 
     clocks = Windows(steps, counted)
     trainer = classes(side)[0](
-        model=make_llama("tiny", point["vocabulary"], **MODEL),
+        model=make_llama("narrow", point["vocabulary"]),
         args=arguments(side, args),
         train_dataset=rows,
         callbacks=[clocks],
@@ -119,7 +118,7 @@ def bare(point: dict[str, Any], settings: dict[str, Any], pause: Pause) -> None:
     import torch
 
     rows = for_transformers(data(point, settings))
-    model = make_llama("tiny", point["vocabulary"], **MODEL)
+    model = make_llama("narrow", point["vocabulary"])
     model.config.use_cache = False
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
@@ -155,7 +154,7 @@ def prepare(side: str, point: dict[str, Any], repeats: int, pause: Pause) -> Non
     args = model = None
     if library_of(side) in ("trl", "finetune"):
         args = arguments(side, {"bf16": False, "max_length": 1024, "assistant_only_loss": True})
-        model = make_llama("tiny", 8192, **MODEL)
+        model = make_llama("narrow", 8192)
     for _ in range(repeats + 2):
         if args is not None:
             fresh = datasets.Dataset.from_dict(table)
@@ -209,7 +208,7 @@ def main() -> None:
     settings = {"points": chosen, "repeats": repeats}
     free = {"env": {"TOKENIZERS_PARALLELISM": None}}
     sides = {side: {**settings, **free} for side in SIDES}
-    case = bench.case("all points", sides, pairs=len(chosen) * (repeats + 2), settings={"model": MODEL, **USUAL})
+    case = bench.case("all points", sides, pairs=len(chosen) * (repeats + 2), settings={"model": SHAPES["narrow"], **USUAL})
     grown = collected(case.rounds, chosen, repeats)
     # Kept is what is drawn; the settings of all points and every round would be thousands of lines.
     case.result = {"case": "all points", "pairs": repeats, "settings": settings, "sides": {}, "ratios": {}, "bars": []}

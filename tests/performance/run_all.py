@@ -5,7 +5,8 @@
 
 The fast set is meant to take ten minutes on two idle cores (an older processor takes twice as long). Not in it, and run
 by `--full` or when they are named: the growth curves (four minutes), GaLore's refreshes (two minutes and a half), and
-50,000 rows (`first_step_50k`, `prepare_rows_50k`: a quarter of an hour each on an older processor).
+what needs many rows (`first_step_50k`, `prepare_rows_50k`, `evaluation_2k`: a quarter of an hour each on an older
+processor).
 
 Unattended and without a network. A benchmark that fails or takes too long is named at the end (exit status 1); the
 others still run.
@@ -22,10 +23,15 @@ import machine
 HERE = Path(__file__).resolve().parent
 # Seconds a fast benchmark may take before it is given up; many times what it takes on two idle cores.
 LIMIT_FAST, LIMIT_FULL = 600, 3600
-# Measured only when asked for, and by `--full`: script and what it is given.
-EXTRA = {
+# Measured beside the fast set of the same script, with many rows.
+MANY_ROWS = {
     "first_step_50k": ("bench_first_step.py", []),
     "prepare_rows_50k": ("bench_prepare_rows.py", []),
+    "evaluation_2k": ("bench_evaluation.py", []),
+}
+# Measured only when asked for, and by `--full`: script and what it is given.
+EXTRA = {
+    **MANY_ROWS,
     "growth": ("bench_growth.py", []),
     "galore_refresh": ("bench_galore_refresh.py", ["--fast"]),
     "galore_refresh_large": ("bench_galore_refresh.py", ["--large"]),
@@ -38,7 +44,7 @@ def commands(full: bool, only: list[str]) -> dict[str, list[str]]:
     chosen: dict[str, list[str]] = {}
     for name, script in names.items():
         if name not in EXTRA:
-            fast = not full or f"{name}_50k" in EXTRA
+            fast = not full or any(script.name == other for other, _ in MANY_ROWS.values())
             chosen[name] = [sys.executable, str(script), *(["--fast"] if fast else [])]
     for name, (script, given) in EXTRA.items():
         if full or name in only:

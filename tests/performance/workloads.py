@@ -11,8 +11,9 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 CACHE = HERE / "results" / "cache"
 SHAPES: dict[str, dict[str, int]] = {
-    # parameters with vocabulary 8k: tiny 0.3M, small 12.5M; the vocabulary study has a shape of its own.
+    # parameters with vocabulary 8k: tiny 0.3M, narrow 1.5M, small 12.5M; the vocabulary study has a shape of its own.
     "tiny": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "narrow": {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 2, "num_attention_heads": 4},
     "small": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 6},
     "wide_head": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 2, "num_attention_heads": 4},
     # SmolLM2-135M's shape.
