@@ -20,7 +20,7 @@ from finetune.checkpoint import manager as checkpoints
 from finetune.checkpoint.preemption import saving_on_signals
 from finetune.compat import TrainOutput
 from finetune.control.builtin import close_bars
-from finetune.data import position
+from finetune.data.loading import position
 from finetune.distributed import prepare as preparation
 from finetune.engine import checks, features, setup, step
 from finetune.engine.accumulation import global_count, take, without_repeated_rows

@@ -9,18 +9,18 @@ import pytest
 import trl
 from trl import data_utils as theirs
 
-from finetune.data import chat as ours
-from finetune.data import spans as spans_module
-from finetune.data.formats import Conversations
-from finetune.data.pipeline import prepare_split
-from finetune.data.settings import DataSettings
-from finetune.data.templates import (
+from finetune.data.chat import messages as ours
+from finetune.data.chat import spans as spans_module
+from finetune.data.chat.templates import (
     clone_chat_template,
     get_training_chat_template,
     has_generation_markers,
     is_chat_template_stop_token_trained,
     try_training_template,
 )
+from finetune.data.preparation.pipeline import prepare_split
+from finetune.data.preparation.settings import DataSettings
+from finetune.data.rows import Conversations
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 

@@ -9,12 +9,12 @@ import transformers
 from datasets import Dataset
 from torch.utils.data import IterableDataset, RandomSampler
 
-from finetune.data import loader as ours
-from finetune.data import position
-from finetune.data.collate import DataCollatorForLanguageModeling
 from finetune.data.columns import remove_unused_columns, signature_columns
-from finetune.data.digest import rows_digest
-from finetune.data.streaming import StreamLoader
+from finetune.data.loading import loader as ours
+from finetune.data.loading import position
+from finetune.data.loading.collate import DataCollatorForLanguageModeling
+from finetune.data.loading.digest import rows_digest
+from finetune.data.loading.streaming import StreamLoader
 
 
 def tiny_model():

@@ -44,7 +44,7 @@ def trainer_for(out: Path, compute_metrics: Any = None, collator: Any = padded, 
 def evaluations(out: Path) -> dict[str, Any]:
     from datasets import Dataset
 
-    from finetune.data.collate import DataCollatorForLanguageModeling
+    from finetune.data.loading.collate import DataCollatorForLanguageModeling
     from finetune.engine.sum_metrics import TokenMetrics
 
     rows = fixtures.make_token_rows(ROWS)

@@ -44,7 +44,9 @@ def check(backend: str, cases: list[str], known: list[str], tmp_path: Path, fact
 QUICK = {"ddp": MAIN, "fsdp2": FSDP, "zero1": FEW, "zero2": FEW, "zero3": SHARDED}
 
 
-@pytest.mark.parametrize("backend", QUICK)
+@pytest.mark.parametrize(
+    "backend", [pytest.param(name, marks=pytest.mark.slow) if name == "zero1" else name for name in QUICK]
+)
 def test_two_processes_train_as_one(backend: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     check(backend, QUICK[backend], KNOWN, tmp_path, tmp_path_factory)
 
@@ -53,9 +55,9 @@ def test_two_processes_train_as_one(backend: str, tmp_path: Path, tmp_path_facto
     ("backend", "cases"),
     [
         pytest.param("cpu", ["padded"], marks=pytest.mark.slow),
-        ("ddp_multi_node", ["padded"]),
+        pytest.param("ddp_multi_node", ["padded"], marks=pytest.mark.slow),
         ("fsdp1", ["padded", "lora_classification", "sharded_checkpoints"]),
-        ("fsdp2_offload", ["padded", "lora_by_name"]),
+        pytest.param("fsdp2_offload", ["padded", "lora_by_name"], marks=pytest.mark.slow),
         pytest.param("zero3_offload", ["padded", "lora_by_name"], marks=pytest.mark.slow),
         ("single_gpu", ["padded"]),
     ],
@@ -63,13 +65,15 @@ def test_two_processes_train_as_one(backend: str, tmp_path: Path, tmp_path_facto
 def test_the_other_configurations(
     backend: str, cases: list[str], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Those that are slow: `cpu` is `ddp` with another name; DeepSpeed compiles its CPU optimizer at the first run."""
+    """Those that are slow: `cpu` is `ddp` with another name, others differ little from one that is tested always, and
+    DeepSpeed compiles its CPU optimizer at the first run.
+    """
     check(backend, cases, KNOWN, tmp_path, tmp_path_factory)
 
 
 @pytest.mark.parametrize(
     "backend",
-    ["fsdp2", "zero3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ddp", "fsdp1", "zero1", "zero2"))],
+    ["fsdp2", *(pytest.param(each, marks=pytest.mark.slow) for each in ("ddp", "fsdp1", "zero1", "zero2", "zero3"))],
 )
 def test_bf16(backend: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     """FSDP and ZeRO compute in bfloat16 throughout, DDP where autocast says; all save the float32 weights they step.

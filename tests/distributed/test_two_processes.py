@@ -45,7 +45,7 @@ def assert_equal_runs(one: dict[str, Any], two: dict[str, Any], out_one: Path, o
         assert (tensor - expected[name]).abs().max() <= 1e-5, name
 
 
-@pytest.mark.parametrize(("model", "rows"), [("llama", 21), ("bert", 24)])
+@pytest.mark.parametrize(("model", "rows"), [("llama", 21), pytest.param("bert", 24, marks=pytest.mark.slow)])
 def test_same_run(model: str, rows: int, tmp_path: Path) -> None:
     """Without `even_batches` accelerate would leave the second process without a batch in the last of 21 rows."""
     one = launch(1, tmp_path / "one", model, accumulation=2, rows=rows)
@@ -66,8 +66,12 @@ def test_windows_and_processes_without_labels(tmp_path: Path) -> None:
     assert sorted(entry["loss"] > 0 for entry in two["history"] if "loss" in entry) == [False, False, True, True]
 
 
+@pytest.mark.slow
 def test_evaluation_counts_every_row_once(tmp_path: Path) -> None:
-    """13 rows on 2 processes in batches of 4: accelerate repeats 3 rows, and none of them may be counted."""
+    """13 rows on 2 processes in batches of 4: accelerate repeats 3 rows, and none of them may be counted.
+
+    Slow, because `test_two_process_evaluation.py` looks at more ways in one launch.
+    """
     options: dict[str, Any] = {"rows": 16, "eval_rows": 13, "arguments": {"max_steps": 1}}
     one = launch(1, tmp_path / "one", "bert", accumulation=2, metrics=True, **options)
     two = launch(2, tmp_path / "two", "bert", accumulation=1, metrics=True, **options)

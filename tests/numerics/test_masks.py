@@ -13,11 +13,11 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from finetune.data.batches import BatchProcessor
-from finetune.data.labels import build_labels, count_supervised, truncate
-from finetune.data.settings import DataSettings
-from finetune.data.templates import has_generation_markers, try_training_template
-from finetune.data.tokenize import TRUNCATED, TokenBatch
+from finetune.data.chat.templates import has_generation_markers, try_training_template
+from finetune.data.preparation.batches import BatchProcessor
+from finetune.data.preparation.labels import build_labels, count_supervised, truncate
+from finetune.data.preparation.settings import DataSettings
+from finetune.data.preparation.tokenize import TRUNCATED, TokenBatch
 
 Message = dict[str, str]
 FAST = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
@@ -178,8 +178,8 @@ def test_assistant_masks_of_random_conversations(name: str, tokenizer: Any) -> N
 @pytest.mark.parametrize("name", list(FAMILIES))
 def test_prefixes_find_the_spans_of_the_training_template(name: str, tokenizer: Any) -> None:
     """The slower way, used where no training template can be made, must find the same spans."""
-    from finetune.data.formats import Conversations
-    from finetune.data.spans import ChatRenderer
+    from finetune.data.chat.spans import ChatRenderer
+    from finetune.data.rows import Conversations
 
     family = FAMILIES[name]
     training = try_training_template(tokenizer, family.template)
@@ -264,7 +264,7 @@ def test_completion_masks_of_random_rows(variant: str, tokenizer: Any, monkeypat
     elif variant == "trims offsets":
         own.backend_tokenizer.post_processor = ByteLevel(trim_offsets=True)
     elif variant == "slow path":
-        monkeypatch.setattr("finetune.data.encoder._plain_backend", lambda tokenizer: None)
+        monkeypatch.setattr("finetune.data.preparation.encoder._plain_backend", lambda tokenizer: None)
     processor = BatchProcessor(own, DataSettings(max_length=None), {"prompt": "a", "completion": "b"})
     has_bos = variant.startswith("adds")
 

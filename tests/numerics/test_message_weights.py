@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 
 import finetune
-from finetune.data.mapped import has_other_weights
+from finetune.data.preparation.mapped import has_other_weights
 
 # (question, answer, weight of the answer) for each turn of each row.
 CHATS = [

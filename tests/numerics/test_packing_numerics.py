@@ -9,7 +9,7 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.data.packing import _pack_bfd, _pack_wrapped, pack_dataset, truncate_dataset
+from finetune.data.preparation.packing import _pack_bfd, _pack_wrapped, pack_dataset, truncate_dataset
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from finetune.data.span_search import TurnsNotFoundError, find_spans
+from finetune.data.chat.span_search import TurnsNotFoundError, find_spans
 
 FAST = settings(max_examples=100, deadline=None)
 Message = dict[str, Any]

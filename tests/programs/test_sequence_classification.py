@@ -96,6 +96,7 @@ def test_the_command_trains_evaluates_and_saves(trained: Path) -> None:
     assert [each["label"] for each in classify([GOOD[0], BAD[0]])] == ["good", "bad"]
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_with_twice_the_accumulation(folder: Path, trained: Path) -> None:
     output = folder / "two"
     words = flags(folder, output, gradient_accumulation_steps=1, use_cpu=None, dataset_name=folder / "rows.csv")

@@ -90,7 +90,7 @@ def crash_until_done(
     return killed
 
 
-@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("asynchronous", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_killed_a_few_times(server: Server, expected: Any, tmp_path: Path, same: Any, asynchronous: bool) -> None:
     killed = crash_until_done(
         server, tmp_path, 1, expected[1], kills=3, same=same, expected=expected[0], async_save=asynchronous

@@ -120,7 +120,7 @@ def test_a_loss_that_is_no_number_is_not_left_out(bad: float, tmp_path: Path, ca
 
 def test_no_cache_is_built(tiny_llama: Any, token_rows: Any, tmp_path: Path) -> None:
     """With a cache transformers no longer sees where the samples of a padding-free batch begin: they would leak."""
-    from finetune.data.collate import DataCollatorForLanguageModeling
+    from finetune.data.loading.collate import DataCollatorForLanguageModeling
 
     rows, model = token_rows(5), sharp(tiny_llama())
     flat = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)

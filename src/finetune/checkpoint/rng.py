@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from finetune.checkpoint import files, layout
-from finetune.data import randomness
+from finetune.data.loading import randomness
 from finetune.errors import CheckpointError
 
 logger = logging.getLogger(__name__)

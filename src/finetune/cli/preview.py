@@ -44,9 +44,9 @@ def run_preview(argv: Sequence[str] | None = None) -> None:
         raise ArgumentError("No model given. Give a folder or a Hub id: `--model_name_or_path`.")
     from datasets import Dataset
 
-    from finetune.data.pipeline import prepare_split
+    from finetune.data.preparation.pipeline import prepare_split
+    from finetune.data.preparation.settings import DataSettings
     from finetune.data.preview import audit_table, preview
-    from finetune.data.settings import DataSettings
     from finetune.sft.build import load_tokenizer_for_sft
 
     dataset, _ = load_datasets(script_args, mixture, evaluate=False)

@@ -1,4 +1,4 @@
-"""Which columns of a dataset the model's `forward` takes, and dropping the others."""
+"""Columns of a dataset: which ones the model's `forward` takes, dropping the others, how long the lists in one are."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from finetune.errors import DataFormatError
@@ -111,3 +112,14 @@ def _nothing_left(found: Iterable[str], wanted: Iterable[str], description: str 
         f"Found: {', '.join(map(str, found)) or 'none'}. The model takes: {', '.join(wanted)}. "
         "Tokenise or rename the columns, or keep all of them for your own collator with `remove_unused_columns=False`."
     )
+
+
+def list_lengths(dataset: Any, column: str) -> np.ndarray:
+    """Returns the length of each row's list in `column` of a `datasets.Dataset`, (rows,) int64, without reading it."""
+    chunks = dataset.data.column(column).chunks
+    # A missing list counts as empty; `diff` of offsets would be right too, but offsets of slices share a buffer.
+    lengths = [np.asarray(chunk.value_lengths().fill_null(0), dtype=np.int64) for chunk in chunks]
+    joined = np.concatenate(lengths) if lengths else np.zeros(0, dtype=np.int64)
+    if dataset._indices is not None:
+        joined = joined[np.asarray(dataset._indices.column(0).to_numpy())]
+    return joined

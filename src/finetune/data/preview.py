@@ -14,13 +14,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from finetune.data.audit import SupervisionAudit
-from finetune.data.batches import BatchProcessor
-from finetune.data.labels import truncate
+from finetune.data.preparation.audit import SupervisionAudit
+from finetune.data.preparation.batches import BatchProcessor
+from finetune.data.preparation.labels import truncate
+from finetune.data.preparation.settings import DataSettings
+from finetune.data.preparation.tokenize import NOTHING_TRAINED, TokenBatch
 from finetune.data.rows import IGNORE_INDEX
-from finetune.data.settings import DataSettings
 from finetune.data.sources import first_row, is_iterable_dataset, plain_rows
-from finetune.data.tokenize import NOTHING_TRAINED, TokenBatch
 from finetune.files import write_atomically
 
 State = Literal["trained", "not trained", "truncated"]

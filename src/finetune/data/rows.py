@@ -17,6 +17,7 @@ of each of the turn's tokens; what the batch's loss is divided by stays the numb
 tokens with nll 2 each and weights 1 and 0.5 the loss is (10 * 2 + 10 * 2 * 0.5) / 20 = 1.5.
 """
 
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from finetune.errors import DataFormatError
@@ -29,6 +30,20 @@ LENGTH = "length"
 
 WEIGHTS = "token_weights"
 """Column of rows in which tokens count differently: what the loss of each label is multiplied by."""
+
+
+@dataclass
+class Conversations:
+    """A batch of conversations, element i belonging to row i.
+
+    `train[i]` is None, or one number per *assistant* message of row i: the weight of that turn, 0 where it is not
+    trained and 1 where nothing was said.
+    """
+
+    messages: list[list[dict[str, Any]]]
+    train: list[list[float] | None]
+    tools: list[list[Any] | None]
+    template_kwargs: list[dict[str, Any] | None]
 
 
 def fail(row: int, name: str, found: str, remedy: str) -> NoReturn:

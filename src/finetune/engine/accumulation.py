@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from finetune.data.position import has_length, is_stream, rows_per_batch
+from finetune.data.loading.position import has_length, is_stream, rows_per_batch
 from finetune.data.rows import IGNORE_INDEX
 from finetune.distributed import ranks
 from finetune.engine.eval_rows import without_repetitions

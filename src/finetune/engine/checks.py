@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from finetune.data.position import has_length
+from finetune.data.loading.position import has_length
 from finetune.engine.sum_metrics import SumMetrics
 from finetune.errors import ArgumentError
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from finetune.data.position import batch_rows, has_length, is_stream, rows_per_batch
+from finetune.data.loading.position import batch_rows, has_length, is_stream, rows_per_batch
 from finetune.data.rows import IGNORE_INDEX
 from finetune.engine.gather import find_batch_size
 from finetune.errors import ArgumentError

@@ -9,8 +9,8 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
-from finetune.data import position as loaders
-from finetune.data.digest import digest, rows_digest
+from finetune.data.loading import position as loaders
+from finetune.data.loading.digest import digest, rows_digest
 from finetune.engine.plan import ResumePoint
 from finetune.engine.run import PLACES, TrainingRun
 from finetune.errors import CheckpointError

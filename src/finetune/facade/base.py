@@ -14,7 +14,7 @@ from finetune.checkpoint.writer import CheckpointWriter
 from finetune.control.builtin import DefaultFlowCallback, PrinterCallback, ProgressCallback
 from finetune.control.callbacks import CallbackHandler
 from finetune.control.state import TrainerState, export_states
-from finetune.data.collate import default_collator
+from finetune.data.loading.collate import default_collator
 from finetune.distributed.accelerator import build_accelerator, fsdp_version, zero_stage
 from finetune.engine import checks, divisor, search, setup
 from finetune.engine.before_rows import check_given

@@ -6,8 +6,9 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from finetune.arguments import TrainingArguments
-from finetune.data import columns, position
-from finetune.data import loader as loaders
+from finetune.data import columns
+from finetune.data.loading import loader as loaders
+from finetune.data.loading import position
 from finetune.distributed.accelerator import processes_in_step
 from finetune.engine.plan import StepPlan
 from finetune.errors import ArgumentError

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from finetune.data.samplers import SequentialSampler
+from finetune.data.loading.samplers import SequentialSampler
 from finetune.facade.evaluation import EvaluationMethods
 
 

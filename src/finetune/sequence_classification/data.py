@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from finetune.data import cache
+from finetune.data.preparation import cache
 from finetune.data.rows import fail, type_name
 from finetune.data.sources import first_row, is_iterable_dataset
 from finetune.errors import DataFormatError, first_nearest, nearest, ticked

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from finetune.data.pipeline import say_on_main_process
+from finetune.data.preparation.pipeline import say_on_main_process
 from finetune.data.sources import is_iterable_dataset
 from finetune.distributed.ranks import broadcast_object
 from finetune.errors import ArgumentError

@@ -12,8 +12,8 @@ from torch.nn import functional
 
 from finetune.arguments import TrainingArguments
 from finetune.arguments.coerce import coerce_training_arguments
-from finetune.data.collate import default_collator
-from finetune.data.pipeline import say_on_main_process
+from finetune.data.loading.collate import default_collator
+from finetune.data.preparation.pipeline import say_on_main_process
 from finetune.data.rows import IGNORE_INDEX
 from finetune.data.sources import as_dataset, first_row
 from finetune.engine import setup

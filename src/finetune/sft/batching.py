@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from finetune.data.collate import DataCollatorForLanguageModeling
+from finetune.data.loading.collate import DataCollatorForLanguageModeling
 from finetune.errors import ArgumentError
 from finetune.features.compiled import length_bucket
 from finetune.kernels.attention import packed_unsupported_reason

@@ -7,9 +7,9 @@ from typing import Any
 from torch import nn
 
 from finetune.compat import tokenizer_of
-from finetune.data.packing import SEQ_LENGTHS
-from finetune.data.pretokenized import highest_token_id
-from finetune.data.templates import adopt_chat_template, fit_vocabulary
+from finetune.data.chat.templates import adopt_chat_template, fit_vocabulary
+from finetune.data.preparation.packing import SEQ_LENGTHS
+from finetune.data.preparation.pretokenized import highest_token_id
 from finetune.distributed import ranks
 from finetune.distributed.accelerator import planned_zero_stage
 from finetune.distributed.divided import whole_where_used

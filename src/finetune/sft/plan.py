@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from finetune.data.formats import RowFormat, detect_format
-from finetune.data.formatting import formatted_row
+from finetune.data.preparation.formats import RowFormat, detect_format
+from finetune.data.preparation.formatting import formatted_row
 from finetune.errors import ArgumentError, DataFormatError
 
 if TYPE_CHECKING:

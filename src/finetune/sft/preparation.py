@@ -8,16 +8,16 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader
 
-from finetune.data import cache
-from finetune.data.audit import SupervisionAudit, count_rows
-from finetune.data.collate import DataCollatorForLanguageModeling
-from finetune.data.labels import count_supervised_in
-from finetune.data.packing import pack_dataset
-from finetune.data.packing_report import packing_report
-from finetune.data.pipeline import prepare_split, say_on_main_process
+from finetune.data.loading.collate import DataCollatorForLanguageModeling
+from finetune.data.preparation import cache
+from finetune.data.preparation.audit import SupervisionAudit, count_rows
+from finetune.data.preparation.labels import count_supervised_in
+from finetune.data.preparation.packing import pack_dataset
+from finetune.data.preparation.packing_report import packing_report
+from finetune.data.preparation.pipeline import prepare_split, say_on_main_process
+from finetune.data.preparation.settings import DataSettings
 from finetune.data.preview import Preview, preview
 from finetune.data.rows import LENGTH, WEIGHTS
-from finetune.data.settings import DataSettings
 from finetune.data.sources import as_dataset, first_row, is_iterable_dataset
 from finetune.errors import DataFormatError
 from finetune.facade.raw_rows import RawRowMethods, prepare_each

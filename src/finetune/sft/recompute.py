@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from finetune.data.samplers import list_lengths
+from finetune.data.columns import list_lengths
 from finetune.distributed.memory import free_bytes
 from finetune.files import format_bytes
 from finetune.kernels.attention import backbone_of, in_mode

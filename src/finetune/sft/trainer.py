@@ -13,8 +13,8 @@ from finetune.arguments import TrainingArguments
 from finetune.arguments.coerce import coerce_training_arguments
 from finetune.compat import EvalLoopOutput, TrainOutput
 from finetune.data import preview
-from finetune.data.audit import SupervisionAudit
-from finetune.data.collate import DataCollatorForLanguageModeling
+from finetune.data.loading.collate import DataCollatorForLanguageModeling
+from finetune.data.preparation.audit import SupervisionAudit
 from finetune.data.rows import WEIGHTS
 from finetune.data.sources import first_row
 from finetune.distributed.accelerator import fsdp_version

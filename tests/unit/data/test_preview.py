@@ -4,8 +4,8 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
+from finetune.data.preparation.settings import DataSettings
 from finetune.data.preview import preview
-from finetune.data.settings import DataSettings
 from finetune.errors import DataFormatError
 
 ROWS = {"prompt": ["the cat", "the"], "completion": [" sat on a mat", " cat"]}

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
-from finetune.data.collate import DataCollatorForLanguageModeling
+from finetune.data.loading.collate import DataCollatorForLanguageModeling
 from finetune.engine.accumulation import without_repeated_rows
 
 ROWS = [{"input_ids": [i, i + 1, i + 2]} for i in range(1, 6)]

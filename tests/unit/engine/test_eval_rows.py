@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, SequentialSampler
 
-from finetune.data.collate import DataCollatorForLanguageModeling
+from finetune.data.loading.collate import DataCollatorForLanguageModeling
 from finetune.engine.eval_rows import count_rows, require_rounds
 from finetune.errors import ArgumentError
 

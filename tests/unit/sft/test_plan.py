@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from finetune.data.batches import BatchProcessor
-from finetune.data.settings import DataSettings
+from finetune.data.preparation.batches import BatchProcessor
+from finetune.data.preparation.settings import DataSettings
 from finetune.errors import ArgumentError
 from finetune.sft.config import SFTConfig
 from finetune.sft.plan import DataPlan

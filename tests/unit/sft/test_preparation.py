@@ -8,9 +8,9 @@ from datasets import Dataset
 from transformers import ProcessorMixin
 
 import finetune
-from finetune.data.packing import pack_dataset
-from finetune.data.pipeline import prepare_split
-from finetune.data.settings import DataSettings
+from finetune.data.preparation.packing import pack_dataset
+from finetune.data.preparation.pipeline import prepare_split
+from finetune.data.preparation.settings import DataSettings
 from finetune.errors import DataFormatError
 
 TEXTS = ["the cat sat on a mat", "the red sun went down over hills", "birds sang to rivers that ran past"]
