@@ -208,7 +208,8 @@ def main() -> None:
     settings = {"points": chosen, "repeats": repeats}
     free = {"env": {"TOKENIZERS_PARALLELISM": None}}
     sides = {side: {**settings, **free} for side in SIDES}
-    case = bench.case("all points", sides, pairs=len(chosen) * (repeats + 2), settings={"model": SHAPES["narrow"], **USUAL})
+    about = {"model": SHAPES["narrow"], **USUAL}
+    case = bench.case("all points", sides, pairs=len(chosen) * (repeats + 2), settings=about)
     grown = collected(case.rounds, chosen, repeats)
     # Kept is what is drawn; the settings of all points and every round would be thousands of lines.
     case.result = {"case": "all points", "pairs": repeats, "settings": settings, "sides": {}, "ratios": {}, "bars": []}

@@ -111,7 +111,7 @@ def work(side: str, settings: dict[str, Any], pause: Pause) -> None:
 
 
 def overheads(case: Case, side: str, steps: int) -> list[float]:
-    """Returns a side's milliseconds per step over the bare loop: one number for each tenth of the rounds, the median."""
+    """Returns a side's milliseconds per step over the bare loop: the median of each tenth of the rounds."""
     rounds = case.rounds
     each = [(one[side]["seconds"] - one["bare loop"]["seconds"]) / steps * 1000 for one in rounds]
     size = max(1, len(each) // BLOCKS)
