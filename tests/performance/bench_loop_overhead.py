@@ -11,10 +11,10 @@ rounds, and their spread.
 """
 
 import itertools
-import statistics
 import tempfile
 from typing import Any
 
+import numpy as np
 from harness import OURS, Bench, Case, Pause, clock, since, summary
 from training import Windows, arguments, library_of
 from workloads import make_llama
@@ -112,10 +112,8 @@ def work(side: str, settings: dict[str, Any], pause: Pause) -> None:
 
 def overheads(case: Case, side: str, steps: int) -> list[float]:
     """Returns a side's milliseconds per step over the bare loop: the median of each tenth of the rounds."""
-    rounds = case.rounds
-    each = [(one[side]["seconds"] - one["bare loop"]["seconds"]) / steps * 1000 for one in rounds]
-    size = max(1, len(each) // BLOCKS)
-    return [statistics.median(each[at : at + size]) for at in range(0, size * (len(each) // size), size)]
+    each = [(one[side]["seconds"] - one["bare loop"]["seconds"]) / steps * 1000 for one in case.rounds]
+    return [float(np.median(block)) for block in np.array_split(each, min(BLOCKS, len(each)))]
 
 
 def main() -> None:

@@ -25,13 +25,13 @@ HERE = Path(__file__).resolve().parent
 LIMIT_FAST, LIMIT_FULL = 600, 3600
 # Measured beside the fast set of the same script, with many rows.
 MANY_ROWS = {
-    "first_step_50k": ("bench_first_step.py", []),
-    "prepare_rows_50k": ("bench_prepare_rows.py", []),
-    "evaluation_2k": ("bench_evaluation.py", []),
+    "first_step_50k": "bench_first_step.py",
+    "prepare_rows_50k": "bench_prepare_rows.py",
+    "evaluation_2k": "bench_evaluation.py",
 }
 # Measured only when asked for, and by `--full`: script and what it is given.
 EXTRA = {
-    **MANY_ROWS,
+    **{name: (script, []) for name, script in MANY_ROWS.items()},
     "growth": ("bench_growth.py", []),
     "galore_refresh": ("bench_galore_refresh.py", ["--fast"]),
     "galore_refresh_large": ("bench_galore_refresh.py", ["--large"]),
@@ -44,7 +44,7 @@ def commands(full: bool, only: list[str]) -> dict[str, list[str]]:
     chosen: dict[str, list[str]] = {}
     for name, script in names.items():
         if name not in EXTRA:
-            fast = not full or any(script.name == other for other, _ in MANY_ROWS.values())
+            fast = not full or script.name in MANY_ROWS.values()
             chosen[name] = [sys.executable, str(script), *(["--fast"] if fast else [])]
     for name, (script, given) in EXTRA.items():
         if full or name in only:

@@ -273,7 +273,8 @@ def test_the_fast_set_leaves_out_what_has_to_be_named() -> None:
     assert set(run_all.commands(full=False, only=["growth"])) == {"growth"}
     full = run_all.commands(full=True, only=[])
     assert {"growth", "galore_refresh", "galore_refresh_large", "prepare_rows_50k"} <= set(full)
-    assert "--fast" in full["prepare_rows"] and "--fast" not in full["prepare_rows_50k"]
+    for short, long in (("prepare_rows", "prepare_rows_50k"), ("evaluation", "evaluation_2k")):
+        assert "--fast" in full[short] and "--fast" not in full[long] and long not in fast
 
 
 def test_every_goal_of_the_gpu_is_computed() -> None:
