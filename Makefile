@@ -1,9 +1,12 @@
 # Every target makes .venv by itself; nothing else has to be installed by hand.
-#   make demo       fine-tune the embedded model and show what changed   make check      style, types, layers
-#   make test       the tests                                            make test-slow  the slow tests too
-#   make test-floor the tests with the oldest supported versions         make bench      the benchmarks
-#   make bench-growth  how the cost grows (4 minutes); bench-galore: GaLore's refreshes (3); bench-full: all, at length
-#   make clean      remove what was made here
+#   make demo          fine-tune the embedded model and show what changed
+#   make check         style, types, layers
+#   make test          the tests; test-slow: the slow ones; test-floor: with the oldest supported versions
+#   make bench         how fast and how small training and evaluation are (10 minutes)
+#   make bench-start   from the import to the first step, checkpoints, resuming (10 minutes)
+#   make bench-growth  how the cost grows (4 minutes); bench-galore: GaLore's refreshes (3 minutes);
+#                      bench-rows: with thousands of rows (an hour); bench-full: all, at length
+#   make clean         remove what was made here
 # PYTHON=... chooses the interpreter, WORKERS=... the number of parallel test processes (2).
 
 VENV := .venv
@@ -15,10 +18,10 @@ INPUTS := pyproject.toml constraints.txt
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_ENDPOINT=http://127.0.0.1:9 HF_HUB_DISABLE_TELEMETRY=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-floor check bench bench-growth bench-galore bench-full clean
+.PHONY: help demo test test-slow test-floor check bench bench-start bench-growth bench-galore bench-rows bench-full clean
 
 help:
-	@sed -n '2,7p' Makefile
+	@sed -n '2,/^# PYTHON/p' Makefile
 
 $(BIN)/python:
 	@for python in "$(PYTHON)" python3 python3.13 python3.12 python3.11 python3.10; do \
@@ -67,11 +70,17 @@ BENCH := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 $(BIN)/python tests/perform
 bench: $(VENV)/.installed-all
 	$(BENCH) $(BENCH_ARGS)
 
+bench-start: $(VENV)/.installed-all
+	$(BENCH) --set start
+
 bench-growth: $(VENV)/.installed-all
-	$(BENCH) --only growth
+	$(BENCH) --set growth
 
 bench-galore: $(VENV)/.installed-all
-	$(BENCH) --only galore_refresh galore_refresh_large
+	$(BENCH) --set galore
+
+bench-rows: $(VENV)/.installed-all
+	$(BENCH) --set rows
 
 bench-full: $(VENV)/.installed-all
 	$(BENCH) --full

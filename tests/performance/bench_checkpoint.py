@@ -17,7 +17,7 @@ from typing import Any
 
 from harness import Bench, Pause, clock, reset_peak, resident_mib, since
 from machine import peaks
-from training import library_of
+from training import library_of, load_library
 from workloads import make_llama
 
 
@@ -112,7 +112,7 @@ def _growing(folder: Path) -> bool:
 
 
 def main() -> None:
-    bench = Bench("checkpoint", "Stall per checkpoint, 135M parameters with AdamW", work, __doc__)
+    bench = Bench("checkpoint", "Stall per checkpoint, 135M parameters with AdamW", work, __doc__, load_library)
     sides = {
         "transformers": {},
         "finetune": {"async_save": True},

@@ -12,13 +12,16 @@ from typing import Any
 
 from data_runs import first_step
 from harness import Bench
+from training import load_library
 
 # As in a user's program: unset.
 FREE = {"env": {"TOKENIZERS_PARALLELISM": None}}
 
 
 def main() -> None:
-    bench = Bench("first_step", "Time to the first step, chat rows from a file", first_step, __doc__)
+    bench = Bench(
+        "first_step", "Time to the first step, chat rows from a file", first_step, __doc__, imports=load_library
+    )
     rows = 10_000 if bench.fast else 50_000
     for state in ("cold", "warm"):
         if not bench.wanted(state):
@@ -34,7 +37,7 @@ def main() -> None:
         with cache:
             # The round that is thrown away fills the cache.
             case = bench.case(state, sides, settings=shared, fresh=True, warmup=int(state == "warm"))
-            bare = bench.measured_once("bare", shared)["seconds"]
+            bare = bench.measured_once("bare", shared, warmup=0)["seconds"]
         best = case.best("seconds", list(incumbents))
         theirs = case.result["sides"][best]["seconds"]["median"]
         case.bar(

@@ -15,7 +15,16 @@ from typing import Any
 
 from data_runs import encode
 from harness import Bench, Measure, Pause, clock, clocked, since, summary
-from training import Windows, arguments, classes, for_transformers, ledger_peak, library_of, padding_collator
+from training import (
+    Windows,
+    arguments,
+    classes,
+    for_transformers,
+    ledger_peak,
+    library_of,
+    load_library,
+    padding_collator,
+)
 from workloads import SHAPES, chats, make_llama, token_rows, tokenizer
 
 SIDES = ("trl", "transformers", "finetune", "bare loop")
@@ -56,9 +65,6 @@ def exponent(xs: list[float], ys: list[float]) -> float:
 
 
 def work(side: str, settings: dict[str, Any], pause: Pause) -> None:
-    if side != "bare loop":
-        classes(side)
-    pause({"imported": True})
     for point in settings["points"]:
         if point["axis"] == "rows":
             prepare(side, point, settings["repeats"], pause)
@@ -199,7 +205,7 @@ def collected(rounds: list[dict[str, Measure]], chosen: list[dict[str, Any]], re
 
 
 def main() -> None:
-    bench = Bench("growth", "How the cost grows", work, __doc__)
+    bench = Bench("growth", "How the cost grows", work, __doc__, load_library)
     repeats, bench.options.pairs = bench.options.pairs or 3, None
     axes = {name: xs for name, xs in AXES.items() if bench.wanted(name)}
     if bench.fast:
@@ -209,7 +215,7 @@ def main() -> None:
     free = {"env": {"TOKENIZERS_PARALLELISM": None}}
     sides = {side: {**settings, **free} for side in SIDES}
     about = {"model": SHAPES["narrow"], **USUAL}
-    case = bench.case("all points", sides, pairs=len(chosen) * (repeats + 2), settings=about)
+    case = bench.case("all points", sides, pairs=len(chosen) * (repeats + 2), warmup=0, settings=about)
     grown = collected(case.rounds, chosen, repeats)
     # Kept is what is drawn; the settings of all points and every round would be thousands of lines.
     case.result = {"case": "all points", "pairs": repeats, "settings": settings, "sides": {}, "ratios": {}, "bars": []}

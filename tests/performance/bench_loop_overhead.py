@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from harness import OURS, Bench, Case, Pause, clock, since, summary
-from training import Windows, arguments, library_of
+from training import Windows, arguments, library_of, load_library
 from workloads import make_llama
 
 BATCH, LENGTH, VOCABULARY = 4, 16, 128
@@ -117,7 +117,9 @@ def overheads(case: Case, side: str, steps: int) -> list[float]:
 
 
 def main() -> None:
-    bench = Bench("loop_overhead", "Overhead per step over a bare loop, tiny model", work, __doc__)
+    bench = Bench(
+        "loop_overhead", "Overhead per step over a bare loop, tiny model", work, __doc__, imports=load_library
+    )
     steps = 20
     # Two threads wait for each other longer than they compute on a model so small, and the waiting varies most.
     one_thread = {"OMP_NUM_THREADS": "1"}

@@ -9,7 +9,7 @@ activations); TRL's default, which recomputes, is measured too.
 from typing import Any
 
 from harness import Bench
-from training import train, training_floor
+from training import load_library, train, training_floor
 
 SHARED = {"shape": "small", "vocab_size": 8192}
 ARGS = {
@@ -22,7 +22,9 @@ ARGS = {
 
 
 def main() -> None:
-    bench = Bench("packed", "Packed rows of 1,024 tokens, 2 per batch, vocabulary 8k", train, __doc__)
+    bench = Bench(
+        "packed", "Packed rows of 1,024 tokens, 2 per batch, vocabulary 8k", train, __doc__, imports=load_library
+    )
     for precision, bar in (("float32", 1.5), ("bf16", 3.0)):
         if not bench.wanted(precision):
             continue

@@ -10,12 +10,13 @@ from typing import Any
 
 from data_runs import prepare_rows
 from harness import Bench
+from training import load_library
 
 ARGS = {"packing": True, "assistant_only_loss": True}
 
 
 def main() -> None:
-    bench = Bench("prepare_rows", "Tokenising, masking and packing chats", prepare_rows, __doc__)
+    bench = Bench("prepare_rows", "Tokenising, masking and packing chats", prepare_rows, __doc__, load_library)
     rows = 10_000 if bench.fast else 50_000
     shared: dict[str, Any] = {"rows": rows}
     # Unset, the tokenizer may use all cores in one process, as it does in a user's program.

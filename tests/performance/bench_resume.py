@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import Bench, Pause, clock, since
-from training import library_of
+from training import library_of, load_library
 from workloads import make_llama
 
 ROWS, BATCH = 1_000_000, 8
@@ -66,7 +66,7 @@ def work(side: str, settings: dict[str, Any], pause: Pause) -> None:
 
 
 def main() -> None:
-    bench = Bench("resume", "Resuming a run over 1M rows at 90 %", work, __doc__)
+    bench = Bench("resume", "Resuming a run over 1M rows at 90 %", work, __doc__, load_library)
     sides: dict[str, dict[str, Any]] = {"transformers": {}, "finetune": {}}
     case = bench.case("resume", sides, pairs=5 if bench.fast else 7)
     case.ratio("seconds", "transformers")

@@ -9,7 +9,7 @@ same on both sides; everything else is each side's default, or its best setting 
 from typing import Any
 
 from harness import Bench
-from training import train, training_floor
+from training import load_library, train, training_floor
 
 SHARED = {"shape": "small", "vocab_size": 8192}
 BATCH = {"per_device_train_batch_size": 8, "completion_only_loss": True, "logging_steps": 1}
@@ -34,7 +34,9 @@ def sides(bf16: bool, steps: int, rows: int) -> dict[str, dict[str, Any]]:
 
 
 def main() -> None:
-    bench = Bench("short_chats", "Short chats of mixed length, batch 8, vocabulary 8k", train, __doc__)
+    bench = Bench(
+        "short_chats", "Short chats of mixed length, batch 8, vocabulary 8k", train, __doc__, imports=load_library
+    )
     for precision, bar in (("float32", 3.0), ("bf16", 4.0)):
         if not bench.wanted(precision):
             continue

@@ -11,7 +11,7 @@ That recording costs a step of seconds less than a hundredth (measured with and 
 from typing import Any
 
 from harness import Bench
-from training import train, training_floor
+from training import load_library, train, training_floor
 
 SHARED = {"shape": "wide_head", "vocab_size": 200_000, "rows": 400, "length": 256}
 ARGS = {"per_device_train_batch_size": 4, "gradient_checkpointing": False, "logging_steps": 1}
@@ -29,7 +29,7 @@ def sides(bf16: bool, **extra: Any) -> dict[str, dict[str, Any]]:
 
 
 def main() -> None:
-    bench = Bench("vocabulary", "Vocabulary 200k, width 256, 40 % supervised", train, __doc__)
+    bench = Bench("vocabulary", "Vocabulary 200k, width 256, 40 % supervised", train, __doc__, load_library)
     for precision, bar in (("float32", 10.0), ("bf16", 15.0)):
         if not bench.wanted(precision):
             continue

@@ -12,23 +12,15 @@ from workloads import chat_file, chats, make_llama, tokenizer
 def first_step(side: str, settings: dict[str, Any], pause: Pause) -> None:
     """Measures from a file of chats to the end of the first optimizer step, once: for a new process in every round.
 
-    Pauses first when the imports are done. The side "bare" is the floor: the tokenizer at work on all rows, a model,
-    and one step of a plain loop. A cold side gets an empty cache, a warm one the cache of the rounds before.
+    The side "bare" is the floor: the tokenizer at work on all rows, a model, and one step of a plain loop. A cold side
+    gets an empty cache, a warm one the cache of the rounds before.
     """
     from datasets import load_dataset
     from transformers import TrainerCallback
 
-    if side == "bare":
-        import torch
-        from transformers import LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: F401
-
-        torch.ones(1)
-    else:
-        classes(side)
     source = chat_file(settings["rows"])
     cache = settings.get("cache") or tempfile.mkdtemp(prefix="bench_first_step_")
     tokenizer()  # made once, outside the clock
-    pause({"imported": True})
     if side == "bare":
         pause(clocked(lambda: bare_first_step(load_dataset, source, cache, settings["warm"])))
 

@@ -8,17 +8,16 @@ A benchmark script holds one function that works for one side, and calls `pause`
             pause(clocked(lambda: train_some_steps(model)))
 
     def main() -> None:
-        bench = Bench("short_chats", "Short chats", work)
+        bench = Bench("short_chats", "Short chats", work, __doc__, load_library)
         case = bench.case("float32", {"trl": {...}, "finetune": {...}}, pairs=5)
         case.bar("speed", against="trl", at_least=3.0)
         bench.finish()
 
 Each side runs in its own process, which waits while the other side measures (A B A B ...): memory, allocator settings
-and patches of one library do not reach the other. The first round warms up and is dropped. A ratio is that of the two
-measurements of one round, so a slow minute of the machine hits both; reported are the median of these ratios, their
-smallest, largest and quartiles. Ratios are always incumbent / finetune: 3.0 means that finetune takes a third.
-
-The sides start and warm up side by side, which costs half the time; from then on only one works at a time.
+and patches of one library do not reach the other. All sides import what they need (`imports`) at the same time; from
+then on only one works at a time. The first round warms up and is dropped. A ratio is that of the two measurements of
+one round, so a slow minute of the machine hits both; reported are the median of these ratios, their smallest, largest
+and quartiles. Ratios are always incumbent / finetune: 3.0 means that finetune takes a third.
 
 The result of a script is one JSON file: versions, hardware, threads, how busy the machine was, settings, every single
 measurement, the bars, and for a bar that was missed the floor that the machine's measured peaks set.
@@ -45,6 +44,7 @@ import machine
 Measure = dict[str, Any]
 Pause = Callable[[Measure], None]
 Work = Callable[[str, dict[str, Any], Pause], None]
+Imports = Callable[[str], Any]
 
 HERE = Path(__file__).resolve().parent
 OURS = "finetune"
@@ -134,8 +134,8 @@ class _Done(Exception):
     """The harness wants no more measurements."""
 
 
-def serve(work: Work, request: str) -> None:
-    """Runs one side: waits for a line on stdin before each measurement, answers on the original stdout.
+def serve(work: Work, request: str, imports: Imports | None = None) -> None:
+    """Runs one side: imports, then waits for a line on stdin before each measurement; answers on the original stdout.
 
     What the libraries print goes to stderr, which the harness keeps in a file.
     """
@@ -154,6 +154,8 @@ def serve(work: Work, request: str) -> None:
         wait()
 
     try:
+        if imports is not None:
+            imports(order["side"])
         pause({"ready": True})
         work(order["side"], order["settings"], pause)
     except _Done:
@@ -234,9 +236,7 @@ def alternate(
         rounds: list[dict[str, Measure]] = []
         for number in range(warmup + pairs):
             order = workers if number % 2 == 0 else workers[::-1]
-            # Imports, models and first steps are thrown away: nothing is lost if they run side by side.
-            together = number == 0 and warmup > 0
-            measured = _together(workers) if together else {worker.side: worker.ask() for worker in order}
+            measured = {worker.side: worker.ask() for worker in order}
             rounds.append({name: measured[name] for name in sides})
             _say(number, rounds[-1])
         return rounds[warmup:]
@@ -248,17 +248,12 @@ def alternate(
 def alternate_fresh(
     script: Path, sides: dict[str, dict[str, Any]], pairs: int, logs: Path, warmup: int = 0
 ) -> list[dict[str, Measure]]:
-    """Like `alternate` with new processes in every round, for work that is only slow the first time.
-
-    A process pauses once when it has imported what it needs; all of a round do that side by side, then one works at a
-    time.
-    """
+    """Like `alternate` with new processes in every round, for work that is only slow the first time."""
     rounds: list[dict[str, Measure]] = []
     for number in range(warmup + pairs):
         workers: list[Worker] = []
         try:
             workers = _started(script, sides, logs)
-            _together(workers)
             order = workers if number % 2 == 0 else workers[::-1]
             measured = {worker.side: worker.ask() for worker in order}
         finally:
@@ -270,16 +265,12 @@ def alternate_fresh(
 
 
 def _started(script: Path, sides: dict[str, dict[str, Any]], logs: Path) -> list[Worker]:
+    # They import side by side, on one thread each. Steps side by side would not be cheaper than in turn: two pools of
+    # threads on the same cores wait for each other (2,000 rows of a narrow model: 249 s instead of 12).
     workers = [Worker(script, name, settings, logs / f"{_slug(name)}.log") for name, settings in sides.items()]
     for worker in workers:
         worker.read()
     return workers
-
-
-def _together(workers: list[Worker]) -> dict[str, Measure]:
-    for worker in workers:
-        worker.go()
-    return {worker.side: worker.read() for worker in workers}
 
 
 def _say(number: int, measured: dict[str, Measure]) -> None:
@@ -397,7 +388,9 @@ class Case:
 class Bench:
     """What a `bench_*.py` script runs: reads the options, runs cases, writes the JSON."""
 
-    def __init__(self, name: str, title: str, work: Work, doc: str | None = None) -> None:
+    def __init__(
+        self, name: str, title: str, work: Work, doc: str | None = None, imports: Imports | None = None
+    ) -> None:
         parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
         parser.add_argument("--fast", action="store_true", help="fewer and shorter measurements")
         parser.add_argument("--pairs", type=int, help="rounds per case")
@@ -406,7 +399,7 @@ class Bench:
         parser.add_argument("--worker", help=argparse.SUPPRESS)
         self.options = parser.parse_args()
         if self.options.worker:
-            serve(work, self.options.worker)
+            serve(work, self.options.worker, imports)
         self.name, self.title = name, title
         self.script = Path(sys.argv[0]).resolve()
         self.fast: bool = self.options.fast
@@ -442,13 +435,10 @@ class Bench:
         self.cases.append(Case(name, {"shared": settings or {}, "sides": sides}, rounds))
         return self.cases[-1]
 
-    def measured_once(self, side: str, settings: dict[str, Any]) -> Measure:
-        """Returns one measurement of a side in a process of its own, for what does not vary and for floors.
-
-        It is the second: the first one warms up, or only says that the imports are done.
-        """
+    def measured_once(self, side: str, settings: dict[str, Any], warmup: int = 1) -> Measure:
+        """Returns one measurement of a side in a process of its own, for what does not vary and for floors."""
         logs = HERE / "results" / "logs" / self.name / "once"
-        return alternate(self.script, {side: settings}, 1, logs, warmup=1)[0][side]
+        return alternate(self.script, {side: settings}, 1, logs, warmup)[0][side]
 
     def finish(self, **extra: Any) -> None:
         """Writes the result; `extra` are further entries of the JSON."""

@@ -1,12 +1,12 @@
-"""Runs every benchmark, draws the results and writes the README's table: what `make bench` does.
+"""Runs a set of benchmarks, draws the results and writes the README's table: what `make bench` does.
 
-    python tests/performance/run_all.py [--full] [--only short_chats packed]
-    python tests/performance/run_all.py --only growth galore_refresh_large
+    python tests/performance/run_all.py                                  # the set "training"
+    python tests/performance/run_all.py --set start
+    python tests/performance/run_all.py --only short_chats packed
 
-The fast set is meant to take ten minutes on two idle cores (an older processor takes twice as long). Not in it, and run
-by `--full` or when they are named: the growth curves (four minutes), GaLore's refreshes (two minutes and a half), and
-what needs many rows (`first_step_50k`, `prepare_rows_50k`, `evaluation_2k`: a quarter of an hour each on an older
-processor).
+On two cores "training" (steps and evaluation) and "start" (from the import to the first step, checkpoints, resuming)
+take less than ten minutes each, "growth" four, "galore" three, and "rows" (what needs thousands of rows) an hour.
+`--full` runs them all, with more and longer measurements.
 
 Unattended and without a network. A benchmark that fails or takes too long is named at the end (exit status 1); the
 others still run.
@@ -23,47 +23,62 @@ import machine
 HERE = Path(__file__).resolve().parent
 # Seconds a fast benchmark may take before it is given up; many times what it takes on two idle cores.
 LIMIT_FAST, LIMIT_FULL = 600, 3600
-# Measured beside the fast set of the same script, with many rows.
-MANY_ROWS = {
-    "first_step_50k": "bench_first_step.py",
-    "prepare_rows_50k": "bench_prepare_rows.py",
-    "evaluation_2k": "bench_evaluation.py",
+# By set and name of the result: a script of this folder and what it is given.
+FAST = "--fast"
+SETS: dict[str, dict[str, tuple[str, ...]]] = {
+    "training": {
+        "short_chats": ("bench_short_chats.py", FAST),
+        "packed": ("bench_packed.py", FAST),
+        "vocabulary": ("bench_vocabulary.py", FAST),
+        "loop_overhead": ("bench_loop_overhead.py", FAST),
+        "evaluation": ("bench_evaluation.py", FAST),
+    },
+    "start": {
+        "import": ("bench_import.py", FAST),
+        "first_step": ("bench_first_step.py", FAST),
+        "prepare_rows": ("bench_prepare_rows.py", FAST),
+        "checkpoint": ("bench_checkpoint.py", FAST),
+        "resume": ("bench_resume.py", FAST),
+    },
+    "growth": {"growth": ("bench_growth.py",)},
+    "galore": {
+        "galore_refresh": ("bench_galore_refresh.py", FAST),
+        "galore_refresh_large": ("bench_galore_refresh.py", "--large"),
+    },
+    "rows": {
+        "first_step_50k": ("bench_first_step.py",),
+        "prepare_rows_50k": ("bench_prepare_rows.py",),
+        "evaluation_2k": ("bench_evaluation.py",),
+    },
 }
-# Measured only when asked for, and by `--full`: script and what it is given.
-EXTRA = {
-    **{name: (script, []) for name, script in MANY_ROWS.items()},
-    "growth": ("bench_growth.py", []),
-    "galore_refresh": ("bench_galore_refresh.py", ["--fast"]),
-    "galore_refresh_large": ("bench_galore_refresh.py", ["--large"]),
-}
+ALL = {name: given for chosen in SETS.values() for name, given in chosen.items()}
+# Their long measurements are the set "rows", or have a name of their own.
+ALWAYS_FAST = {"first_step", "prepare_rows", "evaluation", "galore_refresh"}
 
 
-def commands(full: bool, only: list[str]) -> dict[str, list[str]]:
+def commands(chosen: str = "training", only: list[str] | None = None, *, full: bool = False) -> dict[str, list[str]]:
     """Returns the command of every benchmark to run, by the name of its result."""
-    names = {script.stem.removeprefix("bench_"): script for script in sorted(HERE.glob("bench_*.py"))}
-    chosen: dict[str, list[str]] = {}
-    for name, script in names.items():
-        if name not in EXTRA:
-            fast = not full or script.name in MANY_ROWS.values()
-            chosen[name] = [sys.executable, str(script), *(["--fast"] if fast else [])]
-    for name, (script, given) in EXTRA.items():
-        if full or name in only:
-            chosen[name] = [sys.executable, str(HERE / script), *given]
-    return {name: each for name, each in chosen.items() if not only or any(part in name for part in only)}
+    names = only or (ALL if full else SETS[chosen])
+    found = {name: list(ALL[name]) for name in names}
+    for name, given in found.items():
+        if full and FAST in given and name not in ALWAYS_FAST:
+            given.remove(FAST)
+    return {name: [sys.executable, str(HERE / script), *given] for name, (script, *given) in found.items()}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--full", action="store_true", help="more and longer measurements: hours")
-    parser.add_argument("--only", nargs="*", default=[], help="parts of the names of the benchmarks to run")
+    parser.add_argument("--set", choices=SETS, default="training", help="what to measure")
+    parser.add_argument("--only", nargs="+", choices=ALL, metavar="NAME", help=f"of {', '.join(ALL)}")
+    parser.add_argument("--full", action="store_true", help="all, with more and longer measurements: hours")
     options = parser.parse_args()
     results = machine.folder()
     failed: list[str] = []
     started = time.perf_counter()
     # The floors need the machine's peaks: anew in each run, because a machine may change.
     subprocess.run([sys.executable, str(HERE / "machine.py")], check=True)
-    limit = LIMIT_FULL if options.full or options.only else LIMIT_FAST
-    for name, command in commands(options.full, options.only).items():
+    for name, command in commands(options.set, options.only, full=options.full).items():
+        limit = LIMIT_FAST if FAST in command else LIMIT_FULL
         print(f"==> {name} ({time.perf_counter() - started:.0f} s so far)", flush=True)
         try:
             subprocess.run([*command, "--out", str(results / f"{name}.json")], check=True, timeout=limit)

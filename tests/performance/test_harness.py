@@ -87,7 +87,7 @@ def work(side, settings, pause):
         pause({{"seconds": float(number)}})
 
 if __name__ == "__main__":
-    harness.serve(work, sys.argv[2])
+    harness.serve(work, sys.argv[2], imports=lambda side: print('importing', side))
 """
 
 
@@ -96,11 +96,11 @@ def test_sides_alternate_and_the_first_round_is_dropped(tmp_path: Path) -> None:
     script.write_text(WORKER.format(here=str(HERE)))
     sides = {name: {"trace": str(trace)} for name in ("A", "B")}
     rounds = harness.alternate(script, sides, pairs=3, logs=tmp_path / "logs")
-    # They warm up together; then there and back: whoever came second comes first in the next round.
-    assert sorted(trace.read_text()[:2]) == ["A", "B"]
-    assert trace.read_text()[2:8] == "BAABBA"
+    # There and back: whoever came second comes first in the next round.
+    assert trace.read_text()[:8] == "ABBAABBA"
     assert [each["A"]["seconds"] for each in rounds] == [2.0, 3.0, 4.0]
-    assert "noise of a library" in (tmp_path / "logs" / "a.log").read_text()
+    log = (tmp_path / "logs" / "a.log").read_text()
+    assert log.index("importing A") < log.index("noise of a library")
 
 
 def test_fresh_sides_start_anew_in_every_round(tmp_path: Path) -> None:
@@ -108,8 +108,8 @@ def test_fresh_sides_start_anew_in_every_round(tmp_path: Path) -> None:
     script.write_text(WORKER.format(here=str(HERE)))
     sides = {name: {"trace": str(trace)} for name in ("A", "B")}
     rounds = harness.alternate_fresh(script, sides, pairs=2, logs=tmp_path / "logs")
-    # The first pause of a process only says that it is ready; the second is the measurement.
-    assert [each[side]["seconds"] for each in rounds for side in sides] == [2.0] * 4
+    assert [each[side]["seconds"] for each in rounds for side in sides] == [1.0] * 4
+    assert trace.read_text() == "ABBA"
 
 
 def test_a_side_that_dies_is_an_error_with_its_last_words(tmp_path: Path) -> None:
@@ -266,15 +266,18 @@ def test_growth_varies_one_axis_at_a_time() -> None:
     assert bench_growth.supervised(long) == 320
 
 
-def test_the_fast_set_leaves_out_what_has_to_be_named() -> None:
-    fast = run_all.commands(full=False, only=[])
-    assert not {"growth", "galore_refresh", "galore_refresh_large", "prepare_rows_50k"} & set(fast)
-    assert all("--fast" in command for command in fast.values())
-    assert set(run_all.commands(full=False, only=["growth"])) == {"growth"}
-    full = run_all.commands(full=True, only=[])
-    assert {"growth", "galore_refresh", "galore_refresh_large", "prepare_rows_50k"} <= set(full)
+def test_sets_hold_every_script_and_only_full_measures_at_length() -> None:
+    training, start = run_all.commands(), run_all.commands("start")
+    assert "short_chats" in training and "import" in start and not set(training) & set(start)
+    assert all("--fast" in command for command in (*training.values(), *start.values()))
+    assert set(run_all.commands("training", ["growth"])) == {"growth"}
+    assert {command[1] for command in run_all.commands(full=True).values()} == {
+        str(path) for path in HERE.glob("bench_*.py")
+    }
+    full = run_all.commands(full=True)
+    assert "--fast" not in full["short_chats"] and "--fast" in training["short_chats"]
     for short, long in (("prepare_rows", "prepare_rows_50k"), ("evaluation", "evaluation_2k")):
-        assert "--fast" in full[short] and "--fast" not in full[long] and long not in fast
+        assert "--fast" in full[short] and "--fast" not in full[long]
 
 
 def test_every_goal_of_the_gpu_is_computed() -> None:

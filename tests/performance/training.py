@@ -29,6 +29,16 @@ def classes(side: str) -> tuple[Any, Any]:
     return SFTTrainer, SFTConfig
 
 
+def load_library(side: str) -> None:
+    """Imports what a side needs; one that runs no library, like "bare loop", needs torch and the model."""
+    import torch
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: F401
+
+    torch.ones(1)  # the first tensor starts threads
+    if library_of(side) in LIBRARIES:
+        classes(side)
+
+
 def arguments(side: str, overrides: dict[str, Any]) -> Any:
     """Returns the side's own defaults with `overrides`; nothing is reported, saved or drawn."""
     options: dict[str, Any] = {
