@@ -169,6 +169,7 @@ class Trainer(EvaluationMethods, OptimizerMethods, SavingMethods):
             restore_rng=partial(self._load_rng_state, resume_from_checkpoint) if resume_from_checkpoint else None,
             before_step=self._writer.settle,
             ends_epoch=lambda: self.control.should_epoch_stop,
+            is_preempted=lambda: self.was_preempted,
             token_counter=setup.token_counter(args, self._traits, self.processing_class),
             trial=trial,
             ignore_keys_for_eval=ignore_keys_for_eval,
@@ -186,7 +187,8 @@ class Trainer(EvaluationMethods, OptimizerMethods, SavingMethods):
         self._events.fire("on_train_begin")
         if args.eval_on_start:
             self._evaluate(trial, ignore_keys_for_eval, skip_scheduler=True)
-        run_training(run, self, self._events)
+        if self._make_up_evaluation(run):
+            run_training(run, self, self._events)
         return self._finalize_training(run)
 
     def _init_training_state(self, plan: StepPlan, checkpoint: str | None, trial: Any) -> ResumePoint:
@@ -456,12 +458,7 @@ class Trainer(EvaluationMethods, OptimizerMethods, SavingMethods):
             self._collect_for_log()
             self.log(logs, start_time)
         if self.control.should_evaluate:
-            metrics = self._evaluate(trial, ignore_keys_for_eval)
-            is_best = self._determine_best_metric(metrics=metrics, trial=trial)
-            if self.args.save_strategy == "best":
-                self.control.should_save = is_best
-            if self._guard is not None and self._guard.requested(self.accelerator):
-                self.control.should_save = self.control.should_training_stop = True
+            self._evaluate_in_run(run, trial, ignore_keys_for_eval)
         if self.control.should_save:
             self._save_checkpoint(model, trial)
             self.control.should_save = False

@@ -25,6 +25,7 @@ def load(name: str, path: Path) -> Any:
 
 fixtures = load("fixtures", TESTS / "conftest.py")
 helpers = load("resume_helpers", TESTS / "trajectories" / "test_resume.py")
+signals = load("resume_signals", TESTS / "trajectories" / "test_resume_signals.py")
 
 
 def rows() -> Any:
@@ -58,6 +59,8 @@ CASES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
             "optim_args": "rank=4, update_proj_gap=2, scale=0.25",
         },
     ),
+    # One process gets a signal in an evaluation; the other has to leave it at the same batch.
+    "signal": (fixtures.make_tiny_bert, rows, {**signals.EVERY_TWO, "ddp_find_unused_parameters": False}),
 }
 
 
@@ -69,7 +72,11 @@ def main(out: Path) -> None:
         folder = out / name.replace(" ", "_")
         whole = helpers.build(model, data(), folder / "whole", **options)
         whole.train()
-        cut = helpers.interrupted_and_resumed(model, data(), folder / "cut", 3, **options)
+        if name == "signal":
+            sent = [signals.Signal("on_prediction_step", 4, process=1)]
+            cut = signals.cut_and_resumed(model, data(), folder / "cut", sent, stop=4, **options)
+        else:
+            cut = helpers.interrupted_and_resumed(model, data(), folder / "cut", 3, **options)
         try:
             helpers.assert_equal(helpers.everything(cut), helpers.everything(whole))
             found[name] = "equal"

@@ -1,8 +1,6 @@
 """Interrupted and resumed equals uninterrupted, bit for bit: weights, optimizer, schedule, history, random state."""
 
-import os
 import random
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -229,63 +227,3 @@ def test_a_stream_without_state_goes_on_where_it_was(
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
     for name, tensor in whole.model.state_dict().items():
         assert torch.equal(resumed.model.state_dict()[name], tensor), name
-
-
-class SignalAt(finetune.TrainerCallback):
-    """Sends this process the signal a scheduler sends before it takes the machine away."""
-
-    def __init__(self, at: int) -> None:
-        self.at = at
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.at:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-
-def test_a_signal_saves_and_the_next_run_goes_on(tiny_llama: Any, padded_dataset: Any, tmp_path: Path) -> None:
-    dataset = padded_dataset(18)
-    options = {"enable_jit_checkpoint": True, "save_strategy": "no"}
-    handler = signal.getsignal(signal.SIGTERM)
-    whole = build(tiny_llama, dataset, tmp_path / "whole", **options)
-    whole.train()
-    cut = build(tiny_llama, dataset, tmp_path / "cut", [SignalAt(4)], **options)
-    cut.train()
-    assert cut.state.global_step == 5
-    assert signal.getsignal(signal.SIGTERM) is handler
-    resumed = build(tiny_llama, dataset, tmp_path / "cut", **options)
-    resumed.train(resume_from_checkpoint="auto")
-    assert_equal(everything(resumed)["weights"], everything(whole)["weights"])
-    assert resumed.state.global_step == 10
-
-
-class SignalInEvaluation(SignalAt):
-    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not self.sent and state.global_step == self.at:
-            self.sent = True
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.sent = False
-
-
-@pytest.mark.parametrize(
-    ("at", "options"),
-    [
-        (4, {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "no"}),
-        (4, {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "best", "greater_is_better": True}),
-        (5, {"eval_strategy": "epoch", "save_strategy": "no"}),
-    ],
-)
-def test_a_signal_during_an_evaluation_saves_behind_it(
-    at: int, options: dict[str, Any], tiny_llama: Any, padded_dataset: Any, tmp_path: Path
-) -> None:
-    dataset, options = padded_dataset(18), {**options, "enable_jit_checkpoint": True}
-    whole = build(tiny_llama, dataset, tmp_path / "whole", **options)
-    whole.train()
-    cut = build(tiny_llama, dataset, tmp_path / "cut", [SignalInEvaluation(at)], **options)
-    cut.train()
-    assert cut.state.global_step == at and cut.was_preempted
-    resumed = build(tiny_llama, dataset, tmp_path / "cut", **options)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "cut" / f"checkpoint-{at}"))
-    compared = [{name: everything(run)[name] for name in ("weights", "history", "step")} for run in (resumed, whole)]
-    assert_equal(*compared)

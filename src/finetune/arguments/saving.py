@@ -41,7 +41,11 @@ class SavingArguments(ArgumentGroup):
     )
     save_only_model: bool = arg(False, "Save weights only; such a checkpoint cannot be resumed.")
     save_on_each_node: bool = arg(False, "Save on every node instead of on the first only.")
-    enable_jit_checkpoint: bool = arg(False, "On SIGTERM, save a checkpoint at the next step and stop.")
+    enable_jit_checkpoint: bool = arg(
+        False,
+        "On SIGTERM, SIGINT or SIGUSR1, save a checkpoint behind the present step and stop. An evaluation is cut short, "
+        "and the run that is resumed begins with it.",
+    )
     ignore_data_skip: bool = arg(False, "When resuming, start the data from its beginning.")
     restore_callback_states_from_checkpoint: bool = arg(
         False, "When resuming, restore the state of callbacks that export one."

@@ -1,9 +1,10 @@
 """Stopping on a signal without losing steps.
 
-The first SIGTERM, SIGINT or SIGUSR1 only sets a flag; the loop asks for it after each step and each evaluation, saves,
-and leaves. An evaluation is not cut short: a run that is resumed would miss its result, on which early stopping, the
-best model and some schedules depend. The second signal leaves at once: nothing is lost that was saved, because a
-checkpoint is complete or absent.
+The first SIGTERM, SIGINT or SIGUSR1 only sets a flag; the loop asks for it after each step and each batch of an
+evaluation, saves, and leaves. An evaluation that is cut short is owed, because early stopping, the best model and some
+schedules depend on its result: the checkpoint says so and has the random state from before it, and the resumed run
+begins with it. The second signal leaves at once: nothing is lost that was saved, because a checkpoint is complete or
+absent.
 
 Exit codes, for schedulers that requeue: 75 (`EX_TEMPFAIL`: saved, start me again) after the first signal,
 128 + signal number after the second.
@@ -18,6 +19,7 @@ from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
+from finetune.checkpoint import rng
 from finetune.control.callbacks import CallbackHandler, TrainerCallback
 
 logger = logging.getLogger(__name__)
@@ -33,6 +35,10 @@ class Preempted(SystemExit):
         super().__init__(PREEMPTED_EXIT_CODE)
 
 
+class EvaluationInterrupted(BaseException):
+    """Ends an evaluation in which a signal came. No `Exception`: an override of `evaluate` must not take it for one."""
+
+
 class PreemptionGuard:
     """A context in which signals ask for a save instead of killing the process.
 
@@ -42,13 +48,14 @@ class PreemptionGuard:
     Attributes:
         received: the number of the first signal this process got.
         agreed: whether all processes learned that one of them got a signal.
+        interrupts: whether a signal ends the evaluation that is running.
     """
 
     def __init__(self, names: tuple[str, ...] = _NAMES) -> None:
         self._signals = [getattr(signal, name) for name in names if hasattr(signal, name)]
         self._before: dict[int, Any] = {}
         self.received: int | None = None
-        self.agreed = False
+        self.agreed = self.interrupts = False
 
     def __enter__(self) -> "PreemptionGuard":
         if threading.current_thread() is not threading.main_thread():
@@ -81,6 +88,25 @@ class PreemptionGuard:
         self.agreed = self.agreed or here
         return here
 
+    @contextlib.contextmanager
+    def interrupting(self) -> Iterator[None]:
+        """Context manager: a signal ends the evaluation in the block, until one dataset of several has its result.
+
+        Raises:
+            EvaluationInterrupted: a signal came, now or before. The random state is that of the beginning.
+        """
+        before = rng.capture_rng()
+        self.interrupts = True
+        try:
+            if self.agreed:
+                raise EvaluationInterrupted
+            yield
+        except EvaluationInterrupted:
+            rng.restore_rng(before)
+            raise
+        finally:
+            self.interrupts = False
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:
             os.write(2, b"Second signal: leaving now. The last complete checkpoint is intact.\n")
@@ -91,7 +117,7 @@ class PreemptionGuard:
 
 
 class _StopOnSignal(TrainerCallback):
-    """Saves and stops after the step in which a signal came."""
+    """Saves and stops after the step in which a signal came; ends an evaluation that may be interrupted."""
 
     def __init__(self, guard: PreemptionGuard, accelerator: Any) -> None:
         self.guard, self.accelerator = guard, accelerator
@@ -100,6 +126,14 @@ class _StopOnSignal(TrainerCallback):
         if self.guard.requested(self.accelerator):
             return {"should_save": True, "should_training_stop": True}
         return None
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.guard.interrupts and self.guard.requested(self.accelerator):
+            raise EvaluationInterrupted
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Callbacks and logs have the result of this dataset; made again, it would count twice.
+        self.guard.interrupts = False
 
 
 @contextlib.contextmanager

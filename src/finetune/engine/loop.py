@@ -61,6 +61,8 @@ def _run_epoch(run: TrainingRun, epoch: int, hooks: LoopHooks, events: Events) -
         )
         events.control.should_training_stop = True
     run.epoch_is_over = not _stopped_inside(run, events)
+    if run.is_preempted() and not run.epoch_is_over and events.state.global_step < run.plan.max_steps:
+        return  # the end of the epoch, with its log and its evaluation, is the resumed run's
     events.fire("on_epoch_end")
     _log_save_evaluate(run, hooks)
 

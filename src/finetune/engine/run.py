@@ -41,10 +41,12 @@ class TrainingRun:
         before_step: called before every optimizer step; a checkpoint may still be copying the weights.
         token_counter: `(inputs) -> tokens`, None when tokens are not tracked.
         ends_epoch: whether a callback has asked to end this epoch.
+        is_preempted: whether a signal ends this run, so that another one goes on.
         epoch, batches_done: position, in epochs and in micro-batches of this epoch.
         batches_updated: those of them behind the last finished update.
         epoch_is_over: whether the next batch belongs to the next epoch.
         stepping: whether an update is half done, so that the state is not one to save.
+        owes_evaluation: whether the evaluation after the last update was cut short by a signal.
         window_batches: micro-batches of the current window (`current_gradient_accumulation_steps`).
         flos: floating point operations of this process since they were last stored.
         observers: who watches the first update: `micro_batch(model)`, `before_update` and `after_update`.
@@ -66,6 +68,7 @@ class TrainingRun:
     restore_rng: Callable[[], None] | None = None
     before_step: Callable[[], None] = lambda: None
     ends_epoch: Callable[[], bool] = lambda: False
+    is_preempted: Callable[[], bool] = lambda: False
     token_counter: Callable[[dict[str, Any]], Tensor | int | None] | None = None
     trial: Any = None
     ignore_keys_for_eval: list[str] | None = None
@@ -77,6 +80,7 @@ class TrainingRun:
     batches_done: int = 0
     batches_updated: int = 0
     stepping: bool = False
+    owes_evaluation: bool = False
     window_batches: int = 1
     grad_norm: Any = None
     learning_rate: float | None = None
@@ -196,3 +200,16 @@ class TrainingRun:
         """Forgets a window that ends without an update, because a callback stopped the epoch inside it."""
         self.clear_gradients()
         self.meter.forget_window()
+
+
+class OwedEvaluation:
+    """Whether a run owes an evaluation, as part of a checkpoint."""
+
+    def __init__(self, run: TrainingRun) -> None:
+        self.run = run
+
+    def state_dict(self) -> dict[str, bool]:
+        return {"owed": self.run.owes_evaluation}
+
+    def load_state_dict(self, state_dict: dict[str, bool]) -> None:
+        self.run.owes_evaluation = state_dict["owed"]

@@ -1,5 +1,6 @@
 """Mixin of `Trainer`: `evaluate`, `predict` and what they call."""
 
+import contextlib
 import math
 import time
 from functools import partial
@@ -10,10 +11,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from finetune.checkpoint import manager as checkpoints
+from finetune.checkpoint import rng
+from finetune.checkpoint.preemption import EvaluationInterrupted
 from finetune.compat import EvalLoopOutput, PredictionOutput
 from finetune.control.builtin import close_bars
 from finetune.distributed import prepare as preparation
 from finetune.engine import evaluation, prediction, step
+from finetune.engine.run import TrainingRun
 from finetune.facade.data import DataMethods
 from finetune.models.activation import use_cache
 from finetune.models.traits import takes_argument
@@ -162,3 +166,37 @@ class EvaluationMethods(DataMethods):
         if not skip_scheduler and schedules.needs_metric(self.lr_scheduler):
             self.lr_scheduler.step(checkpoints.read_metric(metrics, self.args.metric_for_best_model))
         return metrics
+
+    def _evaluate_in_run(self, run: TrainingRun, trial: Any, ignore_keys_for_eval: list[str] | None) -> None:
+        """Evaluates after a step or an epoch and notes whether the model is the best so far.
+
+        A signal ends the evaluation; it is owed then, and what is saved says so.
+        """
+        guard, control = self._guard, self.control
+        try:
+            with contextlib.nullcontext() if guard is None else guard.interrupting():
+                metrics = self._evaluate(trial, ignore_keys_for_eval)
+        except EvaluationInterrupted:
+            run.owes_evaluation = control.should_save = control.should_training_stop = True
+            return
+        run.owes_evaluation = False
+        is_best = self._determine_best_metric(metrics=metrics, trial=trial)
+        if self.args.save_strategy == "best":
+            control.should_save = is_best
+        if guard is not None and guard.requested(self.accelerator):
+            control.should_save = control.should_training_stop = True
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any = None) -> bool:
+        """Returns whether this evaluation is the best so far, and notes it in `state`."""
+        return checkpoints.determine_best_metric(metrics, args=self.args, state=self.state)
+
+    def _make_up_evaluation(self, run: TrainingRun) -> bool:
+        """Makes the evaluation that the checkpoint owes, if any. Returns whether training goes on behind it."""
+        if not run.owes_evaluation:
+            return True
+        run.restore_rng_once()
+        self._evaluate_in_run(run, run.trial, run.ignore_keys_for_eval)
+        # It would be saved as the checkpoint that the run was resumed from, whose next reader makes up for it again.
+        self.control.should_save = False
+        run.restore_rng = partial(rng.restore_rng, rng.capture_rng())
+        return not self.control.should_training_stop

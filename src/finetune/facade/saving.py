@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from finetune.checkpoint import manager as checkpoints
 from finetune.engine.position import DataPosition
+from finetune.engine.run import OwedEvaluation
 from finetune.errors import CheckpointError, NonFiniteLossError
 from finetune.facade.base import TrainerBase
 from finetune.hub import card, repo
@@ -34,7 +35,10 @@ class SavingMethods(TrainerBase):
 
     def _stateful(self) -> dict[str, Any]:
         """Returns what else of this run belongs into a checkpoint, by name. Subclasses add to it."""
-        return {} if self._run is None else {"meter": self._run.meter, "data": DataPosition(self._run)}
+        run = self._run
+        if run is None:
+            return {}
+        return {"meter": run.meter, "data": DataPosition(run), "evaluation": OwedEvaluation(run)}
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> Any:
         """Saves `checkpoint-<step>` completely or not at all. Called when `control.should_save` is set.
@@ -161,10 +165,6 @@ class SavingMethods(TrainerBase):
         self.accelerator.free_memory()
         gc.collect()
         self.accelerator.end_training()
-
-    def _determine_best_metric(self, metrics: dict[str, float], trial: Any = None) -> bool:
-        """Returns whether this evaluation is the best so far, and notes it in `state`."""
-        return checkpoints.determine_best_metric(metrics, args=self.args, state=self.state)
 
     @contextlib.contextmanager
     def _settling_checkpoints(self, trial: Any) -> Iterator[None]:
