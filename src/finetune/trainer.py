@@ -369,9 +369,10 @@ class Trainer(EvaluationMethods, OptimizerMethods, SavingMethods):
         return (loss, outputs) if return_outputs else loss
 
     def _undo_process_average(self, loss: Tensor, num_items_in_batch: Any) -> Tensor:
-        if num_items_in_batch is None or not self.args.average_tokens_across_devices:
+        processes = self.accelerator.num_processes
+        if processes == 1 or num_items_in_batch is None or not self.args.average_tokens_across_devices:
             return loss
-        return step.undo_process_average(loss, self.accelerator.num_processes // self.get_tp_size())
+        return step.undo_process_average(loss, processes // self.get_tp_size())
 
     def _recomputes_activations(self) -> bool:
         return bool(self.args.activation_checkpointing)

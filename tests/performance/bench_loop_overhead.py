@@ -6,8 +6,8 @@ The bare loop does what the others are asked to do and nothing more: batches fro
 clipping, AdamW (fused, as both trainers' default), a linear schedule, and every 10 steps the mean loss on the host.
 
 The speed of a shared machine wanders over seconds by more than the overhead. So the sides take turns every 20 steps,
-which meets the same speed, and a round's difference is only one of a hundred: reported are the medians of ten blocks of
-rounds, and their spread.
+which meets the same speed, and a round's difference is only one of sixty: reported are the medians of ten blocks of rounds,
+and their spread.
 """
 
 import itertools
@@ -124,7 +124,7 @@ def main() -> None:
     # Two threads wait for each other longer than they compute on a model so small, and the waiting varies most.
     one_thread = {"OMP_NUM_THREADS": "1"}
     sides = {name: {"steps": steps, "env": one_thread} for name in ("bare loop", "transformers", "finetune")}
-    case = bench.case("tiny model", sides, pairs=100 if bench.fast else 500, settings={"steps": steps})
+    case = bench.case("tiny model", sides, pairs=60 if bench.fast else 500, settings={"steps": steps})
     found = {side: overheads(case, side, steps) for side in ("transformers", OURS)}
     case.result["overhead_ms_per_step"] = {side: summary(each) for side, each in found.items()}
     shares = [ours / theirs for ours, theirs in zip(found[OURS], found["transformers"], strict=True)]

@@ -174,6 +174,15 @@ print(seconds, sorted({"torch", "transformers", "accelerate", "datasets", "numpy
     assert {heavy.strip() for _, heavy in outputs} == {"[]"}
 
 
+def test_importing_a_trainer_leaves_the_compiler_and_the_models_alone() -> None:
+    code = """
+import sys
+from finetune import SequenceClassificationTrainer, SFTConfig, SFTTrainer, Trainer
+print(sorted({"torch._dynamo", "torch._inductor", "sympy", "accelerate", "peft", "datasets", "trl"} & set(sys.modules)))
+"""
+    assert run_python(code).strip() == "[]"
+
+
 def test_help_does_not_import_torch() -> None:
     code = """
 import sys

@@ -43,8 +43,8 @@ class SavingArguments(ArgumentGroup):
     save_on_each_node: bool = arg(False, "Save on every node instead of on the first only.")
     enable_jit_checkpoint: bool = arg(
         False,
-        "On SIGTERM, SIGINT or SIGUSR1, save a checkpoint behind the present step and stop. An evaluation is cut short, "
-        "and the run that is resumed begins with it.",
+        "On SIGTERM, SIGINT or SIGUSR1, save a checkpoint behind the present step and stop. An evaluation is cut "
+        "short, and the run that is resumed begins with it.",
     )
     ignore_data_skip: bool = arg(False, "When resuming, start the data from its beginning.")
     restore_callback_states_from_checkpoint: bool = arg(

@@ -80,9 +80,9 @@ class ColumnFilter:
     def _filter(self, feature: Any) -> Any:
         if not isinstance(feature, Mapping):
             return feature
+        if feature.keys() <= self._kept:
+            return dict(feature)
         kept = {name: value for name, value in feature.items() if name in self._kept}
-        if len(kept) == len(feature):
-            return kept
         if not kept:
             raise DataFormatError(
                 _nothing_left(list(feature), self.signature_columns, self.description, self.model_name)

@@ -4,6 +4,7 @@
 """
 
 import logging
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -57,7 +58,8 @@ class LossMeter:
         self._window_bad = torch.zeros((), dtype=torch.bool, device=device)
         self._processes = processes
         # One of several processes must not stop alone: the others would wait for it until they lose the connection.
-        self._stops_at_once = device.type == "cpu" and processes == 1
+        self._on_host = device.type == "cpu"
+        self._stops_at_once = self._on_host and processes == 1
 
     def add(self, loss: Tensor, step: int, place: int = -1) -> None:
         """Adds the scaled loss of the micro-batch at `place`. Under `raise`, one process on a CPU stops at a NaN here.
@@ -66,6 +68,8 @@ class LossMeter:
         several processes stop together, where all of them learn of it.
         """
         self.running += loss
+        if self._on_host and math.isfinite(loss.item()):
+            return  # nobody waits for a number of the host's own
         bad = ~torch.isfinite(loss)
         self._first_bad.masked_fill_(bad & (self._nonfinite == 0), place)
         self._nonfinite += bad
@@ -76,7 +80,8 @@ class LossMeter:
 
     def note_items(self, num_items: Tensor) -> None:
         """Counts the window that begins if it has no items, so that its loss is 0 and trains nothing."""
-        self._unlabelled += num_items == 0
+        if not self._on_host or num_items.item() == 0:
+            self._unlabelled += num_items == 0
 
     def window_is_bad(self, grad_norm: Tensor | float | None) -> bool:
         """Returns whether the update of the finished window must be dropped, and forgets the window.

@@ -238,6 +238,10 @@ def clip_gradients(accelerator: "Accelerator", model: nn.Module, optimizer: Any,
     """
     if clips_its_own_gradients(optimizer):
         return unwrap_optimizer(optimizer).clip_grad_norm(max_norm)
+    if accelerator.distributed_type == "NO":
+        # accelerate would look at every gradient first for one that is divided over processes.
+        accelerator.unscale_gradients()
+        return nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     return accelerator.clip_grad_norm_(model.parameters(), max_norm)
 
 

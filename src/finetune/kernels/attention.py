@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from finetune.errors import ArgumentError
-from finetune.kernels.packed_scores import REMEDY, RowsUnderWay, packed_attention
+from finetune.kernels.packed_scores import REMEDY, Buckets, RowsUnderWay, packed_attention
 from finetune.wrappers import unwrap_peft
 
 ATTENTION_NAME = "finetune_packed"
@@ -127,6 +127,7 @@ def register_packed_attention() -> None:
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
+    Buckets.hide_from_compilers()
     AttentionInterface.register(ATTENTION_NAME, packed_attention)
     AttentionMaskInterface.register(ATTENTION_NAME, _packed_mask)
 

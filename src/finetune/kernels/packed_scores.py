@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -74,7 +75,7 @@ def packed_attention(
     query, key, value = (each[0].transpose(0, 1) for each in _autocast((query, key, value)))  # (N, heads, D)
     backend = choose_backend(query, value, options)
     if backend == "buckets":
-        return _by_buckets(query, key, value, cu_seq_lens_q, options)[None], None
+        return Buckets.attend(query, key, value, cu_seq_lens_q, options)[None], None
     longest = max_length_q if max_length_q is not None else int(cu_seq_lens_q.diff().max())
     return (_flash if backend == "flash" else _varlen)(query, key, value, cu_seq_lens_q, longest, options)[None], None
 
@@ -126,10 +127,25 @@ def choose_backend(query: Tensor, value: Tensor, scores: Scores) -> str:
     return "varlen" if fits and _varlen_function() is not None else "buckets"
 
 
-# Buckets are other Python numbers in every batch: a compiler would compile each layer again for each of them.
-@torch.compiler.disable(reason="the buckets of a packed row differ from batch to batch")
 def _by_buckets(query: Tensor, key: Tensor, value: Tensor, cu_seq_lens: Tensor, scores: Scores) -> Tensor:
     return attend_by_buckets(query, key, value, _boundaries(cu_seq_lens), scores)
+
+
+class Buckets:
+    """How packed rows attend where no kernel takes them: `attend(query, key, value, cu_seq_lens, scores)`."""
+
+    attend: Callable[..., Tensor] = _by_buckets
+
+    @classmethod
+    @functools.cache
+    def hide_from_compilers(cls) -> None:
+        """Keeps `attend` out of compiled code: buckets are other Python numbers in every batch, and a compiler would
+        compile each layer again for each of them.
+
+        Not a decorator of the function: that would import torch's compiler, three seconds of an import of this package.
+        """
+        reason = "the buckets of a packed row differ from batch to batch"
+        cls.attend = torch.compiler.disable(_by_buckets, reason=reason)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _boundaries(cu_seq_lens: Tensor) -> tuple[int, ...]:
