@@ -42,7 +42,9 @@ class TokenAccuracy:
 
 
 def work(side: str, settings: dict[str, Any], pause: Pause) -> None:
-    rows = token_rows(settings["rows"], vocab_size=8192)
+    from datasets import concatenate_datasets
+
+    rows = concatenate_datasets([token_rows(settings["rows"], vocab_size=8192)] * settings.get("times", 1))
     options: dict[str, Any] = {}
     if settings["metrics"] and library_of(side) == OURS:
         options = {"compute_metrics": TokenAccuracy()}
@@ -81,8 +83,9 @@ def main() -> None:
         case.bar(f"rows/s against TRL, {rows:,} rows, {name}", case.ratios("seconds", "trl"), at_least=2.0)
     if bench.wanted("memory"):
         few, many = (24, 96) if bench.fast else (500, 2000)
-        settings = {count: {"rows": count, "metrics": True, "shape": "tiny"} for count in (few, many)}
-        sides = {f"finetune {count} rows": settings[count] for count in (few, many)}
+        # The same rows several times: other rows would have a longer one among them, and a larger largest batch.
+        shared = {"rows": few, "metrics": True, "shape": "tiny"}
+        sides = {f"finetune {count} rows": {**shared, "times": count // few} for count in (few, many)}
         case = bench.case("memory", sides)
         small, large = (case.values(side, "peak_mib") for side in sides)
         grown = [more - less for less, more in zip(small, large, strict=True)]

@@ -6,8 +6,8 @@ The bare loop does what the others are asked to do and nothing more: batches fro
 clipping, AdamW (fused, as both trainers' default), a linear schedule, and every 10 steps the mean loss on the host.
 
 The speed of a shared machine wanders over seconds by more than the overhead. So the sides take turns every 20 steps,
-which meets the same speed, and a round's difference is only one of sixty: reported are the medians of ten blocks of rounds,
-and their spread.
+which meets the same speed, and a round's difference is only one of sixty: reported are the medians of ten blocks of
+rounds, and their spread.
 """
 
 import itertools
