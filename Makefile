@@ -3,7 +3,7 @@
 #   make check         style, types, layers
 #   make test          the tests; test-slow: the slow ones; test-floor: with the oldest supported versions
 #   make bench         how fast and how small training and evaluation are (10 minutes)
-#   make bench-start   from the import to the first step, checkpoints, resuming (10 minutes)
+#   make bench-start   from the import to the first step, checkpoints, resuming (13 minutes)
 #   make bench-growth  how the cost grows (4 minutes); bench-galore: GaLore's refreshes (3 minutes);
 #                      bench-rows: with thousands of rows (an hour); bench-full: all, at length
 #   make clean         remove what was made here
@@ -53,7 +53,9 @@ test-slow: $(VENV)/.installed-all
 
 # Tests that compare with transformers and TRL belong to the newest versions only.
 test-floor:
-	@test -x $(VENV)-floor/bin/python || "$$(command -v python3.10 || command -v python3)" -m venv $(VENV)-floor
+	@test -x $(VENV)-floor/bin/python || for python in "$(PYTHON)" python3.10 python3; do \
+	  if [ -n "$$python" ] && "$$python" -c 'import ensurepip' 2>/dev/null; then exec "$$python" -m venv $(VENV)-floor; fi; \
+	done
 	$(VENV)-floor/bin/python -m pip --disable-pip-version-check --no-input install --quiet -c constraints-floor.txt \
 	  -e '.[galore,peft,plots,tracking,glue]' hypothesis optuna pytest pytest-timeout pytest-xdist
 	$(TEST_ENV) $(VENV)-floor/bin/python -m pytest -n $(WORKERS) tests/unit tests/numerics tests/trajectories $(PYTEST_ARGS)

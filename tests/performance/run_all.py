@@ -4,8 +4,8 @@
     python tests/performance/run_all.py --set start
     python tests/performance/run_all.py --only short_chats packed
 
-On two cores "training" (steps and evaluation) and "start" (from the import to the first step, checkpoints, resuming)
-take less than ten minutes each, "growth" four, "galore" three, and "rows" (what needs thousands of rows) an hour.
+On two cores "training" (steps and evaluation) takes less than ten minutes, "start" (from the import to the first step,
+checkpoints, resuming) thirteen, "growth" four, "galore" three, and "rows" (what needs thousands of rows) an hour.
 `--full` runs them all, with more and longer measurements.
 
 Unattended and without a network. A benchmark that fails or takes too long is named at the end (exit status 1); the
