@@ -107,15 +107,8 @@ def plan_text(options: PlanArguments, args: Any, model_args: Any) -> str:
         row = sharded(way, options.num_processes, trace, narrow, sizes, trained_bytes=step.gradient_bytes)
         backend = BACKENDS[way]
         rows.append(dataclasses.replace(row, refused=why_not_sharded(args.optim, backend) if backend else ""))
-    precision = f"{step.dtype}, computed in {step.autocast}" if step.autocast is not None else str(step.dtype)
     lines = [
-        f"{name} ({source}): {step.model_class}, {sizes.parameters / 1e6:,.1f}M parameters, "
-        f"{sizes.trained / 1e6:,.1f}M trained; {precision.replace('torch.', '')}",
-        f"{args.per_device_train_batch_size} rows x {args.max_length:,} tokens per device, all of them trained on; "
-        f"optim={optimizer_name(args.optim)}"
-        + (f" ({args.optim_args})" if args.optim_args else "")
-        + f"; {'' if step.recomputes else 'no '}activation checkpointing; {step.head}",
-        *([step.described] if step.described else []),
+        *_heading(name, source, step, args),
         "",
         estimate_table(rows),
         "",
@@ -123,8 +116,24 @@ def plan_text(options: PlanArguments, args: Any, model_args: Any) -> str:
         "One device is traced on fake tensors, the others are computed from it. Not included: the device's context,",
         "the allocator's rounding, and the kernels' own scratch memory.",
         *_not_counted(args),
-    ]  # fmt: skip
+    ]
     return "\n".join(lines)
+
+
+def _heading(name: str, source: str, step: Any, args: Any) -> list[str]:
+    """Returns what is planned: the model, its number formats, and one step of its training."""
+    from finetune.optim.registry import optimizer_name
+
+    sizes = step.sizes
+    optimizer = optimizer_name(args.optim) + (f" ({args.optim_args})" if args.optim_args else "")
+    precision = f"{step.dtype}, computed in {step.autocast}" if step.autocast is not None else str(step.dtype)
+    return [
+        f"{name} ({source}): {step.model_class}, {sizes.parameters / 1e6:,.1f}M parameters, "
+        f"{sizes.trained / 1e6:,.1f}M trained; {precision.replace('torch.', '')}",
+        f"{args.per_device_train_batch_size} rows x {args.max_length:,} tokens per device, all of them trained on; "
+        f"optim={optimizer}; {'' if step.recomputes else 'no '}activation checkpointing; {step.head}",
+        *([step.described] if step.described else []),
+    ]
 
 
 def read_config(name: str, *, trust_remote_code: bool = False) -> tuple[Any, str]:

@@ -51,6 +51,25 @@ def test_skip_step_drops_only_the_bad_window() -> None:
     assert meter.window_is_bad(torch.tensor(float("inf"))), "an infinite gradient norm counts too"
 
 
+def test_a_device_is_not_waited_for_and_counts_as_the_host_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wait(_: torch.Tensor) -> None:
+        raise AssertionError("a value was read from the device")
+
+    meters = [LossMeter(CPU, "log", 0), LossMeter(CPU, "log", 0)]
+    for meter, on_host in zip(meters, (True, False), strict=True):
+        meter._on_host = on_host
+        with monkeypatch.context() as patch:
+            if not on_host:
+                patch.setattr(torch.Tensor, "item", wait)
+                patch.setattr(torch.Tensor, "__bool__", wait)
+            for place, loss in enumerate((1.0, float("nan"), 2.0, float("inf"))):
+                meter.add(torch.tensor(loss), step=place, place=place)
+            for items in (0, 5, 0):
+                meter.note_items(torch.tensor(items))
+    found = [[int(each) for each in (meter._nonfinite, meter._first_bad, meter._unlabelled)] for meter in meters]
+    assert found == [[2, 1, 2]] * 2
+
+
 def test_state_survives() -> None:
     meter = LossMeter(CPU, "raise", 0)
     meter.add(torch.tensor(0.1), 0)
