@@ -6,8 +6,8 @@ Two questions. `built-in metrics`: `SFTTrainer.evaluate()` of both, which report
 `compute_metrics`: token accuracy by a user's function; TRL keeps the predicted ids of all rows for it (at its best,
 with `preprocess_logits_for_metrics`; without, all logits, which for 2,000 rows would be some 8 GB), ours adds up sums.
 2,000 rows are evaluated with a narrow model (width 128, two layers), so that five pairs take half an hour.
-Memory is that of 1,000 rows against 125. `--fast` takes 32 rows and a larger model (12.5M parameters) for the times, and
-24 and 96 rows for the memory: kept logits of 72 more rows would be 250 MiB.
+Memory is that of 1,000 rows against 125. `--fast` takes 32 rows and a larger model (12.5M parameters) for the times,
+and 24 and 96 rows for the memory: kept logits of 72 more rows would be 250 MiB.
 """
 
 from typing import Any

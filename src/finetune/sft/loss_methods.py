@@ -1,5 +1,6 @@
 """How `SFTTrainer` computes its loss and counts tokens: fused with the head where possible, else from the logits."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from finetune.kernels.fused_head import FusedHead
 from finetune.kernels.head_support import LIGER_OWNS_HEAD, unsupported_reason
 from finetune.sft.config import SFTConfig
 from finetune.sft.experts import auxiliary_loss, without_router_outputs
-from finetune.sft.losses import output_sums, token_sums
+from finetune.sft.losses import TokenSums, output_sums, token_sums
 from finetune.trainer import Trainer
 
 
@@ -82,8 +83,7 @@ class SFTLossMethods(Trainer):
             self._tokens.add(_num_tokens(inputs))
         wants_logits = return_outputs and not (self._loss_only and not self._overrides("compute_loss"))
         if self._head is None or wants_logits:
-            loss, outputs = self._loss_from_logits(model, inputs, num_items_in_batch)
-            sums = output_sums(outputs, inputs["labels"]) if "labels" in inputs else None
+            loss, outputs, sums = self._loss_from_logits(model, inputs, num_items_in_batch)
         else:
             smoother, self.label_smoother = self.label_smoother, None  # the head smooths
             try:
@@ -114,25 +114,33 @@ class SFTLossMethods(Trainer):
 
     def _loss_from_logits(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any
-    ) -> tuple[Tensor, Any]:
-        """Returns the loss and the model's outputs on the plain path."""
+    ) -> tuple[Tensor, Any, TokenSums | None]:
+        """Returns the loss, the model's outputs and the sums over tokens on the plain path.
+
+        An evaluation that wants logits, of a model whose head could be fused, takes the loss from the sums: the model
+        would compute it from all tokens, in another two copies of the logits.
+        """
         weights, dft = inputs.get(WEIGHTS), self.args.loss_type == "dft"
         if weights is not None and self.compute_loss_func is not None:
             raise ArgumentError(
                 f"The rows give tokens weights (`weight` in messages, or `{WEIGHTS}`), and `compute_loss_func` "
                 "computes the loss without them. Drop `compute_loss_func`, or take the weights out of the rows."
             )
-        if (weights is None and not dft) or self.compute_loss_func is not None or "labels" not in inputs:
+        from_sums = weights is not None or dft or (self._head is not None and not self.model.training)
+        if not from_sums or self.compute_loss_func is not None or "labels" not in inputs:
             if self.args.use_liger_kernel and self._why_not_fused() == LIGER_OWNS_HEAD:
                 inputs = {**inputs, "return_token_accuracy": True}
-            return super().compute_loss(model, inputs, True, num_items_in_batch)
+            labels = inputs.get("labels")  # a label smoother takes them out
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            return loss, outputs, None if labels is None else output_sums(outputs, labels)
         outputs = model(**{name: value for name, value in inputs.items() if name not in ("labels", WEIGHTS)})
         smoothing = self.args.label_smoothing_factor
         sums = token_sums(
             outputs["logits"], inputs["labels"], dft=dft, label_smoothing=smoothing, token_weights=weights
         )
         loss = sums.loss / (at_least_one(sums.count) if num_items_in_batch is None else num_items_in_batch)
-        return self._undo_process_average(loss, num_items_in_batch), outputs
+        outputs["loss"] = loss = self._undo_process_average(loss, num_items_in_batch)
+        return loss, outputs, dataclasses.replace(sums, loss=sums.loss.detach())
 
     def prediction_step(
         self,

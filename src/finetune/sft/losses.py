@@ -39,11 +39,10 @@ def token_sums(
     `labels = [[-100, 7, 3]]` has two supervised tokens, predicted at positions 0 and 1.
     """
     logits = logits[:, logits.shape[1] - labels.shape[1] :]
-    targets = labels[:, 1:].reshape(-1)
-    kept = targets.ne(IGNORE_INDEX)
-    scores = logits[:, :-1].reshape(-1, logits.shape[-1])[kept]  # (N, V)
+    kept = labels[:, 1:].ne(IGNORE_INDEX)
+    targets = labels[:, 1:][kept]
+    scores = logits[:, :-1][kept]  # (N, V), the only ones that are copied
     scores = scores if scores.dtype == torch.float64 else scores.float()
-    targets = targets[kept]
     log_probs = torch.log_softmax(scores, dim=-1)
     nll = -log_probs.gather(1, targets[:, None]).squeeze(1)
     losses = nll
@@ -52,10 +51,10 @@ def token_sums(
     if dft:
         losses = losses * torch.exp(-nll).detach()
     if token_weights is not None:
-        losses = losses * token_weights[:, 1:].reshape(-1)[kept].to(losses.dtype)
+        losses = losses * token_weights[:, 1:][kept].to(losses.dtype)
     with torch.no_grad():
         correct = scores.argmax(dim=-1).eq(targets).sum()
-        entropy = -(log_probs.exp() * log_probs).sum()
+        entropy = -log_probs.exp().mul_(log_probs).sum()
     return TokenSums(losses.sum(), kept.sum(), correct, entropy)
 
 
