@@ -255,6 +255,38 @@ def test_token_metrics_are_those_of_their_own_pass(tiny_llama: Any, chat_tokeniz
     assert token_metrics(trainer.evaluate(parts["a"])) == first, "the predictions are none of this evaluation"
 
 
+def test_logits_for_metrics_are_read_once(
+    tiny_llama: Any, chat_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss comes from the supervised tokens; the model's own would read, and copy, the logits of all."""
+    read: list[float] = []
+
+    class Reads(finetune.SFTTrainer):
+        def compute_loss(self, *given: Any, **options: Any) -> Any:
+            loss, outputs = super().compute_loss(*given, **options)
+            read.append(float(outputs.loss) - float(loss))
+            return loss, outputs
+
+    def own_loss(*_: Any, **__: Any) -> Any:
+        raise AssertionError("the model computed its own loss")
+
+    rows = Dataset.from_list(ROWS["prompt-completion"])
+    common: dict[str, Any] = {"train_dataset": rows, "eval_dataset": rows, "processing_class": chat_tokenizer}
+    plain = finetune.SFTTrainer(model=tiny_llama(vocab_size=512), args=config(tmp_path), **common)
+    expected = plain.evaluate()
+    for kind in (finetune.SFTTrainer, Reads):
+        trainer = kind(
+            model=tiny_llama(vocab_size=512), args=config(tmp_path), compute_metrics=lambda _: {"seen": 1.0}, **common
+        )
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.nn.functional, "cross_entropy", own_loss)
+            found = trainer.evaluate()
+        assert found["eval_seen"] == 1.0
+        for name in ("eval_loss", "eval_entropy", "eval_mean_token_accuracy"):
+            assert found[name] == pytest.approx(expected[name], rel=1e-5)
+    assert read and not any(read)
+
+
 def test_an_interrupted_evaluation_leaves_nothing_behind(
     tiny_llama: Any, chat_tokenizer: Any, tmp_path: Path, monkeypatch: Any
 ) -> None:
