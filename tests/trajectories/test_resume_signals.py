@@ -106,24 +106,19 @@ def test_a_signal_cuts_an_evaluation_short_and_the_next_run_begins_with_it(
     helpers.assert_equal(helpers.everything(resumed), helpers.everything(whole))
 
 
-def test_the_evaluation_that_is_made_up_for_can_be_cut_short_too(
-    tiny_bert: Any, classified: Any, tmp_path: Path
+@pytest.mark.parametrize(
+    "sent",
+    [[("on_prediction_step", 4, 3), ("on_prediction_step", 4, 1)], [("on_step_begin", 3)]],
+    ids=["the one that is made up for is cut short too", "a signal before it begins"],
+)
+def test_an_evaluation_is_left_to_the_next_run(
+    sent: list[tuple[Any, ...]], tiny_bert: Any, classified: Any, tmp_path: Path
 ) -> None:
     whole = helpers.build(tiny_bert, classified, tmp_path / "whole", **EVERY_TWO)
     whole.train()
-    sent = [Signal("on_prediction_step", 4, batch) for batch in (3, 1)]
-    resumed = cut_and_resumed(tiny_bert, classified, tmp_path / "cut", sent, stop=4, **EVERY_TWO)
-    helpers.assert_equal(helpers.everything(resumed), helpers.everything(whole))
-
-
-def test_a_signal_before_an_evaluation_leaves_it_to_the_next_run(
-    tiny_bert: Any, classified: Any, tmp_path: Path
-) -> None:
-    whole = helpers.build(tiny_bert, classified, tmp_path / "whole", **EVERY_TWO)
-    whole.train()
-    sent = Signal("on_step_begin", 3)
-    resumed = cut_and_resumed(tiny_bert, classified, tmp_path / "cut", [sent], stop=4, **EVERY_TWO)
-    assert sent.batches_after == 0
+    signals = [Signal(*each) for each in sent]
+    resumed = cut_and_resumed(tiny_bert, classified, tmp_path / "cut", signals, stop=4, **EVERY_TWO)
+    assert [each.batches_after for each in signals] == [0] * len(signals)
     helpers.assert_equal(helpers.everything(resumed), helpers.everything(whole))
 
 
