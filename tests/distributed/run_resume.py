@@ -10,8 +10,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
 TESTS = Path(__file__).resolve().parents[1]
 
 
@@ -28,14 +26,6 @@ helpers = load("resume_helpers", TESTS / "trajectories" / "test_resume.py")
 signals = load("resume_signals", TESTS / "trajectories" / "test_resume_signals.py")
 
 
-def rows() -> Any:
-    """Returns rows for a classifier; 18 of them are not a multiple of the 8 of one optimizer step."""
-    from datasets import Dataset
-
-    ids = torch.randint(5, 128, (18, 12), generator=torch.Generator().manual_seed(0)).tolist()
-    return Dataset.from_dict({"input_ids": ids, "labels": [i % 3 for i in range(18)]})
-
-
 def stream() -> Any:
     return fixtures.make_padded_dataset(18).to_iterable_dataset(num_shards=2).shuffle(seed=1, buffer_size=6)
 
@@ -46,7 +36,7 @@ def llama_rows() -> Any:
 
 CASES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "plain": (fixtures.make_tiny_llama, llama_rows, {}),
-    "dropout": (fixtures.make_tiny_bert, rows, {"ddp_find_unused_parameters": False}),
+    "dropout": (fixtures.make_tiny_bert, signals.make_classified, {"ddp_find_unused_parameters": False}),
     "length grouped": (fixtures.make_tiny_llama, llama_rows, {"train_sampling_strategy": "group_by_length"}),
     "stream": (fixtures.make_tiny_llama, stream, {"max_steps": 6}),
     "background saves": (fixtures.make_tiny_llama, llama_rows, {"async_save": True}),
@@ -60,7 +50,11 @@ CASES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         },
     ),
     # One process gets a signal in an evaluation; the other has to leave it at the same batch.
-    "signal": (fixtures.make_tiny_bert, rows, {**signals.EVERY_TWO, "ddp_find_unused_parameters": False}),
+    "signal": (
+        fixtures.make_tiny_bert,
+        signals.make_classified,
+        {**signals.EVERY_TWO, "ddp_find_unused_parameters": False},
+    ),
 }
 
 

@@ -233,13 +233,7 @@ def alternate(
     workers: list[Worker] = []
     try:
         workers = _started(script, sides, logs)
-        rounds: list[dict[str, Measure]] = []
-        for number in range(warmup + pairs):
-            order = workers if number % 2 == 0 else workers[::-1]
-            measured = {worker.side: worker.ask() for worker in order}
-            rounds.append({name: measured[name] for name in sides})
-            _say(number, rounds[-1])
-        return rounds[warmup:]
+        return [_round(workers, number) for number in range(warmup + pairs)][warmup:]
     finally:
         for worker in workers:
             worker.close()
@@ -254,14 +248,19 @@ def alternate_fresh(
         workers: list[Worker] = []
         try:
             workers = _started(script, sides, logs)
-            order = workers if number % 2 == 0 else workers[::-1]
-            measured = {worker.side: worker.ask() for worker in order}
+            rounds.append(_round(workers, number))
         finally:
             for worker in workers:
                 worker.close()
-        rounds.append({name: measured[name] for name in sides})
-        _say(number, rounds[-1])
     return rounds[warmup:]
+
+
+def _round(workers: list[Worker], number: int) -> dict[str, Measure]:
+    """Returns one measurement of each side, in the order of `workers`; odd rounds are measured backwards."""
+    measured = {worker.side: worker.ask() for worker in (workers if number % 2 == 0 else workers[::-1])}
+    found = {worker.side: measured[worker.side] for worker in workers}
+    _say(number, found)
+    return found
 
 
 def _started(script: Path, sides: dict[str, dict[str, Any]], logs: Path) -> list[Worker]:

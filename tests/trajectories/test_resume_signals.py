@@ -21,11 +21,15 @@ SIGNALS: dict[str, Any] = {"enable_jit_checkpoint": True, "save_strategy": "no"}
 EVERY_TWO: dict[str, Any] = {**SIGNALS, "eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 4}
 
 
-@pytest.fixture
-def classified() -> Dataset:
-    """Returns 18 rows for a classifier: five batches of an evaluation."""
+def make_classified() -> Dataset:
+    """Returns 18 rows for a classifier: no multiple of the rows of one step, and five batches of an evaluation."""
     ids = torch.randint(5, 128, (18, 12), generator=torch.Generator().manual_seed(0)).tolist()
     return Dataset.from_dict({"input_ids": ids, "labels": [index % 3 for index in range(18)]})
+
+
+@pytest.fixture
+def classified() -> Dataset:
+    return make_classified()
 
 
 class Signal(finetune.TrainerCallback):
@@ -55,21 +59,23 @@ class Signal(finetune.TrainerCallback):
 
 
 def cut_and_resumed(
-    make_model: Any, dataset: Any, out: Path, signals: list[Signal], stop: int, **options: Any
+    make_model: Any,
+    dataset: Any,
+    out: Path,
+    signals: list[Signal],
+    stop: int,
+    callbacks: tuple[finetune.TrainerCallback, ...] = (),
+    **options: Any,
 ) -> finetune.Trainer:
     """Returns the last of a row of runs, of which each is ended by one of the signals, at step `stop`."""
     for each in signals:
-        run = helpers.build(make_model, dataset, out, [each, *options.get("callbacks", [])], **_arguments(options))
+        run = helpers.build(make_model, dataset, out, [each, *callbacks], **options)
         run.train(resume_from_checkpoint="auto")
         assert each.sent and run.was_preempted and run.state.global_step == stop
-    resumed = helpers.build(make_model, dataset, out, options.get("callbacks", []), **_arguments(options))
+    resumed = helpers.build(make_model, dataset, out, callbacks, **options)
     resumed.train(resume_from_checkpoint="auto")
     assert not resumed.was_preempted
     return resumed
-
-
-def _arguments(options: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if name != "callbacks"}
 
 
 def test_a_signal_saves_and_the_next_run_goes_on(tiny_llama: Any, padded_dataset: Any, tmp_path: Path) -> None:
@@ -139,9 +145,8 @@ def test_the_result_may_end_the_run(tiny_bert: Any, classified: Any, tmp_path: P
         def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             control.should_training_stop = state.global_step == 4
 
-    options = {**EVERY_TWO, "callbacks": [StopsBehind()]}
     sent = Signal("on_prediction_step", 4)
-    resumed = cut_and_resumed(tiny_bert, classified, tmp_path, [sent], stop=4, **options)
+    resumed = cut_and_resumed(tiny_bert, classified, tmp_path, [sent], 4, (StopsBehind(),), **EVERY_TWO)
     assert resumed.state.global_step == 4
     assert "eval_loss" in {name for entry in resumed.state.log_history if entry["step"] == 4 for name in entry}
 
