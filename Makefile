@@ -23,12 +23,20 @@ TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_ENDPOINT=http://12
 help:
 	@sed -n '2,/^# PYTHON/p' Makefile
 
+# A virtual environment in the folder $(1), made by the first of PYTHON and $(2) that is able to.
+define make_venv
+@for python in "$(PYTHON)" $(2); do \
+  if [ -n "$$python" ] && "$$python" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; \
+  then echo "Making $(1) with $$("$$python" --version) ..."; exec "$$python" -m venv $(1); fi; \
+done; \
+echo "No Python >= 3.10 with the venv module was found. Install one, or name it: make PYTHON=/path/to/python3 ..." >&2; exit 1
+endef
+
 $(BIN)/python:
-	@for python in "$(PYTHON)" python3 python3.13 python3.12 python3.11 python3.10; do \
-	  if [ -n "$$python" ] && "$$python" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; \
-	  then echo "Making $(VENV) with $$("$$python" --version) ..."; exec "$$python" -m venv $(VENV); fi; \
-	done; \
-	echo "No Python >= 3.10 with the venv module was found. Install one, or name it: make PYTHON=/path/to/python3 ..." >&2; exit 1
+	$(call make_venv,$(VENV),python3 python3.13 python3.12 python3.11 python3.10)
+
+$(VENV)-floor/bin/python:
+	$(call make_venv,$(VENV)-floor,python3.10 python3)
 
 $(VENV)/.installed-demo: $(INPUTS) | $(BIN)/python
 	@echo "Installing the pinned packages for the demo (a few minutes the first time) ..."
@@ -52,10 +60,7 @@ test-slow: $(VENV)/.installed-all
 	$(TEST_ENV) $(BIN)/python -m pytest -m slow --timeout 3600 $(PYTEST_ARGS)
 
 # Tests that compare with transformers and TRL belong to the newest versions only.
-test-floor:
-	@test -x $(VENV)-floor/bin/python || for python in "$(PYTHON)" python3.10 python3; do \
-	  if [ -n "$$python" ] && "$$python" -c 'import ensurepip' 2>/dev/null; then exec "$$python" -m venv $(VENV)-floor; fi; \
-	done
+test-floor: | $(VENV)-floor/bin/python
 	$(VENV)-floor/bin/python -m pip --disable-pip-version-check --no-input install --quiet -c constraints-floor.txt \
 	  -e '.[galore,peft,plots,tracking,glue]' hypothesis optuna pytest pytest-timeout pytest-xdist
 	$(TEST_ENV) $(VENV)-floor/bin/python -m pytest -n $(WORKERS) tests/unit tests/numerics tests/trajectories $(PYTEST_ARGS)
