@@ -48,10 +48,15 @@ def find_spans(text: str, messages: Messages, render: Render, token_ends: Callab
             known[key] = render(messages[:count], add_generation_prompt=add_generation_prompt)
         return known[key]
 
+    def probed() -> _Probes:
+        return _Probes(text, messages, render, render_first, token_ends)
+
     spans = _prefix_spans(text, messages, render_first)
-    if spans is not None and not verify_spans(text, messages, spans):
-        return spans
-    return _Probes(text, messages, render, render_first, token_ends).spans()
+    if spans is None or verify_spans(text, messages, spans):
+        return probed().spans()
+    if _may_quote_others(text, messages, spans):
+        probed().require_apart(spans)
+    return spans
 
 
 def _prefix_spans(text: str, messages: Messages, render_first: Callable[..., str]) -> list[Span] | None:
@@ -96,6 +101,17 @@ def verify_spans(text: str, messages: Messages, spans: Sequence[Span]) -> str:
             if core not in text[gap_start:gap_end] and core in text:
                 return f"message {turn} ({message['role']}) is inside a trained span"
     return ""
+
+
+def _may_quote_others(text: str, messages: Messages, spans: Sequence[Span]) -> bool:
+    """Returns whether a span has words of another message that its own does not say: a template may write them twice."""
+    others = [core for message in messages if message["role"] != "assistant" and (core := answer_core(message))]
+    answers = [message for message in messages if message["role"] == "assistant"]
+    for message, (start, end) in zip(answers, spans, strict=True):
+        rest = text[start:end].replace(answer_core(message), "", 1)
+        if any(core in rest and core not in str(message) for core in others):
+            return True
+    return False
 
 
 def answer_core(message: Message) -> str:
@@ -146,12 +162,16 @@ class _Probes:
         spans = [self._span(turn) for turn in turns]
         if any(first[1] > second[0] for first, second in pairwise(spans)):
             raise TurnsNotFoundError("the assistant's turns overlap or are not in order")
-        for turn, region in enumerate(self.regions):
-            if turn in turns or region is None:
+        self.require_apart(spans)
+        return spans
+
+    def require_apart(self, spans: Sequence[Span]) -> None:
+        """Raises `TurnsNotFoundError` where a message of another role reaches into a span."""
+        for turn, (message, region) in enumerate(zip(self.messages, self.regions, strict=True)):
+            if message["role"] == "assistant" or region is None:
                 continue
             if any(_overlap(region, span) for span in spans):
-                raise TurnsNotFoundError(f"message {turn} ({self.messages[turn]['role']}) is inside a trained span")
-        return spans
+                raise TurnsNotFoundError(f"message {turn} ({message['role']}) is inside a trained span")
 
     def _span(self, turn: int) -> Span:
         region = self.regions[turn]
@@ -199,13 +219,14 @@ class _Probes:
             return len(text)
         others = [region[0] for i, region in enumerate(self.regions) if i != turn and region is not None]
         after = text[start : min((other for other in others if other >= start), default=len(text))]
-        alone, closing_from = self.render_first(turn + 1), start
-        if not alone.startswith(text[:start]):
+        alone = self.render_first(turn + 1)
+        closing = alone[start:]
+        if not (alone.startswith(text[:start]) and after.startswith(closing)):
+            # Where nothing follows yet, the turn may hold more than its own text: reasoning, before an empty answer too.
             region = self._region(upto, turn, alone)
             if region is None:
                 raise TurnsNotFoundError(f"the template writes message {turn} only if others follow")
-            closing_from = region[1]
-        closing = alone[closing_from:]
+            closing = alone[region[1] :]
         if after.startswith(closing):
             return start + len(closing)
         shared = max(0, self._token_end(text, start + common_prefix_length(closing, after)) - start)

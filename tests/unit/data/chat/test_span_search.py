@@ -82,6 +82,23 @@ def test_tool_calls_without_text_and_empty_answers(opening: str) -> None:
     assert trained(template, [user("a"), says(""), user("b"), says("c")]) == ["<e>", block + "c<e>"]
 
 
+def test_an_empty_answer_whose_turn_loses_its_reasoning_and_is_closed_unlike_a_question() -> None:
+    template = THINKING.replace("OPEN", "").replace("<e>", "{{ '<f>' if m.role == 'assistant' else '<e>' }}")
+    assert trained(template, [user("a"), says(""), user("b"), says("")]) == ["<f>", "<think></think><f>"]
+
+
+def test_a_question_that_stands_in_the_header_of_the_answer_too_is_refused() -> None:
+    template = PLAIN.replace("<{{ m.role }}>", "<{{ m.role }}:{{ messages[0].content }}>").replace("<assistant>", "")
+    with pytest.raises(TurnsNotFoundError, match=r"message 0 \(user\) is inside"):
+        trained(template, [user("xx"), says("aa")])
+
+
+@pytest.mark.parametrize("question", ["e", "<e>", "call", "aa", "Rome"])
+def test_a_question_that_is_in_a_marker_or_in_the_answer_is_not(question: str) -> None:
+    chat = [user(question), says("aa", tool_calls=CALL), user(question), says("aa")]
+    assert trained(PLAIN, chat) == ['aa<call>{"city": "Rome"}</call><e>', "aa<e>"]
+
+
 def test_reasoning_between_tool_calls_goes_once_a_question_follows() -> None:
     template = THINKING.replace("OPEN", "<think>")
     chat = [user("go"), says("<think>hm</think>Wait", tool_calls=CALL), tool("sunny"), says("<think>so</think>sunny")]
