@@ -1,4 +1,4 @@
-"""Lets accelerate shard with FSDP on CPUs, so that FSDP can be tested without GPUs. For tests only.
+"""Lets FSDP and DeepSpeed be tested without GPUs. For tests only.
 
 accelerate runs plain DDP when FSDP is asked for on CPUs. `install` makes it treat a group of CPU processes (gloo) as
 one that can be sharded. It replaces private methods of accelerate 1.15 and torch 2.13.
@@ -11,8 +11,17 @@ from typing import Any
 import torch
 
 
-def install() -> None:
-    """Call it before the training arguments are made."""
+def install(backend: str) -> None:
+    """Makes ready for a backend of the tests, named like its configuration. Call it before the training arguments are
+    made.
+    """
+    if backend.startswith("fsdp"):
+        _shard_with_fsdp()
+    if backend.startswith("zero"):
+        _compile_no_collectives()
+
+
+def _shard_with_fsdp() -> None:
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
     from accelerate import state
     from accelerate.utils import DistributedType
@@ -29,6 +38,13 @@ def install() -> None:
 
     state.PartialState._prepare_backend = prepare_backend
     _offload_to_where_it_is()
+
+
+def _compile_no_collectives() -> None:
+    """DeepSpeed would compile collectives for CPUs, two minutes on a new machine; gloo has some, GPUs others."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def _offload_to_where_it_is() -> None:

@@ -175,8 +175,7 @@ def run_case(name: str, out: Path, options: dict[str, Any]) -> None:
 
 
 def run(out: Path, options: dict[str, Any]) -> None:
-    if options["backend"].startswith("fsdp"):
-        load(HERE / "cpu_shim.py").install()
+    load(HERE / "cpu_shim.py").install(options["backend"])
     for name in options["cases"]:
         if CASES[name].get("by_name"):  # before there is a process group, in which one process would save
             make_model(CASES[name]).save_pretrained(weights_folder(out / name))

@@ -110,8 +110,7 @@ def main(out: Path, options: dict[str, Any]) -> None:
     from accelerate.state import AcceleratorState, GradientState
 
     load(HERE / "triton_shim.py").install()
-    if options["backend"] == "fsdp2":
-        load(HERE / "cpu_shim.py").install()
+    load(HERE / "cpu_shim.py").install(options["backend"])
     calls: dict[str, int] = {}
     count_calls(calls)
     report: dict[str, Any] = {}

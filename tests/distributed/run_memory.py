@@ -177,8 +177,7 @@ def watch(trainer: Any, before: dict[int, int]) -> Census:
 def main(out: Path, options: dict[str, Any]) -> None:
     import finetune
 
-    if options["backend"] == "fsdp2":
-        load(HERE / "cpu_shim.py").install()
+    load(HERE / "cpu_shim.py").install(options["backend"])
     arguments = {**ARGUMENTS, "bf16": options["bf16"]}
     arguments |= {"ddp_backend": "gloo"} if options["backend"].startswith("zero") else {"use_cpu": True}
     rows = [{"input_ids": list(range(5, 37)), "labels": list(range(5, 37))} for _ in range(8)]

@@ -104,7 +104,7 @@ def verify_spans(text: str, messages: Messages, spans: Sequence[Span]) -> str:
 
 
 def _may_quote_others(text: str, messages: Messages, spans: Sequence[Span]) -> bool:
-    """Returns whether a span has words of another message that its own does not say: a template may write them twice."""
+    """Returns whether a span has words of another message that its own does not say: they may stand there twice."""
     others = [core for message in messages if message["role"] != "assistant" and (core := answer_core(message))]
     answers = [message for message in messages if message["role"] == "assistant"]
     for message, (start, end) in zip(answers, spans, strict=True):
@@ -222,7 +222,7 @@ class _Probes:
         alone = self.render_first(turn + 1)
         closing = alone[start:]
         if not (alone.startswith(text[:start]) and after.startswith(closing)):
-            # Where nothing follows yet, the turn may hold more than its own text: reasoning, before an empty answer too.
+            # Where nothing follows, the turn may hold more than its own text: reasoning, before an empty answer too.
             region = self._region(upto, turn, alone)
             if region is None:
                 raise TurnsNotFoundError(f"the template writes message {turn} only if others follow")
