@@ -8,8 +8,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "accelerate_configs"
@@ -19,6 +23,18 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
+
+
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """Returns a folder that `make` has filled, in the first of the parallel test processes that asks for it."""
+    base = factory.getbasetemp()
+    out = (base.parent if base.name.startswith("popen-") else base) / name
+    done = out / "done"
+    with FileLock(f"{out}.lock"):
+        if not done.exists():
+            make(out)
+            done.touch()
+    return out
 
 
 def run(

@@ -1,6 +1,8 @@
-"""Trains a tiny model with the given JSON options and writes what happened; started by the tests, once or per process.
+"""Trains tiny models, one after the other, and writes what happened; started by the tests, once or per process.
 
-python run_trainer.py OUT '{"model": "llama", "rows": 18, "arguments": {...}}'
+python run_trainer.py OUT '{"NAME": {"model": "llama", "rows": 18, "arguments": {...}}, ...}'
+
+Each run leaves `OUT/NAME/report.json` and the model in `OUT/NAME/model`.
 """
 
 import importlib.util
@@ -18,9 +20,19 @@ fixtures: Any = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(fixtures)
 
 
-def main(out: Path, options: dict[str, Any]) -> None:
-    import finetune
+def main(out: Path, runs: dict[str, dict[str, Any]]) -> None:
+    from accelerate.state import AcceleratorState, GradientState
 
+    for name, options in runs.items():
+        # Each run is a program of its own; the process group stays.
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        trainer = train(out / name, options)
+        trainer.accelerator.wait_for_everyone()
+    trainer.end()
+
+
+def model_and_rows(options: dict[str, Any]) -> tuple[Any, Any]:
     if options["model"] == "llama":
         model = fixtures.make_tiny_llama()
         dataset = fixtures.make_padded_dataset(options["rows"])
@@ -29,12 +41,21 @@ def main(out: Path, options: dict[str, Any]) -> None:
                 lambda row, index: row if index < options["labelled"] else {"labels": [-100] * len(row["labels"])},
                 with_indices=True,
             )
-    else:
-        from datasets import Dataset
+        return model, dataset
+    if options["model"] == "linear":
+        return torch.nn.Linear(1, 1), [{"input": torch.ones(1)}] * options["rows"]
+    from datasets import Dataset
 
-        model = fixtures.make_tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-        ids = torch.randint(5, 128, (options["rows"], 12), generator=torch.Generator().manual_seed(0)).tolist()
-        dataset = Dataset.from_dict({"input_ids": ids, "labels": [i % 3 for i in range(options["rows"])]})
+    ids = torch.randint(5, 128, (options["rows"], 12), generator=torch.Generator().manual_seed(0)).tolist()
+    dataset = Dataset.from_dict({"input_ids": ids, "labels": [i % 3 for i in range(options["rows"])]})
+    return fixtures.make_tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0), dataset
+
+
+def train(out: Path, options: dict[str, Any]) -> Any:
+    """Returns the trainer after a run."""
+    import finetune
+
+    model, dataset = model_and_rows(options)
 
     def compute_metrics(prediction: Any) -> dict[str, float]:
         return {"rows": float(len(prediction.label_ids)), "labels": float(prediction.label_ids.clip(0).sum())}
@@ -43,7 +64,7 @@ def main(out: Path, options: dict[str, Any]) -> None:
         model=model,
         args=finetune.TrainingArguments(str(out), **options["arguments"]),
         train_dataset=dataset,
-        eval_dataset=dataset.select(range(options.get("eval_rows", options["rows"]))),
+        eval_dataset=dataset.select(range(options["eval_rows"])) if "eval_rows" in options else dataset,
         compute_metrics=compute_metrics if options.get("metrics") else None,
     )
     result = trainer.train(resume_from_checkpoint=options.get("resume"))
@@ -58,7 +79,7 @@ def main(out: Path, options: dict[str, Any]) -> None:
             "kind": str(trainer.accelerator.distributed_type),
         }
         (out / "report.json").write_text(json.dumps(report))
-    trainer.end()
+    return trainer
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import measure_equality as measure
 import pytest
-from filelock import FileLock
+from launching import made_once
 
 MAIN = ["padded", "padding_free", "packed", "tied", "classification", "lora"]
 # Models loaded by name may be sharded while they are; and `save_model` has to gather what checkpoints hold in shards.
@@ -22,13 +22,8 @@ FEW = ["padded", "classification", "lora"]
 
 def reference(cases: list[str], factory: pytest.TempPathFactory, precision: str = "no") -> Path:
     """Returns the folder of the runs on one process, which the parallel test processes share."""
-    base = factory.getbasetemp()
-    shared = base.parent if base.name.startswith("popen-") else base
-    out = shared / f"equality-{precision}-{'-'.join(cases)}"
-    with FileLock(f"{out}.lock"):
-        if not (out / cases[-1] / "report.json").is_file():
-            measure.launch("one", cases, out, precision)
-    return out
+    name = f"equality-{precision}-{'-'.join(cases)}"
+    return made_once(factory, name, lambda out: measure.launch("one", cases, out, precision))
 
 
 def check(backend: str, cases: list[str], known: list[str], tmp_path: Path, factory: pytest.TempPathFactory) -> None:

@@ -15,11 +15,11 @@ SCRIPT = Path(__file__).with_name("run_trainer.py")
 def launch(config: str | Path, out: Path, **arguments: object) -> str:
     """Runs a training of one step and returns its error output; fails if it succeeds."""
     given = {"max_steps": 1, "report_to": "none", "disable_tqdm": True, **arguments}
-    options = json.dumps({"model": "llama", "rows": 8, "arguments": given})
+    options = json.dumps({"trap": {"model": "linear", "rows": 8, "arguments": given}})
     flags: dict[str, object] = {"mixed_precision": "no"}
     with pytest.raises(RuntimeError, match="exit code") as error:
         run(SCRIPT, out, options, processes=2, config=config, flags=flags, environment={"CUDA_VISIBLE_DEVICES": ""})
-    assert not (out / "report.json").exists()
+    assert not (out / "trap" / "report.json").exists()
     return str(error.value)
 
 

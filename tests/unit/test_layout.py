@@ -174,6 +174,30 @@ print(seconds, sorted({"torch", "transformers", "accelerate", "datasets", "numpy
     assert {heavy.strip() for _, heavy in outputs} == {"[]"}
 
 
+def test_a_run_without_adapters_does_not_load_peft(tmp_path: Path) -> None:
+    """transformers' trainer modules import it, and bitsandbytes with it: seconds of each start."""
+    code = f"""
+import sys, torch
+from finetune import Trainer, TrainingArguments
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(1, 1)
+
+    def forward(self, x, labels):
+        return {{"loss": ((self.layer(x) - labels) ** 2).mean()}}
+
+rows = [{{"x": torch.ones(1), "labels": torch.zeros(1)}}] * 4
+args = TrainingArguments({str(tmp_path)!r}, max_steps=2, save_steps=1, report_to="none", use_cpu=True)
+trainer = Trainer(Model(), args, train_dataset=rows, eval_dataset=rows)
+trainer.train()
+trainer.evaluate()
+print(sorted({{"peft", "bitsandbytes", "transformers.trainer_utils"}} & set(sys.modules)))
+"""
+    assert run_python(code).splitlines()[-1] == "[]"
+
+
 def test_importing_a_trainer_leaves_the_compiler_and_the_models_alone() -> None:
     code = """
 import sys

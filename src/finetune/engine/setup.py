@@ -203,9 +203,12 @@ def accept_old_names(
 
 def seed_everything(args: "TrainingArguments") -> None:
     """Seeds Python, numpy and torch with `args.seed`; with `full_determinism` also forbids nondeterministic kernels."""
-    from transformers import enable_full_determinism, set_seed
-
-    (enable_full_determinism if args.full_determinism else set_seed)(args.seed)
+    if args.full_determinism:
+        from transformers import enable_full_determinism as seed
+    else:
+        # As transformers' `set_seed`, which lies in a module that imports peft and bitsandbytes: seconds of each start.
+        from accelerate.utils import set_seed as seed
+    seed(args.seed)
 
 
 def is_model_parallel(model: nn.Module, args: "TrainingArguments") -> bool:

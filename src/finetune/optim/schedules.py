@@ -1,11 +1,14 @@
-"""Learning-rate schedules: every name of transformers' `SchedulerType`, built by transformers itself."""
+"""Learning-rate schedules: every name of transformers' `SchedulerType`, most of them built by transformers itself."""
 
 import inspect
+import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from finetune.errors import ArgumentError, nearest
 
@@ -19,17 +22,51 @@ class ScheduleArguments(Protocol):
     def get_warmup_steps(self, num_training_steps: int) -> int: ...
 
 
+def _linear(step: int, *, warmup: int, total: int) -> float:
+    """Returns the factor of the learning rate: for 2 steps of warmup and 6 in all 0, 0.5, 1, 0.75, 0.5, 0.25, 0."""
+    if step < warmup:
+        return step / warmup
+    return max(0.0, (total - step) / max(1, total - warmup))
+
+
+def _cosine(step: int, *, warmup: int, total: int) -> float:
+    if step < warmup:
+        return step / warmup
+    return max(0.0, 0.5 * (1.0 + math.cos(math.pi * ((step - warmup) / max(1, total - warmup)))))
+
+
+def _constant(step: int, *, warmup: int, total: int) -> float:
+    return 1.0
+
+
+def _constant_with_warmup(step: int, *, warmup: int, total: int) -> float:
+    return step / warmup if step < warmup else 1.0
+
+
+# The same numbers as transformers', whose module of schedules imports peft and bitsandbytes, seconds of each start.
+_BUILT_HERE = {
+    "linear": _linear,
+    "cosine": _cosine,
+    "constant": _constant,
+    "constant_with_warmup": _constant_with_warmup,
+}
+
+
 def build_scheduler(args: ScheduleArguments, optimizer: Optimizer, num_training_steps: int) -> Any:
     """Returns the scheduler that `args.lr_scheduler_type` names, stepped once per optimizer step.
 
-    The values are those of `transformers.get_scheduler` to the last bit, because that function builds them. Every
-    parameter group keeps its own base learning rate. Raises `ArgumentError` for an unknown name, and for keys of
-    `lr_scheduler_kwargs` that the schedule does not take.
+    The values are those of `transformers.get_scheduler` to the last bit. Every parameter group keeps its own base
+    learning rate. Raises `ArgumentError` for an unknown name, and for keys of `lr_scheduler_kwargs` that the schedule
+    does not take.
     """
-    from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, get_scheduler
-
     given = args.lr_scheduler_type
     name = str(getattr(given, "value", given))
+    warmup = args.get_warmup_steps(num_training_steps)
+    if name in _BUILT_HERE and not args.lr_scheduler_kwargs:
+        return LambdaLR(optimizer, partial(_BUILT_HERE[name], warmup=warmup, total=num_training_steps))
+
+    from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, get_scheduler
+
     functions = {str(key.value): function for key, function in TYPE_TO_SCHEDULER_FUNCTION.items()}
     if name not in functions:
         raise ArgumentError(
@@ -41,7 +78,7 @@ def build_scheduler(args: ScheduleArguments, optimizer: Optimizer, num_training_
         return get_scheduler(
             name,
             optimizer=optimizer,
-            num_warmup_steps=args.get_warmup_steps(num_training_steps),
+            num_warmup_steps=warmup,
             num_training_steps=num_training_steps,
             scheduler_specific_kwargs=options,
         )
