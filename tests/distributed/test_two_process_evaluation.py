@@ -5,23 +5,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launching import run
+from launching import made_once, run
 
 SCRIPT = Path(__file__).with_name("run_evaluation.py")
 TIMED = ("runtime", "per_second", "preparation_time")
 
 
-def launch(processes: int, out: Path) -> list[dict[str, Any]]:
-    """Returns the report of each process."""
-    out.mkdir()
-    run(SCRIPT, out, processes=processes)
-    return [json.loads((out / f"report_{rank}.json").read_text()) for rank in range(processes)]
-
-
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    folder = tmp_path_factory.mktemp("evaluation")
-    return launch(1, folder / "one")[0], launch(2, folder / "two")
+    """The report of one process, and those of each of two."""
+
+    def of(processes: int) -> list[dict[str, Any]]:
+        def make(out: Path) -> None:
+            out.mkdir()
+            run(SCRIPT, out, processes=processes)
+
+        out = made_once(tmp_path_factory, f"evaluation-{processes}", make)
+        return [json.loads((out / f"report_{rank}.json").read_text()) for rank in range(processes)]
+
+    return of(1)[0], of(2)
 
 
 WAYS = [

@@ -5,13 +5,12 @@ from pathlib import Path
 
 import pytest
 import run_resume as program
-from launching import run
+from launching import made_once, run
 
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
-    out = tmp_path_factory.mktemp("resume")
-    run(Path(program.__file__), out, processes=2)
+    out = made_once(tmp_path_factory, "resume", lambda out: run(Path(program.__file__), out, processes=2))
     return [json.loads((out / f"report_{rank}.json").read_text()) for rank in range(2)]
 
 
