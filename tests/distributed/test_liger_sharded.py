@@ -61,8 +61,9 @@ def check(report: dict[str, Any], processes: int) -> None:
         assert found["losses"][1] != found["losses"][0], "it trained"
 
 
-def test_one_process_and_who_owns_the_head(tmp_path: Path) -> None:
-    names = [*HEADS, *(f"lora_{name}" for name in HEADS)]
+@pytest.mark.parametrize("with_adapters", [["plain", "fused_head"], pytest.param(list(HEADS), marks=pytest.mark.slow)])
+def test_one_process_and_who_owns_the_head(with_adapters: list[str], tmp_path: Path) -> None:
+    names = [*HEADS, *(f"lora_{name}" for name in with_adapters)]
     check(launch("one", names, tmp_path), 1)
 
 
