@@ -4,15 +4,11 @@ Run through Triton's interpreter. The runs without Liger are of the same backend
 """
 
 import json
-import os
-import re
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from launching import run
 
 pytest.importorskip("liger_kernel")
 
@@ -30,22 +26,12 @@ HEADS = {
 
 def launch(backend: str, cases: list[str], out: Path) -> dict[str, Any]:
     """Returns the report of `run_liger.py` on one process (`one`) or on two as `backend` says."""
-    program = [str(HERE / "run_liger.py"), str(out), json.dumps({"backend": backend, "cases": cases})]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "TRITON_INTERPRET": "1"}
-    command = [sys.executable, *program]
+    options: dict[str, Any] = {"environment": {"TRITON_INTERPRET": "1"}}
     if backend != "one":
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        config = str(HERE.parents[1] / "accelerate_configs" / f"{CONFIGS[backend]}.yaml")
-        flags = ["--config_file", config, "--num_processes", "2", "--main_process_port", port]
-        launcher = [sys.executable, "-m", "accelerate.commands.launch"]
-        command = [*launcher, *flags, "--mixed_precision", "no", *program]
-        if backend.startswith("zero"):
-            environment["DS_ACCELERATOR"] = "cpu"
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
-    lines = [line for line in done.stderr.splitlines() if not re.match(r"\[rank1\]|.*it/s\]", line)]
-    assert done.returncode == 0, "\n".join(lines)[-6000:]
+        options |= {"processes": 2, "config": CONFIGS[backend], "flags": {"mixed_precision": "no"}}
+    if backend.startswith("zero"):
+        options["environment"]["DS_ACCELERATOR"] = "cpu"
+    run(HERE / "run_liger.py", out, json.dumps({"backend": backend, "cases": cases}), **options)
     return json.loads((out / "report.json").read_text())
 
 

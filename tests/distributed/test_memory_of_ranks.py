@@ -5,15 +5,12 @@ Weights, gradients, optimizer state and the peak, per rank, within 10 % (12 % fo
 
 import importlib.util
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from launching import run
 
 HERE = Path(__file__).parent
 CONFIGS = {"ddp": "cpu", "fsdp2": "fsdp2", "zero1": "zero1", "zero2": "zero2", "zero3": "zero3"}
@@ -25,27 +22,15 @@ spec.loader.exec_module(program)
 
 def launch(backend: str, bf16: bool, out: Path) -> list[dict[str, Any]]:
     """Returns what each of two processes held."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    config = str(HERE.parents[1] / "accelerate_configs" / f"{CONFIGS[backend]}.yaml")
-    flags = ["--config_file", config, "--num_processes", "2", "--main_process_port", port]
-    flags += ["--mixed_precision", "bf16" if bf16 else "no"]
-    options = json.dumps({"backend": backend, "bf16": bf16})
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    if backend.startswith("zero"):
-        environment["DS_ACCELERATOR"] = "cpu"
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        *flags,
-        str(HERE / "run_memory.py"),
-        str(out),
-        options,
-    ]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
-    assert done.returncode == 0, done.stderr[-6000:]
+    run(
+        HERE / "run_memory.py",
+        out,
+        json.dumps({"backend": backend, "bf16": bf16}),
+        processes=2,
+        config=CONFIGS[backend],
+        flags={"mixed_precision": "bf16" if bf16 else "no"},
+        environment={"DS_ACCELERATOR": "cpu"} if backend.startswith("zero") else None,
+    )
     return [json.loads((out / f"rank-{rank}.json").read_text()) for rank in range(2)]
 
 
